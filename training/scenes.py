@@ -1,0 +1,194 @@
+"""The synthetic world: scenes of coloured shapes, drawn with Pillow, the same for the same seed.
+
+A scene holds one to three objects on a plain background. Every scene is a pure function of
+`(seed, split, index)`, so a split can be made again anywhere, and no two splits share a scene's random stream.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import cos, pi, sin
+from typing import Literal, get_args
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+Split = Literal["train", "unseen", "held-out"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 40, 40),
+    "orange": (246, 138, 28),
+    "yellow": (247, 220, 40),
+    "green": (44, 160, 64),
+    "cyan": (60, 205, 215),
+    "blue": (40, 84, 220),
+    "purple": (136, 56, 184),
+    "pink": (246, 148, 190),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (248, 248, 248),
+    "gray": (128, 128, 128),
+    "black": (16, 16, 16),
+    "tan": (200, 176, 136),
+    "navy": (20, 28, 84),
+}
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
+TEXTURES = ("solid", "striped")
+SIZES: dict[str, tuple[float, float]] = {"small": (0.095, 0.115), "large": (0.165, 0.19)}  # radius / image side
+MAX_OBJECTS = 3
+
+# One pair for each colour that no training image or text ever shows; each colour and each shape still occurs.
+HELD_OUT_PAIRS = frozenset(
+    {
+        ("red", "star"),
+        ("orange", "circle"),
+        ("yellow", "cross"),
+        ("green", "square"),
+        ("cyan", "triangle"),
+        ("blue", "diamond"),
+        ("purple", "circle"),
+        ("pink", "square"),
+    }
+)
+TRAIN_PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS)
+
+_SUPERSAMPLING = 4
+_MAX_PLACEMENTS = 200  # tries to place an object clear of the others before the scene is begun again
+_GAP = 0.02  # free space between two objects, of the image side
+
+
+@dataclass(frozen=True, slots=True)
+class SceneObject:
+    """One drawn object; `x` and `y` are its centre and `radius` its half width, as fractions of the image side."""
+
+    shape: str
+    color: str
+    size: str
+    texture: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What one image shows; `objects` are sorted from left to right and no two share colour and shape."""
+
+    objects: tuple[SceneObject, ...]
+    background: str
+    noise_seed: int
+
+
+def sample_scene(seed: int, split: Split, index: int) -> Scene:
+    """The scene number `index` of a split.
+
+    `train` and `unseen` never hold a pair of `HELD_OUT_PAIRS`; a `held-out` scene holds exactly one.
+    """
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    while True:
+        objects = _place_objects(rng, _sample_pairs(rng, split))
+        if objects is not None:
+            break
+    ordered = tuple(sorted(objects, key=lambda item: item.x))
+    return Scene(ordered, _choice(rng, tuple(BACKGROUNDS)), int(rng.integers(2**31)))
+
+
+def iter_scenes(seed: int, split: Split, count: int) -> Iterator[Scene]:
+    """The first `count` scenes of a split, in order."""
+    return (sample_scene(seed, split, index) for index in range(count))
+
+
+def render_scene(scene: Scene, image_size_px: int) -> Image.Image:
+    """Draws a scene as an RGB image of `image_size_px` squared, with sensor noise from the scene's own seed."""
+    side = image_size_px * _SUPERSAMPLING
+    canvas = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
+    for item in scene.objects:
+        _draw_object(canvas, item)
+    small = canvas.resize((image_size_px, image_size_px), Image.Resampling.LANCZOS)
+    rng = np.random.default_rng(scene.noise_seed)
+    noise = rng.normal(0.0, rng.uniform(0.0, 8.0), (image_size_px, image_size_px, 3))
+    pixels = np.asarray(small, dtype=np.float32) + noise
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def _choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _sample_pairs(rng: np.random.Generator, split: Split) -> list[tuple[str, str]]:
+    count = int(rng.choice(MAX_OBJECTS, p=(0.2, 0.4, 0.4))) + 1
+    chosen = rng.choice(len(TRAIN_PAIRS), size=count, replace=False)
+    pairs = [TRAIN_PAIRS[i] for i in chosen]
+    if split == "held-out":
+        held = sorted(HELD_OUT_PAIRS)
+        pairs[int(rng.integers(count))] = held[int(rng.integers(len(held)))]
+    return pairs
+
+
+def _place_objects(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> list[SceneObject] | None:
+    """Places one object for each pair so that no two touch; None where it does not fit."""
+    placed: list[SceneObject] = []
+    for color, shape in pairs:
+        size = _choice(rng, tuple(SIZES))
+        texture = _choice(rng, TEXTURES)
+        radius = float(rng.uniform(*SIZES[size]))
+        for _ in range(_MAX_PLACEMENTS):
+            x, y = (float(v) for v in rng.uniform(radius + _GAP, 1 - radius - _GAP, 2))
+            if all(np.hypot(x - o.x, y - o.y) > radius + o.radius + _GAP for o in placed):
+                placed.append(SceneObject(shape, color, size, texture, x, y, radius))
+                break
+        else:
+            return None
+    return placed
+
+
+def _draw_object(canvas: Image.Image, item: SceneObject) -> None:
+    side = canvas.width
+    center, radius = (item.x * side, item.y * side), item.radius * side
+    mask = Image.new("L", canvas.size, 0)
+    _draw_outline(ImageDraw.Draw(mask), item.shape, center, radius)
+    paint = Image.new("RGB", canvas.size, COLORS[item.color])
+    if item.texture == "striped":
+        _draw_stripes(ImageDraw.Draw(paint), center, radius, stripe_width=0.035 * side)
+    box = tuple(int(v) for v in (center[0] - radius, center[1] - radius, center[0] + radius + 1, center[1] + radius + 1))
+    canvas.paste(paint.crop(box), box, mask.crop(box))
+
+
+def _draw_stripes(
+    draw: ImageDraw.ImageDraw, center: tuple[float, float], radius: float, stripe_width: float
+) -> None:
+    """Dark diagonal bars over the whole paint; the object's outline cuts them."""
+    for offset in np.arange(-2 * radius, 2 * radius, 2 * stripe_width):
+        x = center[0] + offset
+        line = [(x - radius, center[1] - radius), (x + radius, center[1] + radius)]
+        draw.line(line, fill=(40, 40, 40), width=max(1, int(0.6 * stripe_width)))
+
+
+def _draw_outline(
+    draw: ImageDraw.ImageDraw, shape: str, center: tuple[float, float], radius: float
+) -> None:
+    (x, y), r = center, radius
+    if shape == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
+    elif shape == "square":
+        draw.rectangle((x - 0.86 * r, y - 0.86 * r, x + 0.86 * r, y + 0.86 * r), fill=255)
+    elif shape == "cross":
+        arm = 0.34 * r
+        draw.rectangle((x - r, y - arm, x + r, y + arm), fill=255)
+        draw.rectangle((x - arm, y - r, x + arm, y + r), fill=255)
+    else:
+        draw.polygon([(x + r * dx, y + r * dy) for dx, dy in _POLYGONS[shape]], fill=255)
+
+
+def _regular(corners: int) -> list[tuple[float, float]]:
+    return [(sin(2 * pi * k / corners), -cos(2 * pi * k / corners)) for k in range(corners)]
+
+
+def _star() -> list[tuple[float, float]]:
+    radii = (1.0, 0.42)
+    return [
+        (radii[k % 2] * sin(pi * k / 5), -radii[k % 2] * cos(pi * k / 5)) for k in range(10)
+    ]
+
+
+_POLYGONS = {"triangle": [(0.0, -0.95), (0.95, 0.8), (-0.95, 0.8)], "star": _star(), "diamond": _regular(4)}
