@@ -78,6 +78,8 @@ class TinyConfig:
     """Everything that `python -m training tiny` does from nothing."""
 
     seed: int
+    autocast: str
+    save_every: int
     texts_per_image: int
     world: World
     vision_model: VisionShape
@@ -90,7 +92,7 @@ class TinyConfig:
 
 
 def load_tiny_config(path: Path) -> TinyConfig:
-    """Reads a `TinyConfig`; raises ConfigError naming the file and the key that is unknown, missing or mistyped."""
+    """Reads a `TinyConfig`; raises ConfigError naming the file and the key that is wrong."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as exc:

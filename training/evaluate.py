@@ -1,6 +1,7 @@
-"""Measures a running server over HTTP on scenes it has never seen, beside guessing without the image.
+"""Measures a running server over HTTP on scenes it has never seen, beside guessing blindly.
 
-The server is asked just as a user asks it; what a blind guess scores is computed here from the same questions.
+The server is asked just as a user asks it; what a blind guess scores is computed here, on the same
+questions.
 """
 
 import base64
@@ -14,6 +15,7 @@ import httpx
 import numpy as np
 from tqdm import tqdm
 
+from training.blind import answer_blindly
 from training.gallery import identified_scenes
 from training.metrics import Answered, Figures, caption_figures, common_answers, recall_at, vqa_figures
 from training.scene_text import Question, listing_caption, sample_questions
@@ -35,8 +37,8 @@ class Plan:
     split: Split
     num_scenes: int
     questions_per_scene: int
-    image_size: int
     num_reranked: int
+    image_size: int = 96
 
 
 class ServerClient:
@@ -71,19 +73,23 @@ def encode_image(scene: Scene, image_size: int) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def evaluate(client: ServerClient, plan: Plan) -> dict[str, Figures]:
-    """All figures of one server, by task."""
+def evaluate(client: ServerClient, plan: Plan, blind_checkpoint: str | None = None) -> dict[str, Figures]:
+    """All figures of one server, by task; with `blind_checkpoint`, those of its language model alone too."""
     scenes = list(iter_scenes(plan.seed, plan.split, plan.num_scenes))
     images = [encode_image(scene, plan.image_size) for scene in scenes]
     return {
-        **_evaluate_questions(client, plan, scenes, images),
+        **_evaluate_questions(client, plan, scenes, images, blind_checkpoint),
         "captions": _evaluate_captions(client, scenes, images),
         **_evaluate_retrieval(client, plan),
     }
 
 
 def _evaluate_questions(
-    client: ServerClient, plan: Plan, scenes: Sequence[Scene], images: Sequence[str]
+    client: ServerClient,
+    plan: Plan,
+    scenes: Sequence[Scene],
+    images: Sequence[str],
+    blind_checkpoint: str | None,
 ) -> dict[str, Figures]:
     asked = questions_of(plan, scenes)
 
@@ -92,8 +98,11 @@ def _evaluate_questions(
         return [answer["answer"] for answer in client.post("/vqa", body)["answers"]]
 
     answers = client.map(ask, range(len(scenes)), "questions")
-    return {
-        "questions": vqa_figures(pair_answers(scenes, asked, answers)),
+    figures = {"questions": vqa_figures(pair_answers(scenes, asked, answers))}
+    if blind_checkpoint is not None:
+        blind = answer_blindly(blind_checkpoint, asked)
+        figures["questions, language model without image"] = vqa_figures(pair_answers(scenes, asked, blind))
+    return figures | {
         "questions, most common answer": vqa_figures(pair_answers(scenes, asked, _guess(plan, asked))),
         "questions, chance": _chance(asked),
     }

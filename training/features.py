@@ -1,4 +1,4 @@
-"""Features of the frozen image encoder, computed once: it never changes, and training reads each image many times."""
+"""Features of the frozen image encoder, computed once, for training reads each image many times."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,9 @@ class ImageFeatures:
         return torch.from_numpy(self._values[indices]).float()
 
 
-def encode_scenes(encoder: VisionEncoder, images: SceneImages, path: Path, device: torch.device) -> ImageFeatures:
+def encode_scenes(
+    encoder: VisionEncoder, images: SceneImages, path: Path, device: torch.device
+) -> ImageFeatures:
     """Encodes all images into `path` (`.npy`), unless it is there already."""
     if not path.exists():
         partial = path.with_suffix(".partial")

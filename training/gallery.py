@@ -7,8 +7,8 @@ from training.scenes import Scene, Split, sample_scene
 def identified_scenes(seed: int, split: Split, count: int) -> list[Scene]:
     """The first `count` scenes of a split whose full listings all differ.
 
-    A listing names every object with all its attributes from left to right and the background, so where two listings
-    differ neither is true of the other's scene.
+    A listing names every object with all its attributes from left to right and the background, so where
+    two listings differ neither is true of the other's scene.
     """
     found: dict[str, Scene] = {}
     index = 0

@@ -1,8 +1,8 @@
 """Unimodal pre-training of the small language model (OPT) on texts of the synthetic world.
 
 The corpus is text only: a dense description of a scene, and behind it captions and questions with answers
-about that scene. The description has exactly as many words as the Q-Former has query tokens, so that in stage 2
-the soft visual prompt takes its place.
+about that scene. The description has exactly as many words as the Q-Former has query tokens, so that in
+stage 2 the soft visual prompt takes its place.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _CAPTION_WEIGHT = 0.3
 
 
 def build_language_model(shape: LanguageShape, tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
-    """An untrained OPT without dropout; linear weights N(0, 1/fan_in), which small widths need to start learning."""
+    """An untrained OPT without dropout; linear weights N(0, 1/fan_in), which small widths need to learn."""
     config = OPTConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
@@ -67,14 +67,18 @@ def question_text(item: Question, tokenizer: PreTrainedTokenizerFast, question_w
     prompt = tokenizer(QUESTION_PROMPT.format(item.question)).input_ids
     answer = [*tokenizer(item.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     weights = [0.0, 0.0, *[question_weight] * (len(prompt) - 2), *[1.0] * len(answer)]
-    return Text(tuple([*prompt, *answer]), tuple(weights))
+    return Text((*prompt, *answer), tuple(weights))
 
 
 def packed_lm_loss(llm: OPTForCausalLM, prefix: Tensor, packed: PackedTexts) -> Tensor:
     """Weighted mean cross-entropy of packed texts behind a prefix [B, Q, L] of embeddings."""
     batch, prefix_length = prefix.shape[:2]
     # an fp32 mask would widen every bf16 attention score
-    mask_dtype = torch.get_autocast_dtype(prefix.device.type) if torch.is_autocast_enabled(prefix.device.type) else prefix.dtype
+    mask_dtype = (
+        torch.get_autocast_dtype(prefix.device.type)
+        if torch.is_autocast_enabled(prefix.device.type)
+        else prefix.dtype
+    )
     prefix_positions = torch.arange(prefix_length, device=prefix.device).expand(batch, -1)
     hidden = llm.model(
         inputs_embeds=torch.cat([prefix, llm.get_input_embeddings()(packed.input_ids)], dim=1),
@@ -90,7 +94,12 @@ def packed_lm_loss(llm: OPTForCausalLM, prefix: Tensor, packed: PackedTexts) -> 
 
 
 def scene_texts(
-    scene: Scene, rng: np.random.Generator, count: int, tokenizer: PreTrainedTokenizerFast, *, pretraining: bool
+    scene: Scene,
+    rng: np.random.Generator,
+    count: int,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    pretraining: bool,
 ) -> list[Text]:
     """One caption and `count - 1` questions of a scene; in pre-training questions are weak targets too."""
     caption_weight, question_weight = (_CAPTION_WEIGHT, _QUESTION_WEIGHT) if pretraining else (1.0, 0.0)
@@ -110,7 +119,9 @@ def pretrain_language_model(
     length = config.qformer.num_query_tokens
 
     def step(rng: np.random.Generator) -> Losses:
-        chosen = [scenes[int(i)] for i in rng.integers(len(scenes), size=config.language_pretraining.batch_size)]
+        chosen = [
+            scenes[int(i)] for i in rng.integers(len(scenes), size=config.language_pretraining.batch_size)
+        ]
         texts = [scene_texts(s, rng, config.texts_per_image, tokenizer, pretraining=True) for s in chosen]
         packed = pack_texts(texts, length, tokenizer.pad_token_id).to(run.device)
         descriptions = [dense_description(scene, length) for scene in chosen]

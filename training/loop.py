@@ -37,7 +37,7 @@ class Run:
     seed: int
     device: torch.device
     autocast_dtype: torch.dtype | None
-    save_every: int = 100
+    save_every: int
 
 
 class NonFiniteLossError(Exception):
@@ -45,7 +45,7 @@ class NonFiniteLossError(Exception):
 
 
 def train(run: Run, model: nn.Module, step: Step, optimization: Optimization) -> None:
-    """Runs `step` until `optimization.steps` updates of the parameters of `model` that require a gradient.
+    """Runs `step` until the trainable parameters of `model` have had `optimization.steps` updates.
 
     `step(rng)` returns its losses by name, `loss` being the one to minimise. Checkpoints, `metrics.jsonl`,
     TensorBoard events and `curves.png` go to `run.directory`. Raises NonFiniteLossError.
@@ -54,10 +54,16 @@ def train(run: Run, model: nn.Module, step: Step, optimization: Optimization) ->
     optimizer = build_optimizer(model, optimization)
     start = _load_checkpoint(run, model, optimizer)
     history = _History(run.directory, start)
-    bar = tqdm(range(start, optimization.steps), desc=run.name, initial=start, total=optimization.steps, mininterval=5)
+    bar = tqdm(
+        range(start, optimization.steps),
+        desc=run.name,
+        initial=start,
+        total=optimization.steps,
+        mininterval=5,
+    )
     with SummaryWriter(str(run.directory / "tensorboard"), purge_step=start) as writer:
         for index in bar:
-            losses = _update(run, model, optimizer, step, optimization, index)
+            losses = _update(run, optimizer, step, optimization, index)
             if (index + 1) % LOG_EVERY == 0 or index + 1 == optimization.steps:
                 figures = {name: float(value) for name, value in losses.items()}
                 history.append(index + 1, figures)
@@ -70,7 +76,7 @@ def train(run: Run, model: nn.Module, step: Step, optimization: Optimization) ->
 
 
 def build_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.AdamW:
-    """AdamW over what is trainable; vectors, biases and scalars are exempt from weight decay (BLIP-2, §3.4)."""
+    """AdamW over what is trainable; vectors, biases and scalars are exempt from weight decay."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": optimization.weight_decay},
@@ -80,7 +86,7 @@ def build_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim
 
 
 def _update(
-    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, optimization: Optimization, index: int
+    run: Run, optimizer: torch.optim.Optimizer, step: Step, optimization: Optimization, index: int
 ) -> Losses:
     torch.manual_seed(run.seed * 1_000_003 + index)  # dropout and sampled negatives
     for group in optimizer.param_groups:
@@ -88,10 +94,12 @@ def _update(
     with torch.autocast(run.device.type, run.autocast_dtype) if run.autocast_dtype else nullcontext():
         losses = step(np.random.default_rng([run.seed, index]))
     if not torch.isfinite(losses["loss"]):
-        figures = ", ".join(f"{name}={float(value):.4g}" for name, value in losses.items())
-        raise NonFiniteLossError(f"{run.name}: step {index} gave {figures}; lower the learning rate and resume")
+        figures = ", ".join(f"{name}={value.item():.4g}" for name, value in losses.items())
+        raise NonFiniteLossError(
+            f"{run.name}: step {index} gave {figures}; lower the learning rate and resume"
+        )
     optimizer.zero_grad(set_to_none=True)
-    losses["loss"].backward()
+    torch.autograd.backward(losses["loss"])
     trainable = (p for group in optimizer.param_groups for p in group["params"])
     nn.utils.clip_grad_norm_(trainable, optimization.max_grad_norm)
     optimizer.step()

@@ -54,7 +54,9 @@ def itg_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _soft_cross_entropy(similarities: Tensor, matches: Tensor) -> Tensor:
     weights = matches.float()
-    targets = (1 - LABEL_SMOOTHING) * weights / weights.sum(dim=1, keepdim=True) + LABEL_SMOOTHING / len(weights)
+    targets = (1 - LABEL_SMOOTHING) * weights / weights.sum(dim=1, keepdim=True) + LABEL_SMOOTHING / len(
+        weights
+    )
     return -(targets * similarities.float().log_softmax(dim=1)).sum(dim=1).mean()
 
 

@@ -41,7 +41,7 @@ def common_answers(questions: Sequence[Question]) -> dict[str, str]:
 
 
 def caption_figures(captions: Sequence[str], scenes: Sequence[Scene]) -> Figures:
-    """Shares of captions: wholly true; naming an object at all; of named colour-shape pairs true; distinct."""
+    """Shares: of captions wholly true, naming an object, distinct; of the named colour-shape pairs true."""
     named = [named_pairs(caption) for caption in captions]
     present = [{(item.color, item.shape) for item in scene.objects} for scene in scenes]
     true_pairs = sum(pair in there for pairs, there in zip(named, present, strict=True) for pair in pairs)

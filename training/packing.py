@@ -1,8 +1,8 @@
 """Several texts about one image in one sequence: the prefix is read once, and no text sees another.
 
 A packed sequence is `[prefix | text 1 | text 2 | …]`. The prefix (visual tokens, or a description in their
-place) is causal; a text sees the prefix and its own past, and its positions begin right behind the prefix, so that
-each text is computed just as if it stood there alone.
+place) is causal; a text sees the prefix and its own past, and its positions begin right behind the prefix,
+so that each text is computed just as if it stood there alone.
 """
 
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ def pack_texts(batch: Sequence[Sequence[Text]], prefix_length: int, pad_token_id
 
 
 def packed_mask(segments: Tensor, prefix_length: int, dtype: torch.dtype) -> Tensor:
-    """The additive attention mask [B, 1, Q+T, Q+T] of packed texts: 0 where visible, else the least number."""
+    """The additive mask [B, 1, Q+T, Q+T] of packed texts: 0 where visible, else the least number."""
     batch, length = segments.shape
     everywhere = torch.cat([segments.new_full((batch, prefix_length), -2), segments], dim=1)  # [B, Q+T]
     size = prefix_length + length

@@ -22,7 +22,7 @@ class SceneImages:
         return len(self._pixels)
 
     def pixel_values(self, indices: Sequence[int] | np.ndarray) -> Tensor:
-        """Normalised [B, 3, S, S] float32 images, as `ImagePreprocessor` gives them for an image of its own size."""
+        """Normalised [B, 3, S, S] float32 images, equal to what `ImagePreprocessor` gives at this size."""
         pixels = torch.from_numpy(self._pixels[indices]).permute(0, 3, 1, 2).float() / 255
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
         return (pixels - mean) / std

@@ -7,12 +7,15 @@ colour directly before its shape ("small striped red circle"), so a caption can 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from training.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, TEXTURES, TRAIN_PAIRS, Scene, SceneObject
 
-MIN_OFFSET = 0.12  # a relation is stated only where the centres are at least this far apart, of the image side
+MIN_OFFSET = (
+    0.12  # a relation is stated only where the centres are at least this far apart, of the image side
+)
 GRID = 12  # cells per side in which a dense description gives a centre
 FILLER = "nothing"  # fills a dense description up to its fixed length
 NUMBERS = ("zero", "one", "two", "three")
@@ -23,7 +26,17 @@ _DIRECTIONS: dict[str, Callable[[SceneObject, SceneObject], float]] = {
     "above": lambda a, b: b.y - a.y,
     "below": lambda a, b: a.y - b.y,
 }
-FAMILIES = ("color", "shape", "size", "texture", "count", "existence", "left_right", "above_below", "background")
+FAMILIES = (
+    "color",
+    "shape",
+    "size",
+    "texture",
+    "count",
+    "existence",
+    "left_right",
+    "above_below",
+    "background",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +87,9 @@ def dense_description(scene: Scene, length: int) -> str:
     for item in scene.objects:
         words += [item.color, item.size, item.texture, item.shape, _cell("x", item.x), _cell("y", item.y)]
     if len(words) > length:
-        raise ValueError(f"the description has {len(words)} words, the limit is {length}; raise num_query_tokens")
+        raise ValueError(
+            f"the description has {len(words)} words, the limit is {length}; raise num_query_tokens"
+        )
     return " ".join(words + [FILLER] * (length - len(words)))
 
 
@@ -97,19 +112,60 @@ def sample_questions(scene: Scene, rng: np.random.Generator, count: int) -> list
 
 def vocabulary() -> tuple[str, ...]:
     """Every word that captions, questions and descriptions are made of, and those a prompt may bring."""
-    grammar = (
-        "a an and , on background is there the what color shape size texture how many are objects object of left right "
-        "above below image photo question short answer : ? . yes no"
-    ).split()
+    grammar = [
+        "a",
+        "an",
+        "and",
+        ",",
+        "on",
+        "background",
+        "is",
+        "there",
+        "the",
+        "what",
+        "color",
+        "shape",
+        "size",
+        "texture",
+        "how",
+        "many",
+        "are",
+        "objects",
+        "object",
+        "of",
+        "left",
+        "right",
+        "above",
+        "below",
+        "image",
+        "photo",
+        "question",
+        "short",
+        "answer",
+        ":",
+        "?",
+        ".",
+        "yes",
+        "no",
+    ]
     cells = [f"{axis}{k}" for axis in "xy" for k in range(GRID)]
-    words = [*grammar, *COLORS, *SHAPES, *[f"{s}s" for s in SHAPES], "crosses", *TEXTURES, *SIZES, *BACKGROUNDS]
+    words = [
+        *grammar,
+        *COLORS,
+        *SHAPES,
+        *[f"{s}s" for s in SHAPES],
+        "crosses",
+        *TEXTURES,
+        *SIZES,
+        *BACKGROUNDS,
+    ]
     return tuple(dict.fromkeys([*words, *NUMBERS, FILLER, *cells]))
 
 
 def named_pairs(caption: str) -> list[tuple[str, str]]:
     """The (colour, shape) pairs a caption names: a colour word directly followed by a shape word."""
     words = caption.replace(",", " ").split()
-    return [(c, s) for c, s in zip(words, words[1:], strict=False) if c in COLORS and s in SHAPES]
+    return [(c, s) for c, s in pairwise(words) if c in COLORS and s in SHAPES]
 
 
 def is_true_caption(caption: str, scene: Scene) -> bool:
@@ -125,7 +181,11 @@ def is_true_caption(caption: str, scene: Scene) -> bool:
     names = text.replace(" and ", ", ").replace(" , ", ", ").split(", ")
     found_objects = [_find(name, scene) for name in names]
     shorts = Counter(short_name(item) for item in found_objects if item is not None)
-    return None not in found_objects and max(shorts.values()) == 1 and (not background or len(names) == len(scene.objects))
+    return (
+        None not in found_objects
+        and max(shorts.values()) == 1
+        and (not background or len(names) == len(scene.objects))
+    )
 
 
 def _find(phrase: str, scene: Scene) -> SceneObject | None:
@@ -181,7 +241,7 @@ def _ask_attribute(attribute: str) -> "_Sampler":
     def sample(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
         item = scene.objects[int(rng.integers(len(scene.objects)))]
         reference = _reference(scene, item, attribute, rng)
-        return reference and (f"what {attribute} is the {reference} ?", getattr(item, attribute)) or None
+        return (reference and (f"what {attribute} is the {reference} ?", getattr(item, attribute))) or None
 
     return sample
 
@@ -223,7 +283,7 @@ def _ask_relation(relations: tuple[str, str]) -> "_Sampler":
     return sample
 
 
-def _ask_background(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+def _ask_background(scene: Scene, _: np.random.Generator) -> tuple[str, str]:
     return "what color is the background ?", scene.background
 
 

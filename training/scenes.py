@@ -1,7 +1,7 @@
 """The synthetic world: scenes of coloured shapes, drawn with Pillow, the same for the same seed.
 
-A scene holds one to three objects on a plain background. Every scene is a pure function of
-`(seed, split, index)`, so a split can be made again anywhere, and no two splits share a scene's random stream.
+A scene holds one to three objects on a plain background. Every scene is a pure function of `(seed, split,
+index)`, so a split can be made again anywhere, and no two splits share a random stream.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,10 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 TEXTURES = ("solid", "striped")
-SIZES: dict[str, tuple[float, float]] = {"small": (0.095, 0.115), "large": (0.165, 0.19)}  # radius / image side
+SIZES: dict[str, tuple[float, float]] = {
+    "small": (0.095, 0.115),
+    "large": (0.165, 0.19),
+}  # radius / image side
 MAX_OBJECTS = 3
 
 # One pair for each colour that no training image or text ever shows; each colour and each shape still occurs.
@@ -59,7 +62,7 @@ _GAP = 0.02  # free space between two objects, of the image side
 
 @dataclass(frozen=True, slots=True)
 class SceneObject:
-    """One drawn object; `x` and `y` are its centre and `radius` its half width, as fractions of the image side."""
+    """One drawn object: centre (`x`, `y`) and half width `radius`, as fractions of the image side."""
 
     shape: str
     color: str
@@ -99,7 +102,7 @@ def iter_scenes(seed: int, split: Split, count: int) -> Iterator[Scene]:
 
 
 def render_scene(scene: Scene, image_size_px: int) -> Image.Image:
-    """Draws a scene as an RGB image of `image_size_px` squared, with sensor noise from the scene's own seed."""
+    """Draws a scene as a square RGB image, with sensor noise from the scene's own seed."""
     side = image_size_px * _SUPERSAMPLING
     canvas = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     for item in scene.objects:
@@ -150,7 +153,8 @@ def _draw_object(canvas: Image.Image, item: SceneObject) -> None:
     paint = Image.new("RGB", canvas.size, COLORS[item.color])
     if item.texture == "striped":
         _draw_stripes(ImageDraw.Draw(paint), center, radius, stripe_width=0.035 * side)
-    box = tuple(int(v) for v in (center[0] - radius, center[1] - radius, center[0] + radius + 1, center[1] + radius + 1))
+    left, top = int(center[0] - radius), int(center[1] - radius)
+    box = (left, top, int(center[0] + radius) + 1, int(center[1] + radius) + 1)
     canvas.paste(paint.crop(box), box, mask.crop(box))
 
 
@@ -164,9 +168,7 @@ def _draw_stripes(
         draw.line(line, fill=(40, 40, 40), width=max(1, int(0.6 * stripe_width)))
 
 
-def _draw_outline(
-    draw: ImageDraw.ImageDraw, shape: str, center: tuple[float, float], radius: float
-) -> None:
+def _draw_outline(draw: ImageDraw.ImageDraw, shape: str, center: tuple[float, float], radius: float) -> None:
     (x, y), r = center, radius
     if shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
@@ -186,9 +188,7 @@ def _regular(corners: int) -> list[tuple[float, float]]:
 
 def _star() -> list[tuple[float, float]]:
     radii = (1.0, 0.42)
-    return [
-        (radii[k % 2] * sin(pi * k / 5), -radii[k % 2] * cos(pi * k / 5)) for k in range(10)
-    ]
+    return [(radii[k % 2] * sin(pi * k / 5), -radii[k % 2] * cos(pi * k / 5)) for k in range(10)]
 
 
 _POLYGONS = {"triangle": [(0.0, -0.95), (0.95, 0.8), (-0.95, 0.8)], "star": _star(), "diamond": _regular(4)}

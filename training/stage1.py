@@ -47,7 +47,7 @@ def build_matcher(config: TinyConfig) -> Matcher:
 def stage1_losses(
     matcher: Matcher, image_features: Tensor, input_ids: Tensor, attention_mask: Tensor, matches: Tensor
 ) -> Losses:
-    """The three losses and their sum for B images [B, P, V] with their texts [B, T]; `matches` as in `losses`."""
+    """The three losses and their sum for B images [B, P, V] and texts [B, T]; `matches` as in `losses`."""
     states = matcher.encode_image_queries(image_features)
     image_embeds = matcher.image_embeds(states.query_output)  # [B, Q, E]
     text_embeds = matcher.text_embeds(input_ids, attention_mask)  # [B, E]
@@ -78,7 +78,7 @@ def true_matches(scenes: Sequence[Scene], captions: Sequence[str]) -> Tensor:
 
 
 def train_stage1(run: Run, config: TinyConfig, scenes: Sequence[Scene], features: ImageFeatures) -> Matcher:
-    """Trains the stage-1 model on precomputed features of the frozen encoder; resumes where a former run stopped."""
+    """Trains the stage-1 model on features of the frozen encoder; resumes where a former run stopped."""
     torch.manual_seed(config.seed)
     matcher = build_matcher(config).to(run.device).train()
 
@@ -88,7 +88,9 @@ def train_stage1(run: Run, config: TinyConfig, scenes: Sequence[Scene], features
         captions = [sample_caption(scene, rng) for scene in batch]
         input_ids, attention_mask = (tensor.to(run.device) for tensor in matcher.tokenize(captions))
         matches = true_matches(batch, captions).to(run.device)
-        return stage1_losses(matcher, features.load(chosen).to(run.device), input_ids, attention_mask, matches)
+        return stage1_losses(
+            matcher, features.load(chosen).to(run.device), input_ids, attention_mask, matches
+        )
 
     train(run, matcher, step, config.stage1)
     return matcher.eval()

@@ -1,9 +1,9 @@
 """Unimodal pre-training of the small image encoder: every patch learns what it lies on, and where.
 
 Supervised by the generator's own labels, which stand in for the large image corpus a real encoder has seen.
-Linear heads on the features that the Q-Former will read ask each patch for the colour, shape, size and texture of
-its object and for the position of the object's centre, and the class token for background and count: what a
-linear head can read, cross-attention can. The heads are thrown away.
+Linear heads on the features that the Q-Former will read ask each patch for the colour, shape, size and
+texture of its object and for the place of the object's centre, and the class token for background and count:
+what a linear head can read, cross-attention can. The heads are thrown away.
 """
 
 from collections.abc import Sequence
@@ -47,12 +47,17 @@ class PatchLabels:
 
 
 class PatchProbe(nn.Module):
-    """Linear read-outs of image features [B, P, V]; serves as pre-training head and, on frozen features, as a gate."""
+    """Linear read-outs of image features [B, P, V]."""
+
+    rows: Tensor
+    columns: Tensor
 
     def __init__(self, hidden_size: int, grid_side: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size)
-        self.patch_heads = nn.ModuleDict({name: nn.Linear(hidden_size, n) for name, n in PATCH_CLASSES.items()})
+        self.patch_heads = nn.ModuleDict(
+            {name: nn.Linear(hidden_size, n) for name, n in PATCH_CLASSES.items()}
+        )
         self.is_object = nn.Linear(hidden_size, 1)
         self.place = nn.Linear(hidden_size, 2 * grid_side)
         self.background = nn.Linear(hidden_size, len(BACKGROUNDS))
@@ -80,12 +85,15 @@ class PatchProbe(nn.Module):
 
     @torch.no_grad()
     def accuracies(self, image_features: Tensor, labels: PatchLabels) -> dict[str, float]:
-        """Share of object patches whose attribute, and of images whose background and count, is read right."""
+        """Share of object patches, for background and count of images, that are read right."""
         features = self.norm(image_features)
         image, patches = features[:, 0], features[:, 1:]
         on_object = labels.patches[..., 0] != _NO_OBJECT
         found, wanted = patches[on_object], labels.patches[on_object]
-        hits = {name: head(found).argmax(-1) == wanted[:, k] for k, (name, head) in enumerate(self.patch_heads.items())}
+        hits = {
+            name: head(found).argmax(-1) == wanted[:, k]
+            for k, (name, head) in enumerate(self.patch_heads.items())
+        }
         hits["background"] = self.background(image).argmax(-1) == labels.images[:, 0]
         hits["count"] = self.count(image).argmax(-1) == labels.images[:, 1]
         return {name: float(hit.float().mean()) for name, hit in hits.items()}

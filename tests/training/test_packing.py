@@ -7,7 +7,11 @@ from training.scene_text import Question
 from training.vocabulary import build_language_tokenizer
 
 SHAPE = LanguageShape(
-    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=64,
 )
 
 

@@ -20,7 +20,10 @@ SCENE = Scene((CIRCLE, CROSS), "gray", noise_seed=0)
 
 
 def test_the_listing_names_everything_from_left_to_right() -> None:
-    assert listing_caption(SCENE) == "a large solid red circle and a small striped orange cross on a gray background"
+    assert (
+        listing_caption(SCENE)
+        == "a large solid red circle and a small striped orange cross on a gray background"
+    )
 
 
 def test_every_sampled_caption_is_true_of_its_scene() -> None:

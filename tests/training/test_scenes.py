@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 
-from training.scenes import BACKGROUNDS, HELD_OUT_PAIRS, MAX_OBJECTS, Scene, SceneObject, iter_scenes, render_scene, sample_scene
+from training.scenes import (
+    BACKGROUNDS,
+    HELD_OUT_PAIRS,
+    MAX_OBJECTS,
+    Scene,
+    SceneObject,
+    iter_scenes,
+    render_scene,
+    sample_scene,
+)
 
 
 def pairs(scene: Scene) -> list[tuple[str, str]]:
@@ -15,7 +24,9 @@ def test_the_same_seed_split_and_index_give_the_same_scene_and_pixels() -> None:
 
 
 def test_splits_seeds_and_indices_give_different_scenes() -> None:
-    scenes = [sample_scene(*key) for key in ((0, "train", 0), (0, "unseen", 0), (1, "train", 0), (0, "train", 1))]
+    scenes = [
+        sample_scene(*key) for key in ((0, "train", 0), (0, "unseen", 0), (1, "train", 0), (0, "train", 1))
+    ]
     assert len(set(scenes)) == len(scenes)
 
 

@@ -1,0 +1,117 @@
+"""The loop with a model small enough to see through: y = w · x, noise from the step's own generators."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from training.config import Optimization
+from training.loop import LOG_EVERY, Losses, NonFiniteLossError, Run, build_optimizer, train
+from training.schedule import learning_rate_at
+
+PLAN = Optimization(
+    steps=60,
+    batch_size=4,
+    learning_rate=0.05,
+    min_learning_rate=0.005,
+    warmup_steps=10,
+    weight_decay=0.05,
+    beta2=0.98,
+    max_grad_norm=1.0,
+)
+
+
+class KilledError(Exception):
+    pass
+
+
+def run_in(directory: Path) -> Run:
+    return Run("line", directory, seed=1, device=torch.device("cpu"), autocast_dtype=None, save_every=25)
+
+
+def train_line(directory: Path, kill_at: int | None = None) -> Tensor:
+    """Fits a line, or dies in step `kill_at` as a killed process does: with nothing more written."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.2))
+    taken = 0
+
+    def step(rng: np.random.Generator) -> Losses:
+        nonlocal taken
+        if taken == kill_at:
+            raise KilledError
+        taken += 1
+        inputs = torch.from_numpy(rng.normal(size=(PLAN.batch_size, 3))).float()
+        return {"loss": (model(inputs) - inputs.sum(dim=1, keepdim=True)).pow(2).mean()}
+
+    train(run_in(directory), model, step, PLAN)
+    return model[0].weight.detach().clone()
+
+
+def rows(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_killed_and_resumed_equals_the_unbroken_one(tmp_path: Path) -> None:
+    unbroken = train_line(tmp_path / "unbroken")
+    with pytest.raises(KilledError):
+        train_line(tmp_path / "killed", kill_at=47)
+    resumed = train_line(tmp_path / "killed")
+    assert torch.equal(resumed, unbroken)
+    assert rows(tmp_path / "killed") == rows(tmp_path / "unbroken")
+
+
+def test_the_loss_falls_and_is_kept_as_rows_and_curves(tmp_path: Path) -> None:
+    train_line(tmp_path)
+    history = rows(tmp_path)
+    assert [row["step"] for row in history] == list(range(LOG_EVERY, PLAN.steps + 1, LOG_EVERY))
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
+    first = train_line(tmp_path)
+    assert torch.equal(train_line(tmp_path, kill_at=0), first)
+
+
+def test_frozen_parameters_stay_bit_equal(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    frozen, trained = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 1)
+    before = {name: value.clone() for name, value in frozen.state_dict().items()}
+
+    def step(rng: np.random.Generator) -> Losses:
+        return {"loss": trained(frozen(torch.ones(2, 3))).pow(2).mean()}
+
+    train(run_in(tmp_path), nn.ModuleList([frozen, trained]), step, PLAN)
+    assert all(torch.equal(value, before[name]) for name, value in frozen.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+
+    def step(rng: np.random.Generator) -> Losses:
+        return {"loss": model.weight.sum() * float("inf")}
+
+    with pytest.raises(NonFiniteLossError, match="line: step 0 gave loss="):
+        train(run_in(tmp_path), model, step, PLAN)
+
+
+def test_the_learning_rate_warms_up_linearly_and_decays_by_a_cosine() -> None:
+    assert learning_rate_at(0, PLAN) == pytest.approx(0.005)
+    assert learning_rate_at(9, PLAN) == pytest.approx(0.05)
+    assert learning_rate_at(35, PLAN) == pytest.approx((0.05 + 0.005) / 2)
+    assert learning_rate_at(60, PLAN) == pytest.approx(0.005)
+    assert learning_rate_at(0, replace(PLAN, warmup_steps=0)) == pytest.approx(0.05)
+
+
+def test_vectors_and_scalars_are_not_decayed() -> None:
+    model = nn.Linear(3, 2)
+    model.register_parameter("temperature", nn.Parameter(torch.tensor(0.07)))
+    decayed, exempt = build_optimizer(model, PLAN).param_groups
+    assert [p.ndim for p in decayed["params"]] == [2]
+    assert sorted(p.ndim for p in exempt["params"]) == [0, 1]
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.05, 0.0)

@@ -1,0 +1,111 @@
+"""`python -m training <scenes|tiny|evaluate>`: draws scenes, trains the default model, measures a server."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from model.errors import ModelError
+from training.config import CONFIG_DIR, ConfigError, load_tiny_config
+from training.evaluate import EvaluationError, Plan, ServerClient, evaluate
+from training.loop import NonFiniteLossError
+from training.report import format_report
+from training.scene_files import write_scenes
+from training.scenes import SPLITS
+from training.tiny import TinyTraining
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status; what a user can cause is one line on stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    options = _build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ConfigError, EvaluationError, ModelError, NonFiniteLossError, OSError) as exc:
+        print(f"error: {exc}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    scenes = commands.add_parser("scenes", help="draw synthetic scenes with captions and questions")
+    scenes.add_argument("--seed", type=int, default=0)
+    scenes.add_argument("--count", type=_positive, required=True)
+    scenes.add_argument("--split", choices=SPLITS, default="unseen")
+    scenes.add_argument(
+        "--image-size", type=_positive, default=96, help="side in pixels (default: %(default)s)"
+    )
+    scenes.add_argument("--out", type=Path, required=True)
+    scenes.set_defaults(run=_draw_scenes)
+
+    tiny = commands.add_parser(
+        "tiny", help="train the embedded default from nothing; resumes where it stopped"
+    )
+    tiny.add_argument("--config", type=Path, default=CONFIG_DIR / "tiny.yaml")
+    tiny.add_argument("--out", type=Path, default=Path("runs/tiny"))
+    tiny.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    phases = tuple(TinyTraining.PHASES)
+    tiny.add_argument(
+        "--only", nargs="+", choices=phases, default=phases, metavar="PHASE", help=", ".join(phases)
+    )
+    tiny.set_defaults(run=_train_tiny)
+
+    evaluation = commands.add_parser("evaluate", help="measure a running server on scenes it has not seen")
+    evaluation.add_argument("--url", default="http://127.0.0.1:8000")
+    evaluation.add_argument("--seed", type=int, default=1)
+    evaluation.add_argument("--split", choices=SPLITS, default="unseen")
+    evaluation.add_argument("--scenes", type=_positive, default=1000)
+    evaluation.add_argument("--questions", type=_positive, default=5, help="questions for each scene")
+    evaluation.add_argument(
+        "--reranked", type=int, default=100, help="queries that are also re-ranked by ITM"
+    )
+    evaluation.add_argument("--concurrency", type=_positive, default=8)
+    evaluation.add_argument(
+        "--blind", metavar="CHECKPOINT", help="also ask its language model without an image"
+    )
+    evaluation.add_argument("--out", type=Path, help="write the figures here as JSON")
+    evaluation.set_defaults(run=_evaluate)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _draw_scenes(options: argparse.Namespace) -> None:
+    write_scenes(options.out, options.seed, options.split, options.count, options.image_size)
+
+
+def _train_tiny(options: argparse.Namespace) -> None:
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    TinyTraining(load_tiny_config(options.config), options.out, torch.device(device)).run(options.only)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    plan = Plan(
+        seed=options.seed,
+        split=options.split,
+        num_scenes=options.scenes,
+        questions_per_scene=options.questions,
+        num_reranked=options.reranked,
+    )
+    figures = evaluate(ServerClient(options.url, options.concurrency), plan, blind_checkpoint=options.blind)
+    print(format_report(figures))  # noqa: T201
+    if options.out:
+        options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
