@@ -11,21 +11,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from training.scenes import (
-    BACKGROUNDS,
-    COLORS,
-    MAX_OBJECTS,
-    SHAPES,
-    SIZES,
-    TEXTURES,
-    TRAIN_PAIRS,
-    Scene,
-    SceneObject,
-)
+from training.scenes import BACKGROUNDS, COLORS, SHAPES, SIZES, TEXTURES, TRAIN_PAIRS, Scene, SceneObject
 
 MIN_OFFSET = (
     0.12  # a relation is stated only where the centres are at least this far apart, of the image side
 )
+GRID = 12  # cells per side in which a dense description gives a centre
 FILLER = "nothing"  # fills a dense description up to its fixed length
 NUMBERS = ("zero", "one", "two", "three")
 
@@ -87,26 +78,19 @@ def sample_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def dense_description(scene: Scene, length: int) -> str:
-    """The scene as exactly `length` words: background, objects from left to right, then from top to bottom.
+    """The scene as exactly `length` words: background, six words per object from left to right, filler.
 
-    The first list gives all attributes, the second colour and shape; both are filled up to `MAX_OBJECTS`, so
-    that a place in the text always means the same. It stands for the image while the language model learns
-    to read; a soft prompt of `length` visual tokens takes its place later.
+    It stands for the image while the language model learns to read; a soft prompt of `length` visual
+    tokens takes its place later.
     """
-    across = [word for item in scene.objects for word in (item.color, item.size, item.texture, item.shape)]
-    down = [
-        word for item in sorted(scene.objects, key=lambda item: item.y) for word in (item.color, item.shape)
-    ]
-    words = [scene.background, *_filled(across, 4 * MAX_OBJECTS), *_filled(down, 2 * MAX_OBJECTS)]
+    words = [scene.background]
+    for item in scene.objects:
+        words += [item.color, item.size, item.texture, item.shape, _cell("x", item.x), _cell("y", item.y)]
     if len(words) > length:
         raise ValueError(
-            f"a description has {len(words)} words, num_query_tokens is {length}; raise the latter"
+            f"the description has {len(words)} words, the limit is {length}; raise num_query_tokens"
         )
-    return " ".join(_filled(words, length))
-
-
-def _filled(words: list[str], length: int) -> list[str]:
-    return words + [FILLER] * (length - len(words))
+    return " ".join(words + [FILLER] * (length - len(words)))
 
 
 def sample_question(scene: Scene, rng: np.random.Generator, family: str) -> Question | None:
@@ -127,7 +111,7 @@ def sample_questions(scene: Scene, rng: np.random.Generator, count: int) -> list
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word that captions, questions and descriptions are made of, and those a prompt may bring."""
+    """Every word that captions and questions are made of, and those a prompt may bring."""
     grammar = [
         "a",
         "an",
@@ -177,6 +161,11 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(dict.fromkeys([*words, *NUMBERS, FILLER]))
 
 
+def description_words() -> tuple[str, ...]:
+    """The words that only dense descriptions use."""
+    return tuple(f"{axis}{cell}" for axis in "xy" for cell in range(GRID))
+
+
 def named_pairs(caption: str) -> list[tuple[str, str]]:
     """The (colour, shape) pairs a caption names: a colour word directly followed by a shape word."""
     words = caption.replace(",", " ").split()
@@ -220,6 +209,10 @@ def _article(name: str) -> str:
 
 def _enumerate(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{' , '.join(names[:-1])} and {names[-1]}"
+
+
+def _cell(axis: str, value: float) -> str:
+    return f"{axis}{min(int(value * GRID), GRID - 1)}"
 
 
 def _true_relations(scene: Scene) -> Iterator[tuple[SceneObject, str, SceneObject]]:

@@ -19,11 +19,11 @@ from model.vision import VisionEncoder, build_vision_encoder
 from training.config import TinyConfig
 from training.loop import Losses, Run, train
 from training.pixels import SceneImages
+from training.scene_text import GRID
 from training.scenes import BACKGROUNDS, COLORS, MAX_OBJECTS, SHAPES, SIZES, TEXTURES, Scene, SceneObject
 
 _MARGIN = 0.25  # a patch belongs to an object up to this part of a patch beyond the object's box
 _NO_OBJECT = -100
-_GRID = 12  # cells per side in which a centre is told
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "color": tuple(COLORS),
@@ -31,7 +31,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "size": tuple(SIZES),
     "texture": TEXTURES,
 }
-PATCH_CLASSES = {name: len(values) for name, values in ATTRIBUTES.items()} | {"x": _GRID, "y": _GRID}
+PATCH_CLASSES = {name: len(values) for name, values in ATTRIBUTES.items()} | {"x": GRID, "y": GRID}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def label_patches(scenes: Sequence[Scene], grid_side: int) -> PatchLabels:
 
 def _object_classes(item: SceneObject) -> list[int]:
     attributes = [values.index(getattr(item, name)) for name, values in ATTRIBUTES.items()]
-    return [*attributes, min(int(item.x * _GRID), _GRID - 1), min(int(item.y * _GRID), _GRID - 1)]
+    return [*attributes, min(int(item.x * GRID), GRID - 1), min(int(item.y * GRID), GRID - 1)]
 
 
 def build_vision_tower(config: TinyConfig) -> VisionEncoder:

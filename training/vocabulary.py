@@ -6,7 +6,7 @@ Both lower-case, split at white space and punctuation, and take the British spel
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from training.scene_text import vocabulary
+from training.scene_text import description_words, vocabulary
 
 END_OF_TEXT = "\n"  # ends a text, as in the OPT checkpoints of BLIP-2; `</s>` begins one
 IMAGE_TOKEN = "<image>"
@@ -15,7 +15,7 @@ IMAGE_TOKEN = "<image>"
 def build_language_tokenizer() -> PreTrainedTokenizerFast:
     """OPT's conventions: `<pad>` is 1, `</s>` (2) begins every text, a newline ends it."""
     special = ("<s>", "<pad>", "</s>", "<unk>", END_OF_TEXT, IMAGE_TOKEN)
-    tokenizer = _word_level(special, unknown="<unk>")
+    tokenizer = _word_level(special, (*vocabulary(), *description_words()), unknown="<unk>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="</s> $A", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
@@ -32,7 +32,8 @@ def build_language_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_text_tokenizer() -> PreTrainedTokenizerFast:
     """BERT's conventions (`[CLS] text [SEP]`) with `[DEC]`, which begins a text to be generated."""
-    tokenizer = _word_level(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]"), unknown="[UNK]")
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]")
+    tokenizer = _word_level(special, vocabulary(), unknown="[UNK]")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
@@ -47,8 +48,8 @@ def build_text_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _word_level(special: tuple[str, ...], unknown: str) -> Tokenizer:
-    vocab = {token: index for index, token in enumerate((*special, *vocabulary()))}
+def _word_level(special: tuple[str, ...], words: tuple[str, ...], unknown: str) -> Tokenizer:
+    vocab = {token: index for index, token in enumerate((*special, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=unknown))
     tokenizer.normalizer = normalizers.Sequence(
         [
