@@ -1,0 +1,24 @@
+"""BLIP-2: tensors in, tensors or text out. Knows nothing of HTTP, environment, service or training."""
+
+from model.blip2 import Blip2
+from model.decoding import DecodeJob, Decoder, Generation, GenerationParams
+from model.errors import (
+    CheckpointError,
+    InvalidParamsError,
+    InvalidPromptError,
+    ModelError,
+    TaskUnavailableError,
+)
+
+__all__ = [
+    "Blip2",
+    "CheckpointError",
+    "DecodeJob",
+    "Decoder",
+    "Generation",
+    "GenerationParams",
+    "InvalidParamsError",
+    "InvalidPromptError",
+    "ModelError",
+    "TaskUnavailableError",
+]

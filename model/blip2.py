@@ -1,0 +1,136 @@
+"""The whole model: pixels in, answers out.
+
+pixel_values → vision_model → image_features → ln_vision → (query_tokens, qformer) → query_output
+→ language_projection → language_model_inputs → language_model → text
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model.checkpoints import load_blip2
+from model.decoding import DecodeJob, Decoder, Generation, GenerationParams
+from model.errors import TaskUnavailableError
+from model.language import LanguageModel
+from model.parts import Blip2Parts
+
+
+class Blip2(nn.Module):
+    """BLIP-2 composed of its parts (paper, section 3).
+
+    The frozen parts, vision and language model, run in `dtype`; what stands between them (ln_vision,
+    Q-Former, projection, matcher) in float32. The casts happen where they meet.
+
+    name: what it was loaded as. fingerprint: a sha256 over weights, configuration and dtype, or "" for a
+    model that was not loaded. language_model and language_projection are None in a retrieval-only model,
+    matcher where no retrieval model was named.
+    """
+
+    def __init__(self, parts: Blip2Parts, *, name: str = "", fingerprint: str = "") -> None:
+        super().__init__()
+        self.name = name
+        self.fingerprint = fingerprint
+        self.vision_model = parts.vision_model
+        self.preprocess = parts.preprocess
+        self.ln_vision = parts.ln_vision
+        self.query_tokens = parts.query_tokens
+        self.qformer = parts.qformer
+        self.language_projection = parts.language_projection
+        self.language_model = parts.language_model
+        self.matcher = parts.matcher
+        self.prompts = parts.prompts
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "Blip2":
+        """Loads a checkpoint, ready to answer.
+
+        name_or_path: "tiny", the embedded default; or a directory with an adapter or in the Hub's format.
+        dtype: of the frozen parts. Raises CheckpointError where it cannot be loaded.
+        """
+        loaded = load_blip2(name_or_path, dtype=dtype)
+        blip2 = cls(loaded.parts, name=name_or_path, fingerprint=loaded.fingerprint(dtype))
+        return blip2.to(device).eval()
+
+    @property
+    def image_size(self) -> int:
+        return self.vision_model.image_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.query_tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_model.dtype
+
+    @property
+    def parts(self) -> Blip2Parts:
+        """The parts as they are now, to save them."""
+        return Blip2Parts(
+            vision_model=self.vision_model,
+            preprocess=self.preprocess,
+            ln_vision=self.ln_vision,
+            query_tokens=self.query_tokens,
+            qformer=self.qformer,
+            language_projection=self.language_projection,
+            language_model=self.language_model,
+            matcher=self.matcher,
+            prompts=self.prompts,
+        )
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Turns [B, 3, S, S] normalised images into [B, P, V] image features, before `ln_vision`."""
+        return self.vision_model(pixel_values.to(self.device))
+
+    def encode_queries(self, image_features: Tensor) -> Tensor:
+        """Reads [B, P, V] image features with the queries; gives [B, Q, D] query outputs, float32."""
+        normed = self.ln_vision(image_features.float())
+        query_tokens = self.query_tokens.expand(len(image_features), -1, -1)
+        return self.qformer.encode_queries(query_tokens, normed).query_output
+
+    def project_queries(self, query_output: Tensor) -> Tensor:
+        """Turns [B, Q, D] query outputs into [B, Q, L] soft tokens for the language model, float32.
+
+        Raises TaskUnavailableError in a retrieval-only model.
+        """
+        if self.language_projection is None:
+            raise _no_language_model(self.name)
+        return self.language_projection(query_output)
+
+    @torch.inference_mode()
+    def generate(
+        self, language_model_inputs: Tensor, prompts: Sequence[str], params: GenerationParams
+    ) -> list[tuple[Generation, ...]]:
+        """Answers B images, [B, Q, L] soft tokens, each with its own prompt; the best answer first.
+
+        Raises TaskUnavailableError in a retrieval-only model, InvalidPromptError where a prompt is too long
+        and InvalidParamsError where a parameter is out of its bounds.
+        """
+        if self.language_model is None:
+            raise _no_language_model(self.name)
+        jobs = [
+            DecodeJob(soft_tokens, self.language_model.tokenize(prompt), params)
+            for soft_tokens, prompt in zip(language_model_inputs, prompts, strict=True)
+        ]
+        answers = _run(self.language_model, jobs)
+        return [answers[job] for job in jobs]
+
+
+def _run(language_model: LanguageModel, jobs: Sequence[DecodeJob]) -> dict[DecodeJob, tuple[Generation, ...]]:
+    decoder = Decoder(language_model)
+    for job in jobs:
+        decoder.add(job)
+    answers: dict[DecodeJob, tuple[Generation, ...]] = {}
+    while decoder.num_jobs:
+        answers.update(decoder.step())
+    return answers
+
+
+def _no_language_model(name: str) -> TaskUnavailableError:
+    return TaskUnavailableError(
+        f"the checkpoint {name!r} compares images with texts but has no language model to answer with; "
+        "load a generation checkpoint"
+    )

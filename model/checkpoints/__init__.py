@@ -1,0 +1,47 @@
+"""Checkpoints: our adapters and the Hub's format, read strictly and never by running code from them."""
+
+from pathlib import Path
+
+import torch
+
+from model.checkpoints.adapter import load_adapter
+from model.checkpoints.adapter_config import FORMAT
+from model.checkpoints.frozen import load_language_model, load_vision_model
+from model.checkpoints.hub import load_hub
+from model.checkpoints.loaded import LoadedParts
+from model.checkpoints.save import save_generation_adapter, save_hub, save_retrieval_adapter
+from model.checkpoints.tensors import read_json
+from model.errors import CheckpointError
+
+EMBEDDED = {"tiny": Path(__file__).parent.parent / "pretrained" / "tiny" / "stage2"}
+ACCEPTED = f"a directory with an adapter or a model in the Hub's format, or one of {sorted(EMBEDDED)}"
+
+
+def load_blip2(name_or_path: str, *, dtype: torch.dtype) -> LoadedParts:
+    """Loads the checkpoint in a directory, of whichever format it is, or an embedded one by its name.
+
+    On the CPU; the frozen parts in `dtype`, the rest in float32. Raises CheckpointError where there is no
+    such checkpoint, or it is damaged or of a kind that is not supported.
+    """
+    directory = EMBEDDED.get(name_or_path, Path(name_or_path))
+    if not directory.is_dir():
+        raise CheckpointError(f"there is no checkpoint {name_or_path!r} ({directory}); give {ACCEPTED}")
+    fields = read_json(directory / "config.json")
+    if fields.get("format") == FORMAT:
+        return load_adapter(directory, dtype=dtype)
+    if fields.get("model_type") == "blip-2":
+        return load_hub(directory, dtype=dtype)
+    raise CheckpointError(f"{directory / 'config.json'} describes no BLIP-2 checkpoint; give {ACCEPTED}")
+
+
+__all__ = [
+    "LoadedParts",
+    "load_adapter",
+    "load_blip2",
+    "load_hub",
+    "load_language_model",
+    "load_vision_model",
+    "save_generation_adapter",
+    "save_hub",
+    "save_retrieval_adapter",
+]

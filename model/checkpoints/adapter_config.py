@@ -1,0 +1,108 @@
+"""The config.json of an adapter: which frozen parts it was trained on, and what it is."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from model.checkpoints.tensors import read_json
+from model.config import QFormerConfig
+from model.errors import CheckpointError, InvalidPromptError
+from model.preprocess import ImagePreprocessor
+from model.prompts import PromptTemplates
+
+FORMAT = "blip2-adapter"
+VERSION = 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenPart:
+    """path: of the part's directory, relative to the adapter's. sha256: of its weights."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """size: S. mean, std: of the three channels."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def build_preprocessor(self) -> ImagePreprocessor:
+        return ImagePreprocessor(self.size, self.mean, self.std)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """What an adapter's config.json says.
+
+    kind: "generation" (stage 2: language_projection) or "retrieval" (stage 1: the whole Matcher).
+    retrieval_model: the directory of a retrieval adapter on the same encoder, relative to this one.
+    """
+
+    kind: Literal["generation", "retrieval"]
+    vision_model: FrozenPart
+    qformer: QFormerConfig
+    image: ImageConfig
+    language_model: FrozenPart | None = None
+    prompts: PromptTemplates = field(default_factory=PromptTemplates)
+    max_text_tokens: int = 32
+    retrieval_model: str | None = None
+
+    @classmethod
+    def read(cls, directory: Path) -> "AdapterConfig":
+        """Reads config.json. Raises CheckpointError naming the key that is unknown, missing or wrong."""
+        path = directory / "config.json"
+        fields: dict[str, Any] = read_json(path)
+        if (version := fields.pop("version", None)) != VERSION:
+            raise CheckpointError(
+                f"{path} is of version {version}, this release reads {VERSION}; "
+                "update the release or save the adapter again"
+            )
+        fields.pop("format", None)
+        parts = {
+            "vision_model": FrozenPart,
+            "language_model": FrozenPart,
+            "qformer": QFormerConfig,
+            "image": ImageConfig,
+            "prompts": PromptTemplates,
+        }
+        for key, part in parts.items():
+            if key in fields:
+                fields[key] = _build(part, fields[key], where=f"{path}: {key!r}")
+        config = _build(cls, fields, where=str(path))
+        config._check(path)
+        return config
+
+    def write(self, path: Path) -> None:
+        fields = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        text = json.dumps({"format": FORMAT, "version": VERSION, **fields}, indent=2)
+        path.write_text(text + "\n", encoding="utf-8")
+
+    def _check(self, path: Path) -> None:
+        if self.kind not in ("generation", "retrieval"):
+            raise CheckpointError(f"{path}: kind is {self.kind!r}; it must be 'generation' or 'retrieval'")
+        if self.kind == "generation" and self.language_model is None:
+            raise CheckpointError(f"{path}: a generation adapter must name its 'language_model'")
+
+
+def _build(record: type[T], fields: object, *, where: str) -> T:
+    if not isinstance(fields, Mapping):
+        raise CheckpointError(f"{where} must be a JSON object, it is {fields!r}")
+    known = {known.name: known for known in dataclasses.fields(record)}  # type: ignore[arg-type]
+    if unknown := sorted(fields.keys() - known.keys()):
+        raise CheckpointError(
+            f"{where} has the unknown key {unknown[0]!r}; the known ones are {sorted(known)}"
+        )
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    try:
+        return record(**values)
+    except (TypeError, ValueError, InvalidPromptError) as error:
+        raise CheckpointError(f"{where} is not valid: {error}") from error

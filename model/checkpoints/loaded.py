@@ -1,0 +1,22 @@
+"""What a loader gives: built parts, and what identifies them."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from model.parts import Blip2Parts
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedParts:
+    """parts: on the CPU. sources: the hashes of all weight files and the text of all configurations."""
+
+    parts: Blip2Parts
+    sources: tuple[str, ...]
+
+    def fingerprint(self, dtype: torch.dtype) -> str:
+        """Gives a sha256 that differs wherever the model may compute something else; a key for caches."""
+        # Each source is hashed first, so that no two lists of sources read the same when joined.
+        lines = [hashlib.sha256(source.encode()).hexdigest() for source in (*self.sources, str(dtype))]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,0 +1,118 @@
+"""Reads the weights of a directory, strictly: a tensor too many or too few is an error that names it."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from model.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class TensorFiles:
+    """The tensors of one safetensors file, or of the shards that an index beside it names."""
+
+    def __init__(self, directory: Path, file_name: str = WEIGHTS) -> None:
+        """Reads the headers only. Raises CheckpointError where a file is absent or damaged."""
+        self.directory = directory
+        self._files = [directory / name for name in _file_names(directory, file_name)]
+        self.path = self._files[0] if len(self._files) == 1 else directory / INDEX  # named in messages
+        for path in self._files:
+            with _open(path):
+                pass
+
+    def read(
+        self, prefix: str = "", *, skip: tuple[str, ...] = (), dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Gives the tensors whose name begins with `prefix` and with none of `skip`, under the rest of it.
+
+        Floating tensors are cast to `dtype` one by one, so that a model never lies in memory twice.
+        """
+        found: dict[str, Tensor] = {}
+        for path in self._files:
+            with _open(path) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    if name.startswith(prefix) and not name.startswith(skip):
+                        found[name.removeprefix(prefix)] = _cast(tensors.get_tensor(name), dtype)
+        return found
+
+    def sha256(self) -> str:
+        """Gives the hash of the weights: the file's own, or that of the shards' hashes in order of name."""
+        hashes = [_hash_file(path) for path in sorted(self._files)]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def load_strictly(
+    module: nn.Module, tensors: Mapping[str, Tensor], *, source: Path, tied: Iterable[str] = ()
+) -> None:
+    """Puts `tensors` in the place of all weights of `module`, which may have been built on "meta".
+
+    tied: names that may be absent because the module shares them with another; tie them afterwards.
+    Raises CheckpointError naming source, tensor and cure where names or shapes do not agree.
+    """
+    expected = {name: value.shape for name, value in module.state_dict().items()}
+    if missing := sorted(expected.keys() - tensors.keys() - set(tied)):
+        raise CheckpointError(
+            f"{source} lacks the tensor {missing[0]!r} ({len(missing)} are missing in all); "
+            "it was cut, or belongs to another configuration: save the checkpoint again"
+        )
+    if unexpected := sorted(tensors.keys() - expected.keys()):
+        raise CheckpointError(
+            f"{source} holds the tensor {unexpected[0]!r}, which this model has no place for "
+            f"({len(unexpected)} in all); its config.json belongs to another model: use the one saved with it"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name]:
+            raise CheckpointError(
+                f"{source}: the tensor {name!r} has shape {list(tensor.shape)}, the configuration says "
+                f"{list(expected[name])}; use the config.json that was saved with these weights"
+            )
+    module.load_state_dict(dict(tensors), strict=False, assign=True)
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Gives the object in a JSON file. Raises CheckpointError where it is absent or not JSON."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path} ({error.strerror}); give a whole checkpoint directory"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); save the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object; save the checkpoint again")
+    return content
+
+
+def _file_names(directory: Path, file_name: str) -> list[str]:
+    if (directory / file_name).is_file() or not (directory / INDEX).is_file():
+        return [file_name]
+    shards = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f"{directory / INDEX} names no shards; save the checkpoint again")
+    return sorted(set(shards.values()))
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot read {path} ({error}); only whole safetensors files are read: copy or save it again"
+        ) from error
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

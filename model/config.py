@@ -1,0 +1,44 @@
+"""The sizes of the parts this package builds itself; the frozen parts bring their own configuration."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class QFormerConfig:
+    """Sizes of a Q-Former and of the text side and heads around it (paper, section 3.1).
+
+    The trunk is a BERT encoder; the defaults are BERT's own. The fields are named as the published
+    checkpoints name them, but for `joint_size`, which they call `image_text_hidden_size`.
+
+    hidden_size: D. encoder_hidden_size: V, the width of the image features. num_query_tokens: Q.
+    joint_size: E, the width of the contrastive embeddings. cross_attention_frequency: a layer whose
+    index is a multiple of it attends to the image.
+
+    Raises ValueError where the sizes cannot form a Q-Former.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    encoder_hidden_size: int
+    num_query_tokens: int
+    vocab_size: int
+    max_position_embeddings: int
+    joint_size: int
+    cross_attention_frequency: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}; change one of the two"
+            )
+        if self.cross_attention_frequency < 1:
+            raise ValueError(
+                f"cross_attention_frequency is {self.cross_attention_frequency}; it must be at least 1"
+            )

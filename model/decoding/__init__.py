@@ -1,0 +1,7 @@
+"""Batched decoding: `add(job)`, then `step()` until it is done."""
+
+from model.decoding.decoder import Decoder
+from model.decoding.job import DecodeJob, Generation
+from model.decoding.params import GenerationParams
+
+__all__ = ["DecodeJob", "Decoder", "Generation", "GenerationParams"]

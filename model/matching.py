@@ -1,0 +1,179 @@
+"""Scores texts against images: the stage-1 model (paper, section 3.2).
+
+image_features → ln_vision → (query_tokens, qformer) → query_output → image_embeds, [N, Q, E]
+input_ids → embeddings → qformer → text_embeds, [M, E]
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from model.config import QFormerConfig
+from model.errors import TaskUnavailableError
+from model.qformer import QFormer, QueryStates, build_query_tokens, init_weights
+from model.qformer_layer import KeysValues
+
+INITIAL_TEMPERATURE = 0.07
+
+
+class TextEmbeddings(nn.Module):
+    """Word plus absolute position embeddings; their LayerNorm is the Q-Former's."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        positions = self.position_embeddings.weight[: input_ids.shape[1]]
+        return self.word_embeddings(input_ids) + positions  # [M, T, D]
+
+
+class TextHeadTransform(nn.Module):
+    """The hidden layer of BERT's language-modelling head."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.LayerNorm(F.gelu(self.dense(hidden_states)))
+
+
+class TextHead(nn.Module):
+    """BERT's language-modelling head, which predicts the next token in image-grounded text generation."""
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        self.transform = TextHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(self.transform(hidden_states)) + self.bias  # [B, T, N]
+
+
+class Matcher(nn.Module):
+    """The stage-1 model: contrastive similarity (ITC), matching (ITM) and grounded generation (ITG).
+
+    Built with fresh weights: those of BERT inside the Q-Former, its embeddings and its text head, torch's
+    own in the projections and `itm_head`. Runs in float32, or under autocast. Token ids may lie on any
+    device; they are moved to the weights.
+
+    tokenizer: a BERT-like tokenizer with cls, sep, pad and bos ("[DEC]") tokens.
+    max_text_tokens: the longest text it reads, [CLS] and [SEP] included.
+    text_head: None where the checkpoint holds none (the Hub's retrieval format drops it).
+    temperature: learned; divides cosine similarities where a distribution over candidates is wanted.
+    """
+
+    def __init__(
+        self,
+        config: QFormerConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        max_text_tokens: int = 32,
+        vision_layer_norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.max_text_tokens = max_text_tokens
+        self.ln_vision = nn.LayerNorm(config.encoder_hidden_size, eps=vision_layer_norm_eps)
+        self.query_tokens = build_query_tokens(config)
+        self.qformer = QFormer(config, has_text_branch=True)
+        self.embeddings = TextEmbeddings(config)
+        self.vision_projection = nn.Linear(config.hidden_size, config.joint_size)
+        self.text_projection = nn.Linear(config.hidden_size, config.joint_size)
+        self.itm_head = nn.Linear(config.hidden_size, 2)
+        self.text_head: TextHead | None = TextHead(config)
+        self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
+        init_weights(self.text_head, config.initializer_range)
+        init_weights(self.embeddings, config.initializer_range)
+        self.tie_text_head()
+
+    def tie_text_head(self) -> None:
+        """Makes the output matrix of the text head the word embeddings themselves; needed after a load."""
+        if self.text_head is not None:
+            self.text_head.decoder.weight = self.embeddings.word_embeddings.weight
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Gives the input_ids and attention_mask, [M, T] each, of texts as [CLS] … [SEP].
+
+        A text longer than `max_text_tokens` loses its tail but never its [SEP]. Padded on the right to the
+        longest. On the CPU. May be called from several threads.
+        """
+        cls_id, sep_id = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        # Without the tokenizer's own truncation and padding, which are state shared by all its callers.
+        rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        rows = [[cls_id, *row[: self.max_text_tokens - 2], sep_id] for row in rows]
+        length = max((len(row) for row in rows), default=2)
+        input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for index, row in enumerate(rows):
+            input_ids[index, : len(row)] = torch.tensor(row)
+            attention_mask[index, : len(row)] = 1
+        return input_ids, attention_mask
+
+    def encode_image_queries(self, image_features: Tensor) -> QueryStates:
+        """Reads [B, P, V] image features (as the vision encoder gives them) with the queries."""
+        normed, query_tokens = self._image_inputs(image_features)
+        return self.qformer.encode_queries(query_tokens, normed)
+
+    def image_embeds(self, query_output: Tensor) -> Tensor:
+        """Projects [B, Q, D] query outputs to [B, Q, E] unit vectors, one per query."""
+        return F.normalize(self.vision_projection(query_output).float(), dim=-1)
+
+    def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Projects texts, [M, T] ids, to [M, E] unit vectors, taken at [CLS]."""
+        embeds, attention_mask = self._text_inputs(input_ids, attention_mask)
+        hidden_states = self.qformer.encode_texts(embeds, attention_mask)
+        return F.normalize(self.text_projection(hidden_states[:, 0]).float(), dim=-1)
+
+    def itc_scores(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """Gives the [N, M] similarities, in [-1, 1], of [N, Q, E] images and [M, E] texts.
+
+        The cosine with the query that matches best (paper, section 3.2, ITC), not divided by the temperature.
+        """
+        # Out of autocast: bfloat16 cosines differ by steps of 1/256, too coarse to rank with.
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            return (image_embeds @ text_embeds.T).amax(dim=1)  # [N, Q, M] → [N, M]
+
+    def match_logits(self, image_features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Gives the [K, 2] matching logits of K pairs; index 1 says that text and image belong together.
+
+        The mean over the queries' logits (paper, section 3.2, ITM). image_features: [K, P, V], as the
+        vision encoder gives them. input_ids, attention_mask: [K, T].
+        """
+        normed, query_tokens = self._image_inputs(image_features)
+        embeds, attention_mask = self._text_inputs(input_ids, attention_mask)
+        hidden_states = self.qformer.encode_pairs(query_tokens, embeds, attention_mask, normed)
+        return self.itm_head(hidden_states[:, : query_tokens.shape[1]]).mean(dim=1)
+
+    def generation_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, keys_values: Sequence[KeysValues]
+    ) -> Tensor:
+        """Gives the [B, T, N] logits of the token after each position (paper, section 3.2, ITG).
+
+        input_ids: [B, T], where [DEC] has taken the place of [CLS]. keys_values: of the images' queries.
+        Raises TaskUnavailableError where the checkpoint held no text head.
+        """
+        if self.text_head is None:
+            raise TaskUnavailableError(
+                "this checkpoint has no text head (text_head.*), so its Q-Former cannot "
+                "generate text; load an adapter written by stage 1"
+            )
+        embeds, attention_mask = self._text_inputs(input_ids, attention_mask)
+        return self.text_head(self.qformer.decode_texts(embeds, attention_mask, keys_values))
+
+    def _image_inputs(self, image_features: Tensor) -> tuple[Tensor, Tensor]:
+        # Image features may come in half precision; ln_vision and all behind it run in float32.
+        normed = self.ln_vision(image_features.float())
+        return normed, self.query_tokens.expand(len(image_features), -1, -1)
+
+    def _text_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        device = self.query_tokens.device
+        return self.embeddings(input_ids.to(device)), attention_mask.to(device)

@@ -1,0 +1,48 @@
+"""Turns an image into the pixels a vision encoder was trained on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ImagePreprocessor:
+    """Resizes straight to a square, whatever the aspect ratio, and normalises.
+
+    Bit for bit what `transformers`' BlipImageProcessor gives on its PIL backend. Holds no state, so it
+    may be called from several threads.
+
+    image_size: S. mean, std: of the red, green and blue channel, in units of the full range.
+    """
+
+    def __init__(
+        self, image_size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+    ) -> None:
+        self.image_size = image_size
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        # A channel has 256 levels, so normalising is a look-up; the table is made in the reference's
+        # steps and precisions, for the last bit depends on them.
+        levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+        means, stds = (np.array(values, dtype=np.float32)[:, None] for values in (self.mean, self.std))
+        self._normalised = (levels - means) / stds  # [3, 256]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Gives the [3, S, S] float32 pixel values of an image of any mode; transparency turns white."""
+        size = (self.image_size, self.image_size)
+        pixels = np.asarray(_to_rgb(image).resize(size, Image.Resampling.BICUBIC))  # [S, S, 3]
+        channels = [table[pixels[..., index]] for index, table in enumerate(self._normalised)]
+        return torch.from_numpy(np.stack(channels))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")

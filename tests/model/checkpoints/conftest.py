@@ -1,0 +1,13 @@
+"""Checkpoints that a test may damage."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def checkpoint(random_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the random checkpoint's stage2 directory, with all it names beside it."""
+    shutil.copytree(random_checkpoint.parent, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint" / "stage2"

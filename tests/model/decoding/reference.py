@@ -1,0 +1,82 @@
+"""Our model beside transformers' own with the same weights."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Blip2ForConditionalGeneration
+
+from model import Blip2, DecodeJob, GenerationParams
+from model.language import LanguageModel
+from tests.builders import NUM_QUERY_TOKENS
+
+PROMPTS = ("", "a photo of", "question : what color is the small circle left of the star ? answer :")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Our model, the reference, and images both have seen."""
+
+    blip2: Blip2
+    reference: Blip2ForConditionalGeneration
+    pixel_values: Tensor
+    language_model_inputs: Tensor
+
+    @property
+    def language_model(self) -> LanguageModel:
+        assert self.blip2.language_model is not None
+        return self.blip2.language_model
+
+    def job(self, image: int, prompt: str, params: GenerationParams) -> DecodeJob:
+        return DecodeJob(self.language_model_inputs[image], self.language_model.tokenize(prompt), params)
+
+    def reference_generate(self, image: int, prompt: str, params: GenerationParams) -> object:
+        """Runs transformers' `generate` alone, as its BLIP-2 calls it; gives its whole output."""
+        context = [self.language_model.image_token_id] * NUM_QUERY_TOKENS
+        input_ids = torch.tensor([[*context, *self.language_model.tokenize(prompt)]])
+        sampling = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
+        searching = {"length_penalty": params.length_penalty, "early_stopping": params.early_stopping}
+        return self.reference.generate(
+            self.pixel_values[[image]],
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            num_beams=params.num_beams,
+            num_return_sequences=params.num_return_sequences,
+            max_new_tokens=params.max_new_tokens,
+            min_new_tokens=params.min_new_tokens,
+            repetition_penalty=params.repetition_penalty,
+            no_repeat_ngram_size=params.no_repeat_ngram_size,
+            do_sample=params.do_sample,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **(sampling if params.do_sample else {}),
+            **(searching if params.num_beams > 1 else {}),
+        )
+
+    @torch.inference_mode()
+    def log_probability(self, image: int, prompt: str, token_ids: tuple[int, ...]) -> float:
+        """Gives the natural log-probability of an answer under the bare reference model."""
+        llm = self.reference.language_model
+        text = torch.tensor([*self.language_model.tokenize(prompt), *token_ids])
+        soft_tokens = self.language_model_inputs[image]
+        inputs_embeds = torch.cat([soft_tokens, llm.get_input_embeddings()(text)])
+        logits = llm(inputs_embeds=inputs_embeds[None]).logits[0]
+        log_probs = logits[-len(token_ids) - 1 : -1].log_softmax(dim=-1)  # [T, N]
+        return log_probs[torch.arange(len(token_ids)), list(token_ids)].sum().item()
+
+    def new_tokens(self, output: object, prompt: str) -> list[tuple[int, ...]]:
+        """Gives the new tokens of each of the reference's answers, end token included, padding not."""
+        start = NUM_QUERY_TOKENS + len(self.language_model.tokenize(prompt))
+        return [self._until_end(row) for row in output.sequences[:, start:].tolist()]
+
+    def _until_end(self, token_ids: list[int]) -> tuple[int, ...]:
+        (end,) = self.language_model.eos_token_ids
+        return tuple(token_ids[: token_ids.index(end) + 1] if end in token_ids else token_ids)
+
+
+def label(params: GenerationParams) -> str:
+    """Names a test case by what differs from the defaults."""
+    fields = dataclasses.asdict(params).items()
+    defaults = dataclasses.asdict(GenerationParams())
+    return " ".join(f"{name}={value}" for name, value in fields if value != defaults[name]) or "defaults"

@@ -1,0 +1,56 @@
+"""What only a CUDA device can show; runs with `pytest -m gpu` where there is one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import Blip2, Generation, GenerationParams
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="no CUDA device; run `pytest -m gpu` on a machine with one"
+    ),
+]
+
+PARAMS = GenerationParams(num_beams=5, num_return_sequences=5, max_new_tokens=8)
+PROMPTS = ["", "what color is the circle ?", "a big red"]
+
+
+@pytest.fixture(autouse=True)
+def _full_precision() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def answers(checkpoint: Path, device: str) -> list[tuple[Generation, ...]]:
+    blip2 = Blip2.from_pretrained(str(checkpoint), device=device)
+    torch.manual_seed(0)
+    pixel_values = torch.randn(len(PROMPTS), 3, blip2.image_size, blip2.image_size)
+    with torch.inference_mode():
+        query_output = blip2.encode_queries(blip2.encode_images(pixel_values))
+        return blip2.generate(blip2.project_queries(query_output), PROMPTS, PARAMS)
+
+
+def test_a_gpu_gives_the_answers_of_a_cpu(random_checkpoint: Path) -> None:
+    for on_cpu, on_gpu in zip(
+        answers(random_checkpoint, "cpu"), answers(random_checkpoint, "cuda"), strict=True
+    ):
+        assert [answer.token_ids for answer in on_gpu] == [answer.token_ids for answer in on_cpu]
+        assert [answer.score for answer in on_gpu] == pytest.approx(
+            [answer.score for answer in on_cpu], abs=1e-4
+        )
+
+
+def test_matching_on_a_gpu_gives_the_logits_of_a_cpu(random_checkpoint: Path) -> None:
+    texts = ["a red circle", "a blue star and a big green cross"]
+    logits = []
+    for device in ("cpu", "cuda"):
+        blip2 = Blip2.from_pretrained(str(random_checkpoint), device=device)
+        assert blip2.matcher is not None
+        torch.manual_seed(0)
+        pixel_values = torch.randn(2, 3, blip2.image_size, blip2.image_size)
+        with torch.inference_mode():
+            features = blip2.encode_images(pixel_values)
+            logits.append(blip2.matcher.match_logits(features, *blip2.matcher.tokenize(texts)).cpu())
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
