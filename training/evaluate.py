@@ -6,6 +6,7 @@ questions.
 
 import base64
 import io
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from training.metrics import Answered, Figures, caption_figures, common_answers,
 from training.scene_text import Question, listing_caption, sample_questions
 from training.scenes import Scene, Split, iter_scenes, render_scene
 
+_MAX_TRIES = 100
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -49,11 +51,18 @@ class ServerClient:
         self._concurrency = concurrency
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One request; raises EvaluationError with what the server said where it is no success."""
-        try:
-            response = self._http.post(path, json=body)
-        except httpx.HTTPError as exc:
-            raise EvaluationError(f"{self._http.base_url}{path}: {exc!r}; is the server running?") from exc
+        """One request, sent again when the server says it is busy.
+
+        Raises EvaluationError with what the server said where it is no success.
+        """
+        for _ in range(_MAX_TRIES):
+            try:
+                response = self._http.post(path, json=body)
+            except httpx.HTTPError as exc:
+                raise EvaluationError(f"{self._http.base_url}{path}: {exc!r}; is the server running?") from exc
+            if response.status_code != httpx.codes.TOO_MANY_REQUESTS:
+                break
+            time.sleep(float(response.headers["Retry-After"]))
         if response.status_code != 200:
             raise EvaluationError(f"{path} answered {response.status_code}: {response.text[:500]}")
         answer: dict[str, Any] = response.json()
