@@ -74,12 +74,13 @@ class LanguageModel(nn.Module):
         May be called from several threads. Raises InvalidPromptError where the model has fewer positions.
         """
         token_ids = (self.bos_token_id, *self.tokenizer.encode(prompt, add_special_tokens=False))
-        self.check_length(num_prompt_tokens=len(token_ids))
+        if len(token_ids) > self.max_positions:
+            raise InvalidPromptError(
+                f"the prompt has {len(token_ids)} tokens, the limit is {self.max_positions}; shorten it"
+            )
         return token_ids
 
-    def check_length(
-        self, *, num_prompt_tokens: int, num_soft_tokens: int = 0, max_new_tokens: int = 0
-    ) -> None:
+    def check_length(self, *, num_prompt_tokens: int, num_soft_tokens: int, max_new_tokens: int) -> None:
         """Raises InvalidPromptError where soft tokens, prompt and answer together exceed the positions."""
         total = num_soft_tokens + num_prompt_tokens + max_new_tokens
         if total > self.max_positions:

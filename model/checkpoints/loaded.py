@@ -17,6 +17,10 @@ class LoadedParts:
 
     def fingerprint(self, dtype: torch.dtype) -> str:
         """Gives a sha256 that differs wherever the model may compute something else; a key for caches."""
+        preprocess = self.parts.preprocess
+        pixels = f"{preprocess.image_size} {preprocess.mean} {preprocess.std}"
         # Each source is hashed first, so that no two lists of sources read the same when joined.
-        lines = [hashlib.sha256(source.encode()).hexdigest() for source in (*self.sources, str(dtype))]
+        lines = [
+            hashlib.sha256(source.encode()).hexdigest() for source in (*self.sources, pixels, str(dtype))
+        ]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -38,9 +38,7 @@ class Cohort:
 
     @property
     def num_rows(self) -> int:
-        """The rows the next step computes; before the first, the most its jobs will come to."""
-        if self._state is None:
-            return sum(task.job.params.num_rows for task in self.tasks)
+        """The rows the next step computes."""
         return sum(len(task.rows) for task in self.tasks)
 
     def step(self) -> list[Task]:

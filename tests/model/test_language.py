@@ -1,5 +1,7 @@
 """The language model: tokens in, tokens out, and rows that do not feel their neighbours."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -38,9 +40,16 @@ def test_a_prompt_beyond_the_positions_is_refused_with_count_limit_and_cure(
 ) -> None:
     prompt = "red " * MAX_POSITIONS
     with pytest.raises(
-        InvalidPromptError, match=f"{MAX_POSITIONS + 1} tokens.*limit is {MAX_POSITIONS}.*shorten"
+        InvalidPromptError, match=f"{MAX_POSITIONS + 1} tokens, the limit is {MAX_POSITIONS}; shorten"
     ):
         language_model.tokenize(prompt)
+
+
+def test_threads_that_tokenize_at_once_do_not_disturb_each_other(language_model: LanguageModel) -> None:
+    prompts = ["red " * (number % 40) for number in range(400)]
+    expected = [language_model.tokenize(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(language_model.tokenize, prompts)) == expected
 
 
 def test_text_of_an_answer_has_no_special_tokens_and_no_end(language_model: LanguageModel) -> None:

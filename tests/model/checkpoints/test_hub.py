@@ -87,10 +87,13 @@ def test_mean_and_deviation_are_read_from_where_new_releases_put_them(
     for path in hub_directory.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "preprocessor_config.json").unlink()
-    assert Blip2.from_pretrained(str(tmp_path)).preprocess.mean[0] == 0.48145466
+    before = Blip2.from_pretrained(str(tmp_path))
     image = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": image}))
-    assert Blip2.from_pretrained(str(tmp_path)).preprocess.mean == (0.1, 0.2, 0.3)
+    after = Blip2.from_pretrained(str(tmp_path))
+    assert before.preprocess.mean[0] == 0.48145466
+    assert after.preprocess.mean == (0.1, 0.2, 0.3)
+    assert after.fingerprint != before.fingerprint
 
 
 @pytest.fixture
