@@ -1,0 +1,1 @@
+"""The HTTP service: captioning, visual question answering and retrieval with a BLIP-2 checkpoint."""

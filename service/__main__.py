@@ -1,0 +1,31 @@
+"""Serves: `python -m service`. All that can be set is in `settings`."""
+
+import sys
+
+from service.settings import SettingsError, load_settings
+
+
+def main() -> int:
+    """Serves until told to stop; gives the exit code."""
+    try:
+        settings = load_settings()
+    except SettingsError as exc:
+        return _give_up(exc)
+    # torch takes seconds to import: a wrong setting is told before.
+    from service.lifecycle import StartupError
+    from service.server import serve
+
+    try:
+        serve(settings)
+    except StartupError as exc:
+        return _give_up(exc)
+    return 0
+
+
+def _give_up(reason: Exception) -> int:
+    sys.stderr.write(f"blip2: {reason}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""What the service asks of a model: the seam between scheduling and tensors."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from model import DecodeJob, Generation, GenerationParams
+from service.jobs import Kind
+
+
+class StepDecoder(Protocol):
+    """The batched decoder: jobs join and leave between steps."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def add(self, job: DecodeJob) -> None: ...
+
+    def step(self) -> Sequence[tuple[DecodeJob, tuple[Generation, ...]]]: ...
+
+    def cancel(self, job: DecodeJob) -> None: ...
+
+
+class Backend(Protocol):
+    """A loaded model. The first group may be called from any thread, the second by the engine alone."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def can_generate(self) -> bool: ...
+
+    @property
+    def can_match(self) -> bool: ...
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Turns an image into [3, S, S] pixel_values on the CPU."""
+
+    def caption_prompt(self) -> str: ...
+
+    def question_prompt(
+        self, question: str, history: Sequence[tuple[str, str]], template: str | None
+    ) -> str: ...
+
+    def tokenize_prompt(self, prompt: str, max_new_tokens: int) -> tuple[int, ...]:
+        """Raises model.errors.InvalidPromptError where image, prompt and answer together are too long."""
+
+    def to_device(self, tensor: Tensor) -> Tensor: ...
+
+    def synchronize(self) -> None:
+        """Waits until the device has done all it was given, so that clocks tell the truth."""
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Turns [B, 3, S, S] into [B, P, V] image_features."""
+
+    def encode_kind(self, kind: Kind, image_features: Tensor) -> Tensor:
+        """Turns [B, P, V] image_features into [B, ...] of the kind asked for."""
+
+    def build_decoder(self) -> StepDecoder: ...
+
+    def build_decode_job(
+        self, query_output: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams
+    ) -> DecodeJob:
+        """query_output: [Q, D]."""
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Gives [M, E], normalised."""
+
+    def similarities(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """Turns [N, Q, E] and [M, E] into [N, M] cosines."""
+
+    def match_logits(self, image_features: Tensor, texts: Sequence[str]) -> Tensor:
+        """Turns [K, P, V] and K texts into [K, 2] logits; index 1 says that they belong together."""

@@ -1,0 +1,9 @@
+"""The embedding cache: an in-process LRU in front of an optional Redis.
+
+Whatever happens to Redis, an answer stays right: a lost, slow or corrupt entry is a miss.
+"""
+
+from service.cache.memory import MemoryCache
+from service.cache.tiers import EmbeddingCache, Lookup
+
+__all__ = ["EmbeddingCache", "Lookup", "MemoryCache"]

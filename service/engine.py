@@ -1,0 +1,162 @@
+"""The one thread that owns the device: jobs in, answers out. Knows no HTTP.
+
+Each turn takes in waiting jobs, encodes one batch of images, scores one chunk of pairs for each match job,
+and advances every running text by one token. Nobody waits for a batch to fill; it blocks only when idle.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from service.backend import Backend
+from service.errors import DeadlineExceededError, NotReadyError
+from service.jobs import GenerateJob, Job
+from service.scheduler import Line, ServiceRate
+from service.stages.encode import EncodeStage, EncodingMemory
+from service.stages.generate import GenerateStage
+from service.stages.match import MAX_PAIRS_PER_TURN, MatchStage
+from service.stages.running import Running
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves the jobs of `line` until `stop`, or until the device is lost.
+
+    max_rows: bounds the rows (beams, pairs) that run at once. rows_seen(stage, rows) is told of every batch.
+    longest_turn_s: so far.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        line: Line,
+        memory: EncodingMemory,
+        *,
+        rate: ServiceRate,
+        max_rows: int,
+        rows_seen: Callable[[str, int], None],
+    ) -> None:
+        self._line = line
+        self._rate = rate
+        self._max_rows = max_rows
+        self._encode = EncodeStage(backend, memory, rows_seen)
+        self._generate = GenerateStage(backend, max_rows=max_rows, rows_seen=rows_seen)
+        self._match = MatchStage(backend, rows_seen=rows_seen)
+        self._running: list[Running] = []
+        self._beat: float | None = None
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.longest_turn_s = 0.0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends the thread after its present turn; what is unanswered then fails with NotReadyError."""
+        self._stopping = True
+        _refuse(self._line.close("the service is shutting down"))
+        if self._thread.ident is not None:  # it may never have been started
+            self._thread.join(timeout_s)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def num_running(self) -> int:
+        """How many items were taken out of the line and are not answered yet."""
+        return sum(running.num_items for running in self._running)
+
+    def heartbeat_age_s(self) -> float:
+        """Gives the time since the last progress; while there is nothing to do, 0. For any thread."""
+        beat = self._beat
+        return self._line.oldest_wait_s() if beat is None else time.monotonic() - beat
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        try:
+            while not self._stopping and (self._running or self._line.wait()):
+                self._turn()
+                if not self._running:
+                    self._beat = None
+        finally:
+            # Also where the device was lost: nobody may wait for an answer that cannot come.
+            _refuse(self._line.close("the engine has stopped; this process must be restarted"))
+            _refuse([running.job for running in self._running])
+
+    def _turn(self) -> None:
+        started = self._beat = time.monotonic()
+        self._admit()
+        lacking = [running.slots for running in self._running if not (running.encoded or running.settled)]
+        self._guarded(partial(self._encode.step, lacking), self._encode.isolate)
+        self._hand_on()
+        for scoring in self._match.scorings:
+            self._guarded(partial(self._match.step, scoring), scoring.running.fail)
+        self._guarded(self._generate.step, self._generate.isolate)
+        self._let_go(time.monotonic() - started)
+
+    def _admit(self) -> None:
+        num_rows = sum(running.num_rows for running in self._running)
+        while num_rows < self._max_rows and (taken := self._line.take()):
+            job, num_items = taken
+            if job.ticket.expired(time.monotonic()):
+                job.ticket.fail(DeadlineExceededError("the deadline passed while the request was in line"))
+            elif not job.ticket.settled:
+                self._guarded(partial(self._take_in, job, num_items), job.ticket.fail)
+                num_rows = sum(running.num_rows for running in self._running)
+
+    def _take_in(self, job: Job, num_items: int) -> None:
+        slots = tuple(self._encode.open_slot(image, job.needs) for image in job.images)
+        image_cached = not any(slot.needs_vision(job.needs) for slot in slots)
+        self._running.append(Running(job, num_items, _num_rows(job), slots, image_cached))
+
+    def _hand_on(self) -> None:
+        """Lets those whose images are encoded begin their work, and fails those whose image cannot be."""
+        for running in self._running:
+            if running.work_started is not None or running.settled:
+                continue
+            if running.encode_error is not None:
+                running.fail(running.encode_error)
+            elif running.encoded:
+                self._guarded(partial(self._begin, running), running.fail)
+
+    def _begin(self, running: Running) -> None:
+        running.work_started = time.monotonic()
+        if isinstance(running.job, GenerateJob):
+            self._generate.begin(running, running.job)
+        else:
+            self._match.begin(running, running.job)
+
+    def _let_go(self, turn_s: float) -> None:
+        settled = {running for running in self._running if running.settled}
+        answered = [running for running in settled if not running.job.ticket.future.cancelled()]
+        self._rate.note(sum(running.num_items for running in answered), turn_s)
+        self._running = [running for running in self._running if running not in settled]
+        self.longest_turn_s = max(self.longest_turn_s, turn_s)
+
+    def _guarded(self, work: Callable[[], None], recover: Callable[[Exception], None]) -> None:
+        try:
+            work()
+        except torch.AcceleratorError as exc:
+            recover(exc)
+            raise  # the device's context is lost: nothing can run any more, and /livez must say so
+        except Exception as exc:  # the only broad except in the service
+            logger.warning("a step of the engine failed", exc_info=exc)
+            recover(exc)
+        self._beat = time.monotonic()
+
+
+def _num_rows(job: Job) -> int:
+    if isinstance(job, GenerateJob):
+        return len(job.prompts) * job.params.num_rows
+    return min(len(job.candidates), MAX_PAIRS_PER_TURN)
+
+
+def _refuse(jobs: list[Job]) -> None:
+    for job in jobs:
+        job.ticket.fail(NotReadyError("the service stopped before this was answered; send it again"))

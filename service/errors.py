@@ -1,0 +1,187 @@
+"""The one table of what can go wrong: every error knows its HTTP status, its code and its title.
+
+A message names the value, the limit and the cure, and is safe to show to the caller.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from model import errors as model_errors
+
+
+@dataclass(frozen=True, slots=True)
+class FieldError:
+    """What is wrong with one field; `field` is its path, such as `candidates.images.3`."""
+
+    field: str
+    message: str
+
+
+class ServiceError(Exception):
+    """The base of the tree.
+
+    fields: the fields at fault, where there are some. retry_after_s: when asking again may help.
+    """
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    title: ClassVar[str] = "Internal error"
+
+    def __init__(
+        self, detail: str, *, fields: tuple[FieldError, ...] = (), retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.fields = fields
+        self.retry_after_s = retry_after_s
+
+
+class RequestError(ServiceError):
+    """The caller's to mend."""
+
+    status = 400
+    code = "bad_request"
+    title = "Bad request"
+
+
+class UnreadableBodyError(RequestError):
+    code = "unreadable_body"
+    title = "The body cannot be read"
+
+
+class UnknownPathError(RequestError):
+    status = 404
+    code = "not_found"
+    title = "No such path"
+
+
+class TaskUnavailableError(RequestError):
+    status = 404
+    code = "task_unavailable"
+    title = "This checkpoint cannot do this task"
+
+
+class MethodNotAllowedError(RequestError):
+    status = 405
+    code = "method_not_allowed"
+    title = "Method not allowed"
+
+
+class TooLargeError(RequestError):
+    status = 413
+    code = "too_large"
+    title = "Too large"
+
+
+class BodyTooLargeError(TooLargeError):
+    code = "body_too_large"
+    title = "The body is too large"
+
+
+class ImageTooLargeError(TooLargeError):
+    code = "image_too_large"
+    title = "The image file is too large"
+
+
+class TooManyItemsError(TooLargeError):
+    code = "too_many_items"
+    title = "Too many items in one request"
+
+
+class UnsupportedContentTypeError(RequestError):
+    status = 415
+    code = "unsupported_content_type"
+    title = "Unsupported content type"
+
+
+class UnsupportedImageError(RequestError):
+    status = 415
+    code = "unsupported_image"
+    title = "Not an image format that is read here"
+
+
+class InvalidRequestError(RequestError):
+    status = 422
+    code = "invalid_request"
+    title = "A field is invalid"
+
+    @classmethod
+    def of(cls, field: str, message: str) -> Self:
+        """Makes the error of a single field."""
+        return cls(f"{field}: {message}", fields=(FieldError(field, message),))
+
+
+class InvalidImageError(InvalidRequestError):
+    code = "invalid_image"
+    title = "The image cannot be used"
+
+
+class InvalidPromptError(InvalidRequestError):
+    code = "invalid_prompt"
+    title = "The prompt cannot be used"
+
+
+class InvalidParamsError(InvalidRequestError):
+    code = "invalid_params"
+    title = "The generation parameters cannot be used"
+
+
+class ClientGoneError(RequestError):
+    """Nobody is left to read this answer; it is only for the log and the metrics."""
+
+    status = 499
+    code = "client_gone"
+    title = "The client hung up"
+
+
+class ShedError(ServiceError):
+    """The service's state, not the request, is the reason; asking again later may help."""
+
+    status = 503
+    code = "unavailable"
+    title = "Unavailable"
+
+
+class OverloadedError(ShedError):
+    status = 429
+    code = "overloaded"
+    title = "The line is full"
+
+
+class NotReadyError(ShedError):
+    code = "not_ready"
+    title = "Not ready"
+
+
+class DrainingError(ShedError):
+    code = "draining"
+    title = "Shutting down"
+
+
+class DeadlineExceededError(ServiceError):
+    status = 504
+    code = "deadline_exceeded"
+    title = "The caller's deadline passed"
+
+
+class InferenceFailedError(ServiceError):
+    """The model failed on this input; what happened is in the log, never in the answer."""
+
+    code = "inference_failed"
+    title = "Inference failed"
+
+
+_FROM_MODEL: dict[type[model_errors.ModelError], type[ServiceError]] = {
+    model_errors.InvalidPromptError: InvalidPromptError,
+    model_errors.InvalidParamsError: InvalidParamsError,
+    model_errors.TaskUnavailableError: TaskUnavailableError,
+}
+
+
+def for_caller(error: Exception) -> ServiceError:
+    """Gives what the caller is told: errors made for callers as they are, the rest without their details."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, model_errors.ModelError) and type(error) in _FROM_MODEL:
+        return _FROM_MODEL[type(error)](str(error))
+    return InferenceFailedError("the model failed on this input; the log of the service says how")

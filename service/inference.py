@@ -1,0 +1,177 @@
+"""From parsed requests to answers: desk, cache, line and engine in a row. Runs on the event loop.
+
+An image is read and hashed, its encodings are looked up, and only what is not known goes on to be decoded and
+encoded. Cancelling one of these coroutines withdraws its work, wherever it is.
+"""
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from model import GenerationParams
+from service.backend import Backend
+from service.cache import EmbeddingCache
+from service.errors import FieldError, InferenceFailedError, RequestError, ServiceError
+from service.images import ImageDesk, ImageFile
+from service.jobs import (
+    GENERATE_NEEDS,
+    Answer,
+    Encodings,
+    GenerateJob,
+    Generations,
+    ImageInput,
+    Kind,
+    Matches,
+    MatchJob,
+    Mode,
+    Ticket,
+    match_needs,
+)
+from service.scheduler import Line, Place
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Upload:
+    """An image as it came. source: base64 or a data: URI, or the file itself. field: names it in errors."""
+
+    field: str
+    source: str | bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Served(Generic[T]):
+    """An answer, and the seconds its images took before they stood in line."""
+
+    answer: Answer[T]
+    preprocess_s: float
+
+
+class Inference:
+    """deadline: on the monotonic clock, None for none; past it a job never reaches the device.
+
+    All verbs raise OverloadedError or NotReadyError where the line does not take the work, a RequestError
+    where an image cannot be used, and InferenceFailedError where the model fails on it.
+    """
+
+    def __init__(self, backend: Backend, desk: ImageDesk, cache: EmbeddingCache, line: Line) -> None:
+        self._backend = backend
+        self._desk = desk
+        self._cache = cache
+        self._line = line
+
+    async def generate(
+        self, image: Upload, prompts: Sequence[str], params: GenerationParams, deadline: float | None
+    ) -> Served[Generations]:
+        """Answers several prompts about one image, which is encoded once.
+
+        Raises InvalidPromptError where a prompt is too long.
+        """
+        prompt_ids = self._tokenize(prompts, params)
+        (place,) = self._line.reserve(len(prompts))
+        with place:
+            return await self._generate(place, image, prompt_ids, params, deadline)
+
+    async def generate_each(
+        self, images: Sequence[Upload], prompt: str, params: GenerationParams, deadline: float | None
+    ) -> list[Served[Generations] | ServiceError]:
+        """Answers one prompt about each image; all are let in, or none. An image that fails, fails alone."""
+        prompt_ids = self._tokenize([prompt], params)
+        places = self._line.reserve(*[1] * len(images))
+        with ExitStack() as stack:
+            for place in places:
+                stack.enter_context(place)
+            outcomes = await asyncio.gather(
+                *(
+                    self._generate(place, image, prompt_ids, params, deadline)
+                    for place, image in zip(places, images, strict=True)
+                ),
+                return_exceptions=True,
+            )
+        return [_outcome_of_one(outcome) for outcome in outcomes]
+
+    async def match(
+        self,
+        query: str | Upload,
+        candidates: Sequence[str | Upload],
+        mode: Mode,
+        *,
+        rerank_k: int,
+        top_k: int,
+        deadline: float | None,
+    ) -> Served[Matches]:
+        """Scores candidates, texts or images, against a query."""
+        (place,) = self._line.reserve(len(candidates))
+        with place:
+            started = time.monotonic()
+            sides = [query, *candidates]
+            uploads = [side for side in sides if isinstance(side, Upload)]
+            images = iter(await self._take_in(uploads, match_needs(mode)))
+            inputs = [side if isinstance(side, str) else next(images) for side in sides]
+            ticket: Ticket[Matches] = Ticket(deadline)
+            job = MatchJob(inputs[0], tuple(inputs[1:]), mode, rerank_k, top_k, ticket)
+            place.put(job)
+            return await self._served(ticket, time.monotonic() - started)
+
+    def _tokenize(self, prompts: Iterable[str], params: GenerationParams) -> tuple[tuple[int, ...], ...]:
+        return tuple(self._backend.tokenize_prompt(prompt, params.max_new_tokens) for prompt in prompts)
+
+    async def _generate(
+        self,
+        place: Place,
+        image: Upload,
+        prompts: tuple[tuple[int, ...], ...],
+        params: GenerationParams,
+        deadline: float | None,
+    ) -> Served[Generations]:
+        started = time.monotonic()
+        (taken,) = await self._take_in([image], GENERATE_NEEDS)
+        ticket: Ticket[Generations] = Ticket(deadline)
+        place.put(GenerateJob(taken, prompts, params, ticket))
+        return await self._served(ticket, time.monotonic() - started)
+
+    async def _served(self, ticket: Ticket[T], preprocess_s: float) -> Served[T]:
+        answer = await asyncio.wrap_future(ticket.future)
+        self._cache.store(answer.fresh)
+        return Served(answer, preprocess_s)
+
+    async def _take_in(self, images: Sequence[Upload], needs: frozenset[Kind]) -> list[ImageInput]:
+        files = await _all(_blamed(image.field, self._desk.read(image.source)) for image in images)
+        known = await self._cache.lookup([file.digest for file in files], needs)
+        return await _all(
+            _blamed(image.field, self._to_input(file, known[file.digest], needs))
+            for image, file in zip(images, files, strict=True)
+        )
+
+    async def _to_input(self, file: ImageFile, known: Encodings, needs: frozenset[Kind]) -> ImageInput:
+        suffices = needs <= known.keys() or Kind.IMAGE_FEATURES in known
+        return ImageInput(file.digest, None if suffices else await self._desk.prepare(file), known)
+
+
+def _outcome_of_one(outcome: Served[Generations] | BaseException) -> Served[Generations] | ServiceError:
+    """Keeps what concerns one image alone, and raises what concerns them all."""
+    if isinstance(outcome, Served | RequestError | InferenceFailedError):
+        return outcome
+    raise outcome
+
+
+async def _blamed(field: str, work: Coroutine[Any, Any, T]) -> T:
+    """Has an error say which field it is about."""
+    try:
+        return await work
+    except RequestError as exc:
+        raise type(exc)(f"{field}: {exc.detail}", fields=(FieldError(field, exc.detail),)) from exc
+
+
+async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Gives what all of them give, in order; the first failure ends the others."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,197 @@
+"""The life of the service: loading, ready, draining; and whether it is well."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Final, Literal
+
+from model import ModelError
+from service.assembly import Parts, assemble
+from service.backend import Backend
+from service.context import Traffic
+from service.errors import DrainingError, NotReadyError, TaskUnavailableError
+from service.metrics import Metrics
+from service.settings import Settings, SettingsError
+from service.warmup import SelfTestError, warm_up
+
+logger = logging.getLogger(__name__)
+
+_RETRY_S: Final = 5
+_MIN_STALL_TIMEOUT_S: Final = 5.0
+_LAST_ANSWERS_S: Final = 2.0
+
+Task = Literal["caption", "vqa", "retrieve"]
+Loader = Callable[[], Backend]
+
+
+class StartupError(Exception):
+    """The model could not be loaded; the message is one line for the operator."""
+
+
+class Lifecycle:
+    """Loads in the background, so that the probes answer meanwhile.
+
+    on_ready(backend) and on_failure(error) are called on the event loop, one of them once. After a failed
+    self-test neither is: the process stays, and says at /readyz why it will not serve.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        traffic: Traffic,
+        load: Loader,
+        *,
+        on_ready: Callable[[Backend], None],
+        on_failure: Callable[[StartupError], None],
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._traffic = traffic
+        self._load = load
+        self._on_ready = on_ready
+        self._on_failure = on_failure
+        self._parts: Parts | None = None
+        self._stall_timeout_s = 0.0
+        self._why_not_ready = "the weights are being loaded"
+        self._ready = False
+        self._draining = False
+        self._startup: asyncio.Task[None] | None = None
+
+    @property
+    def backend(self) -> Backend | None:
+        """The model, once it is loaded."""
+        return None if self._parts is None else self._parts.backend
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def stalled(self) -> str | None:
+        """Says what is wrong with the engine; None while it makes progress, or has nothing to do."""
+        if self._parts is None or not self._ready:
+            return None
+        if not self._parts.engine.alive and not self._draining:
+            return "the engine's thread has died; this process must be restarted"
+        age_s = self._parts.engine.heartbeat_age_s()
+        if age_s > self._stall_timeout_s:
+            return (
+                f"the engine has made no progress for {age_s:.1f} s, the limit is "
+                f"{self._stall_timeout_s:g} s; this process must be restarted (BLIP2_STALL_TIMEOUT_MS)"
+            )
+        return None
+
+    def check_started(self) -> None:
+        """Raises NotReadyError until the weights are loaded and have passed their self-test."""
+        if not self._ready:
+            raise NotReadyError(self._why_not_ready, retry_after_s=_RETRY_S)
+
+    def check_alive(self) -> None:
+        """Raises NotReadyError where only a restart can help."""
+        if problem := self.stalled:
+            raise NotReadyError(problem, retry_after_s=_RETRY_S)
+
+    def check_ready(self) -> None:
+        """Raises NotReadyError or DrainingError where new work would not be answered."""
+        if self._draining:
+            raise DrainingError("this process is shutting down; ask another", retry_after_s=_RETRY_S)
+        self.check_started()
+        self.check_alive()
+
+    def parts_for(self, task: Task) -> Parts:
+        """Gives what serves a task.
+
+        Raises as `check_ready`, and TaskUnavailableError where the checkpoint lacks the head.
+        """
+        self.check_ready()
+        assert self._parts is not None
+        if task not in tasks_of(self._parts.backend):
+            raise TaskUnavailableError(
+                f"the checkpoint {self._parts.backend.name!r} has no weights for {task}; "
+                "set BLIP2_MODEL to one that has"
+            )
+        return self._parts
+
+    def start(self) -> None:
+        """Begins to load; to be called once, on the event loop."""
+        self._startup = asyncio.create_task(self._start_up(), name="start-up")
+        self._startup.add_done_callback(self._started)
+
+    async def drain(self) -> None:
+        """Refuses new work, waits for what runs, as long as the settings allow, and stops the engine."""
+        self._draining = True
+        logger.info("draining, %d requests in flight", self._traffic.num_requests)
+        in_time = await self._traffic.wait_idle(self._settings.drain_timeout_ms / 1000)
+        if not in_time:
+            logger.warning("%d requests were not answered in time", self._traffic.num_requests)
+        await self._stop_engine()
+        if not in_time:
+            await self._traffic.wait_idle(_LAST_ANSWERS_S)  # they are told so
+
+    async def aclose(self) -> None:
+        """Lets go of everything."""
+        self._draining = True
+        if self._startup is not None:
+            self._startup.cancel()
+            await asyncio.gather(self._startup, return_exceptions=True)
+        await self._stop_engine()
+        if self._parts is not None:
+            await self._parts.aclose()
+
+    async def _start_up(self) -> None:
+        try:
+            backend = await _in_daemon_thread(self._load)
+            self._why_not_ready = "the model is being warmed up"
+            self._parts = assemble(self._settings, backend, self._metrics)
+            await warm_up(backend, self._parts.line, self._parts.engine.start)
+        except SelfTestError as exc:
+            logger.critical("not ready: %s", exc)
+            self._why_not_ready = str(exc)
+            return
+        self._stall_timeout_s = self._pick_stall_timeout(self._parts.engine.longest_turn_s)
+        self._ready = True
+        self._on_ready(backend)
+
+    def _started(self, startup: asyncio.Task[None]) -> None:
+        error = None if startup.cancelled() else startup.exception()
+        if isinstance(error, ModelError | SettingsError | StartupError):
+            self._on_failure(StartupError(str(error)))
+        elif error is not None:  # our own bug, then: the operator gets a line, the log the rest
+            logger.critical("start-up failed", exc_info=error)
+            self._on_failure(StartupError("start-up failed; the log says why"))
+
+    def _pick_stall_timeout(self, longest_turn_s: float) -> float:
+        if self._settings.stall_timeout_ms is not None:
+            return self._settings.stall_timeout_ms / 1000
+        return max(_MIN_STALL_TIMEOUT_S, 4 * longest_turn_s)
+
+    async def _stop_engine(self) -> None:
+        if self._parts is not None:
+            await asyncio.to_thread(self._parts.stop_engine)
+
+
+def tasks_of(backend: Backend) -> list[Task]:
+    """Gives the tasks this model has the weights for."""
+    generating: list[Task] = ["caption", "vqa"] if backend.can_generate else []
+    matching: list[Task] = ["retrieve"] if backend.can_match else []
+    return generating + matching
+
+
+async def _in_daemon_thread(load: Loader) -> Backend:
+    # Not a pool's thread: the interpreter would wait for it, and loading may take minutes after a SIGTERM.
+    loaded: Future[Backend] = Future()
+
+    def run() -> None:
+        try:
+            loaded.set_result(load())
+        except (ModelError, SettingsError) as exc:
+            loaded.set_exception(exc)
+        finally:
+            if not loaded.done():  # the thread's death puts the traceback into the log
+                loaded.set_exception(StartupError("the model could not be loaded; the log says why"))
+
+    threading.Thread(target=run, name="loader", daemon=True).start()
+    return await asyncio.wrap_future(loaded)

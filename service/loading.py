@@ -1,0 +1,150 @@
+"""Loads the checkpoint that the settings name, and answers for it as a `Backend`."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model import Blip2, DecodeJob, Decoder, GenerationParams
+from model.language import LanguageModel
+from model.matching import Matcher
+from service.backend import StepDecoder
+from service.jobs import Kind
+from service.settings import Settings, SettingsError
+
+
+def load_backend(settings: Settings) -> "Blip2Backend":
+    """Loads model and weights; takes as long as that takes.
+
+    Raises CheckpointError where they cannot be loaded, SettingsError where the device is not there.
+    """
+    device = _pick_device(settings.device)
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    blip2 = Blip2.from_pretrained(settings.model, device=device, dtype=_pick_dtype(settings.dtype, device))
+    return Blip2Backend(blip2)
+
+
+class Blip2Backend:
+    """A `Backend` over a BLIP-2 model."""
+
+    def __init__(self, blip2: Blip2) -> None:
+        self._blip2 = blip2
+
+    @property
+    def name(self) -> str:
+        return self._blip2.name
+
+    @property
+    def fingerprint(self) -> str:
+        return self._blip2.fingerprint
+
+    @property
+    def device(self) -> str:
+        return str(self._blip2.device)
+
+    @property
+    def dtype(self) -> str:
+        return str(self._blip2.dtype).removeprefix("torch.")
+
+    @property
+    def can_generate(self) -> bool:
+        return self._blip2.language_model is not None
+
+    @property
+    def can_match(self) -> bool:
+        return self._blip2.matcher is not None
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        return self._blip2.preprocess(image)
+
+    def caption_prompt(self) -> str:
+        return self._blip2.prompts.caption_prompt()
+
+    def question_prompt(self, question: str, history: Sequence[tuple[str, str]], template: str | None) -> str:
+        prompts = self._blip2.prompts if template is None else replace(self._blip2.prompts, question=template)
+        return prompts.question_prompt(question, history)
+
+    def tokenize_prompt(self, prompt: str, max_new_tokens: int) -> tuple[int, ...]:
+        prompt_ids = self._language_model.tokenize(prompt)
+        self._language_model.check_length(
+            num_prompt_tokens=len(prompt_ids),
+            num_soft_tokens=self._blip2.query_tokens.shape[1],
+            max_new_tokens=max_new_tokens,
+        )
+        return prompt_ids
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._blip2.device)
+
+    def synchronize(self) -> None:
+        if self._blip2.device.type == "cuda":
+            torch.cuda.synchronize(self._blip2.device)
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        return self._blip2.encode_images(pixel_values)
+
+    def encode_kind(self, kind: Kind, image_features: Tensor) -> Tensor:
+        if kind is Kind.QUERY_OUTPUT:
+            return self._blip2.encode_queries(image_features)
+        return self._matcher.image_embeds(self._matcher.encode_image_queries(image_features).query_output)
+
+    def build_decoder(self) -> StepDecoder:
+        return Decoder(self._language_model)
+
+    def build_decode_job(
+        self, query_output: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams
+    ) -> DecodeJob:
+        language_model_inputs = self._blip2.project_queries(query_output[None])[0]  # [Q, L]
+        return DecodeJob(language_model_inputs, prompt_ids, params)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        return self._matcher.text_embeds(*self._matcher.tokenize(texts))
+
+    def similarities(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        return self._matcher.itc_scores(image_embeds, text_embeds)
+
+    def match_logits(self, image_features: Tensor, texts: Sequence[str]) -> Tensor:
+        return self._matcher.match_logits(image_features, *self._matcher.tokenize(texts))
+
+    @property
+    def _language_model(self) -> LanguageModel:
+        assert self._blip2.language_model is not None, "asked to generate without a language model"
+        return self._blip2.language_model
+
+    @property
+    def _matcher(self) -> Matcher:
+        assert self._blip2.matcher is not None, "asked to match without a matcher"
+        return self._blip2.matcher
+
+
+def _pick_device(wanted: str) -> str:
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = wanted.partition(":")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise SettingsError(
+            f"BLIP2_DEVICE is {wanted!r}, and torch sees {torch.cuda.device_count()} CUDA devices; "
+            "set it to auto"
+        )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise SettingsError("BLIP2_DEVICE is 'mps', and torch sees no such device; set it to auto")
+    return wanted
+
+
+def _pick_dtype(wanted: str, device: str) -> torch.dtype:
+    """Gives the fastest type that the device computes in, unless one is wanted."""
+    if wanted != "auto":
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if device == "cpu" and _has_amx() else torch.float32
+
+
+def _has_amx() -> bool:
+    # Without AMX, bfloat16 on a CPU is slower than float32. The probe is not public: absent means no.
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return probe is not None and bool(probe())

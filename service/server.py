@@ -1,0 +1,105 @@
+"""The process around the application: socket, signals, exit code."""
+
+import asyncio
+import socket
+import sys
+from functools import partial
+from types import FrameType
+
+import uvicorn
+
+from service.app import create_app
+from service.backend import Backend
+from service.lifecycle import Lifecycle, StartupError
+from service.loading import load_backend
+from service.logs import configure_logs
+from service.settings import Settings
+
+_KEEP_ALIVE_S = 75  # longer than the 60 s of common proxies, so that it is they who close
+_LAST_CONNECTIONS_S = 5
+_BACKLOG = 2048
+
+
+class Server(uvicorn.Server):
+    """Drains before it closes the listener: SIGTERM or SIGINT begins it, a second one ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle) -> None:
+        super().__init__(config)
+        self._lifecycle = lifecycle
+        self._draining: asyncio.Task[None] | None = None
+        self.failure: StartupError | None = None
+
+    def handle_exit(self, _sig: int, _frame: FrameType | None) -> None:
+        # Not remembered as uvicorn does, which would raise the signal again at the end: the exit code is 0.
+        asyncio.get_running_loop().call_soon_threadsafe(self._leave)
+
+    def fail(self, failure: StartupError) -> None:
+        """Ends the server, for it cannot serve."""
+        self.failure = failure
+        self.should_exit = True
+
+    def _leave(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain(), name="drain")
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def _drain(self) -> None:
+        try:
+            await self._lifecycle.drain()
+        finally:
+            self.should_exit = True
+
+
+def serve(settings: Settings) -> None:
+    """Serves until told to stop. Raises StartupError where it cannot serve at all."""
+    configure_logs(settings.log_level)
+    try:
+        listener = _listen(settings.host, settings.port)
+    except OSError as exc:
+        raise StartupError(
+            f"cannot listen on {settings.host}:{settings.port}: {exc.strerror or exc}; "
+            "set BLIP2_HOST or BLIP2_PORT to others"
+        ) from exc
+    server = _build_server(settings, listener)
+    server.run(sockets=[listener])
+    if server.failure is not None:
+        raise server.failure
+
+
+def _build_server(settings: Settings, listener: socket.socket) -> Server:
+    def fail(failure: StartupError) -> None:
+        server.fail(failure)
+
+    app = create_app(
+        settings,
+        partial(load_backend, settings),
+        on_ready=partial(_say_ready, listener),
+        on_failure=fail,
+    )
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_LAST_CONNECTIONS_S,
+    )
+    server = Server(config, app.state.lifecycle)
+    return server
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+
+
+def _say_ready(listener: socket.socket, backend: Backend) -> None:
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    sys.stdout.write(f"serving {backend.name} on http://{host}:{port} (docs: /docs)\n")
+    sys.stdout.flush()

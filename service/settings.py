@@ -1,0 +1,126 @@
+"""The settings of a deployment: environment variables with the prefix BLIP2_, read once, then frozen."""
+
+import difflib
+import os
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "BLIP2_"
+_REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+
+
+class SettingsError(Exception):
+    """A setting is unknown or out of its bounds; the message is one line for the operator."""
+
+
+class Settings(BaseSettings):
+    """Each field is the variable BLIP2_<NAME>; limits are inclusive."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    model: str = Field(default="tiny", min_length=1, description='"tiny", or the directory of a checkpoint')
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="of the image encoder and the language model; the Q-Former stays in float32",
+    )
+    num_threads: int = Field(
+        default=0, ge=0, le=1024, description="torch's CPU threads; 0: torch's own choice"
+    )
+    preprocess_threads: int = Field(
+        default=4, ge=1, le=64, description="CPU threads that decode and resize images"
+    )
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(default=8000, ge=0, le=65535, description="0: any free port")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    redis_url: SecretStr | None = Field(default=None, description="unset: the in-process cache only")
+    redis_ttl_s: int = Field(default=604_800, ge=1, description="how long Redis keeps an embedding")
+    cache_bytes: int = Field(default=256 * 2**20, ge=0, description="of the in-process cache; 0: none")
+
+    max_body_bytes: int = Field(default=64 * 2**20, ge=1024)
+    max_image_bytes: int = Field(default=20 * 2**20, ge=64, description="of one image file")
+    max_image_pixels: int = Field(default=40_000_000, ge=1, description="width times height of one image")
+    max_images: int = Field(default=32, ge=1, description="in one request to /caption")
+    max_questions: int = Field(default=32, ge=1, description="in one request to /vqa")
+    max_candidates: int = Field(default=1000, ge=1, description="in one request to /retrieve")
+    max_text_chars: int = Field(default=2000, ge=1, description="of one prompt, question or text")
+
+    max_waiting: int = Field(
+        default=2048,
+        ge=1,
+        description="captions, questions and candidates that may wait; more are answered 429",
+    )
+    max_rows: int = Field(
+        default=128, ge=16, description="rows (beams, pairs) that run on the device at once"
+    )
+    stall_timeout_ms: Annotated[int, Field(ge=100)] | None = Field(
+        default=None,
+        description="without progress for so long /livez turns red; unset: the larger of 5000 and four "
+        "times the longest turn at warm-up",
+    )
+    drain_timeout_ms: int = Field(default=30_000, ge=0, description="for running work after SIGTERM")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and not url.get_secret_value().startswith(_REDIS_SCHEMES):
+            # Without the value: it may hold a password.
+            raise ValueError(f"has no scheme that is known; start it with {', '.join(_REDIS_SCHEMES)}")
+        return url
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        for name in ("max_images", "max_questions", "max_candidates"):
+            if getattr(self, name) > self.max_waiting:
+                raise ValueError(
+                    f"{_variable(name)} is {getattr(self, name)} and {_variable('max_waiting')} is "
+                    f"{self.max_waiting}: such a request could never be let in; raise the latter"
+                )
+        if self.max_image_bytes > self.max_body_bytes:
+            raise ValueError(
+                f"{_variable('max_image_bytes')} is {self.max_image_bytes} and {_variable('max_body_bytes')} "
+                f"is {self.max_body_bytes}: such an image could never arrive; raise the latter"
+            )
+        return self
+
+
+def load_settings() -> Settings:
+    """Reads the settings from the environment.
+
+    Raises SettingsError for a value out of bounds, and for a variable with the prefix that is no setting:
+    pydantic-settings would ignore a misspelt one in silence.
+    """
+    _refuse_unknown_variables()
+    try:
+        return Settings()
+    except ValidationError as exc:
+        raise SettingsError("; ".join(_problems(exc))) from None
+
+
+def _variable(field: str) -> str:
+    return PREFIX + field.upper()
+
+
+def _refuse_unknown_variables() -> None:
+    known = [_variable(name) for name in Settings.model_fields]
+    for name in os.environ:
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)[0]
+            raise SettingsError(f"{name} is not a setting; the nearest is {nearest}")
+
+
+def _problems(exc: ValidationError) -> list[str]:
+    problems = []
+    for error in exc.errors(include_url=False):
+        message = error["msg"].removeprefix("Value error, ")
+        if not error["loc"]:
+            problems.append(message)
+        elif error["loc"][0] == "redis_url":
+            problems.append(f"{_variable('redis_url')} {message}")
+        else:
+            problems.append(f"{_variable(str(error['loc'][0]))} is {error['input']!r}: {message}")
+    return problems

@@ -1,0 +1,57 @@
+"""The first turn of the engine: a self-test, made as long as a turn can be, so that its length is known."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from PIL import Image
+
+from model import GenerationParams
+from service.backend import Backend
+from service.errors import ServiceError
+from service.jobs import GenerateJob, ImageInput, Job, MatchJob, Mode, Ticket
+from service.scheduler import Line
+from service.stages.encode import MAX_IMAGES_PER_TURN
+
+logger = logging.getLogger(__name__)
+
+
+class SelfTestError(Exception):
+    """The model's answers are no numbers, or it has none; the service must not become ready."""
+
+
+async def warm_up(backend: Backend, line: Line, start_engine: Callable[[], None]) -> None:
+    """Has the engine do all it can do on a full batch of images, and looks at what comes out.
+
+    Raises SelfTestError where the model fails, or gives a score that is not finite.
+    """
+    images = [_warm_image(backend, index) for index in range(MAX_IMAGES_PER_TURN)]
+    captions = _caption_jobs(backend, images) if backend.can_generate else []
+    jobs: list[Job] = [*captions, *([_match_job(images)] if backend.can_match else [])]
+    for job in jobs:
+        (place,) = line.reserve(0)  # whatever the limit of the line is
+        place.put(job)
+    start_engine()  # only now, so that they share their first turn
+    try:
+        await asyncio.gather(*(asyncio.wrap_future(job.ticket.future) for job in jobs))
+    except ServiceError as exc:
+        raise SelfTestError(f"the self-test failed: {exc}; check the weights and BLIP2_DTYPE") from exc
+    if any(not job.ticket.future.result().value[0][0].text for job in captions):
+        logger.warning("the self-test gave an empty caption")
+
+
+def _warm_image(backend: Backend, index: int) -> ImageInput:
+    shade = 255 * index // MAX_IMAGES_PER_TURN
+    pixel_values = backend.preprocess(Image.new("RGB", (64, 64), (shade, 128, 255 - shade)))
+    return ImageInput(f"warm-up-{index}", pixel_values, {})
+
+
+def _caption_jobs(backend: Backend, images: Sequence[ImageInput]) -> list[GenerateJob]:
+    params = GenerationParams()
+    prompt_ids = backend.tokenize_prompt(backend.caption_prompt(), params.max_new_tokens)
+    return [GenerateJob(image, (prompt_ids,), params, Ticket()) for image in images]
+
+
+def _match_job(images: Sequence[ImageInput]) -> MatchJob:
+    count = len(images)
+    return MatchJob("a photo", tuple(images), Mode.RERANK, rerank_k=count, top_k=count, ticket=Ticket())

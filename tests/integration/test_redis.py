@@ -1,0 +1,179 @@
+"""The cache in a real Redis: shared by two services, and harmless in every kind of trouble."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis as redis_client
+
+from tests.integration.pictures import in_base64, picture
+from tests.integration.processes import RedisProcess, ServiceProcess, poll, redis_server, service
+
+pytestmark = pytest.mark.redis
+
+QUERY_HITS = 'blip2_cache_requests_total{kind="query_output",result="hit",tier="redis"}'
+QUERY_ERRORS = 'blip2_cache_requests_total{kind="query_output",result="error",tier="redis"}'
+
+
+@pytest.fixture(scope="module")
+def first(
+    random_checkpoint: Path, redis: RedisProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServiceProcess]:
+    with service(tmp_path_factory.mktemp("first"), model=random_checkpoint, redis_url=redis.url) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def second(
+    random_checkpoint: Path, redis: RedisProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServiceProcess]:
+    """Without a cache in its process, so that it asks Redis each time."""
+    directory = tmp_path_factory.mktemp("second")
+    with service(directory, model=random_checkpoint, redis_url=redis.url, cache_bytes=0) as started:
+        yield started
+
+
+def caption(server: ServiceProcess, seed: int, salt: str = "") -> dict[str, Any]:
+    body = {"image": in_base64(picture(seed, salt=salt))}
+    response = httpx.post(f"{server.url}/caption", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def wait_for_keys(redis: RedisProcess, num_keys: int) -> None:
+    """Waits for what is written behind the answers."""
+    with redis_client.Redis.from_url(redis.url) as client:
+        poll(lambda: client.dbsize() >= num_keys, 30, f"{num_keys} keys")
+
+
+def flush(redis: RedisProcess) -> None:
+    with redis_client.Redis.from_url(redis.url) as client:
+        client.flushall()
+
+
+def test_what_one_service_encoded_another_need_not(
+    redis: RedisProcess, first: ServiceProcess, second: ServiceProcess
+) -> None:
+    flush(redis)
+    computed = caption(first, 1)
+    assert computed["image_cached"] is False
+    wait_for_keys(redis, 1)
+    hits = second.metric(QUERY_HITS)
+    fetched = caption(second, 1)
+    assert fetched["image_cached"] is True
+    assert fetched["timings_ms"]["vision"] == 0
+    assert fetched["captions"] == computed["captions"]
+    assert second.metric(QUERY_HITS) == hits + 1
+
+
+def test_retrieval_shares_its_encodings_too(
+    redis: RedisProcess, first: ServiceProcess, second: ServiceProcess
+) -> None:
+    flush(redis)
+    body = {
+        "text": "a red star",
+        "candidates": {"images": [in_base64(picture(seed, salt="retrieval")) for seed in range(3)]},
+    }
+    computed = httpx.post(f"{first.url}/retrieve", json=body, timeout=60).json()
+    wait_for_keys(redis, 6)
+    fetched = httpx.post(f"{second.url}/retrieve", json=body, timeout=60).json()
+    assert fetched["results"] == computed["results"]
+    assert fetched["timings_ms"]["vision"] == 0
+    assert computed["timings_ms"]["vision"] > 0
+    # A caption can be made of the image features that retrieval left.
+    answer = httpx.post(
+        f"{second.url}/caption",
+        json={"image": body["candidates"]["images"][0]},
+        timeout=60,  # type: ignore[index]
+    ).json()
+    assert answer["image_cached"] is True
+    assert answer["timings_ms"]["vision"] == 0
+
+
+def test_entries_expire_and_hold_no_pickle(redis: RedisProcess, first: ServiceProcess) -> None:
+    flush(redis)
+    caption(first, 2, "ttl")
+    wait_for_keys(redis, 1)
+    with redis_client.Redis.from_url(redis.url) as client:
+        (key,) = client.keys()
+        assert 0 < client.ttl(key) <= 604_800
+        assert client.get(key).startswith(b"BL2E")
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "garbage": lambda _: b"garbage",
+    "cut": lambda whole: whole[:-1],
+    "flipped": lambda whole: whole[:40] + bytes([whole[40] ^ 1]) + whole[41:],
+    "pickled": lambda _: b"\x80\x04K\x01." * 20,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_corrupt_entry_is_computed_anew(
+    redis: RedisProcess, first: ServiceProcess, second: ServiceProcess, damage: str
+) -> None:
+    flush(redis)
+    computed = caption(first, 3, damage)
+    wait_for_keys(redis, 1)
+    with redis_client.Redis.from_url(redis.url) as client:
+        (key,) = client.keys()
+        client.set(key, DAMAGES[damage](client.get(key)))
+    errors = second.metric(QUERY_ERRORS)
+    again = caption(second, 3, damage)
+    assert again["captions"] == computed["captions"]
+    assert again["image_cached"] is False
+    assert second.metric(QUERY_ERRORS) == errors + 1
+
+
+def test_a_key_of_another_type_is_computed_anew(
+    redis: RedisProcess, first: ServiceProcess, second: ServiceProcess
+) -> None:
+    flush(redis)
+    computed = caption(first, 4, "type")
+    wait_for_keys(redis, 1)
+    with redis_client.Redis.from_url(redis.url) as client:
+        (key,) = client.keys()
+        client.delete(key)
+        client.lpush(key, "a list")
+    assert caption(second, 4, "type")["captions"] == computed["captions"]
+
+
+def test_redis_killed_in_mid_run_changes_no_answer_and_comes_back(
+    random_checkpoint: Path, first: ServiceProcess, tmp_path: Path
+) -> None:
+    with (
+        redis_server() as own,
+        service(tmp_path, model=random_checkpoint, redis_url=own.url, cache_bytes=0) as server,
+    ):
+        expected = [caption(first, seed)["captions"] for seed in range(20, 28)]
+        before = [caption(server, seed)["captions"] for seed in range(20, 24)]
+        own.kill()
+        during = [caption(server, seed)["captions"] for seed in range(24, 28)]
+        again = [caption(server, seed)["captions"] for seed in range(20, 28)]
+        assert before + during == expected
+        assert again == expected
+        assert server.metric(QUERY_ERRORS) > 0
+        assert server.metric("blip2_cache_breaker_open") == 1
+        assert httpx.get(f"{server.url}/readyz").status_code == 200
+        own.start()
+        poll(lambda: caption(server, 20)["image_cached"], 60, "a hit in the new Redis")
+        assert server.metric("blip2_cache_breaker_open") == 0
+        own.freeze()
+        assert [caption(server, seed)["captions"] for seed in range(20, 28)] == expected
+        assert httpx.get(f"{server.url}/readyz").status_code == 200
+
+
+def test_redis_absent_at_the_start_is_no_reason_not_to_serve(
+    random_checkpoint: Path, first: ServiceProcess, tmp_path: Path
+) -> None:
+    url = "redis://:secret-word@127.0.0.1:1/0"
+    with service(tmp_path, model=random_checkpoint, redis_url=url) as server:
+        assert caption(server, 1)["captions"] == caption(first, 1)["captions"]
+        assert server.metric(QUERY_ERRORS) > 0
+        server.terminate()
+        assert server.wait() == 0
+        assert "secret-word" not in server.errors + server.output

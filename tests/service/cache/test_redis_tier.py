@@ -1,0 +1,161 @@
+"""The Redis level over a store that fails as the test wants; the real one is met in tests/integration."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from service.cache.breaker import CircuitBreaker
+from service.cache.redis_store import StoreError
+from service.cache.redis_tier import RedisTier
+from service.cache.wire import pack
+from service.jobs import Kind
+from tests.service.running import until_async
+
+
+class FakeStore:
+    """Keeps bytes in a dictionary; failing, it raises; hanging, it never answers."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.failing = False
+        self.hanging = False
+        self.reads: list[int] = []
+        self.num_writes = 0
+        self.concurrent = self.most_concurrent = 0
+        self.closed = False
+
+    async def get_many(self, keys: Sequence[str]) -> Sequence[bytes | None]:
+        self.reads.append(len(keys))
+        self.concurrent += 1
+        self.most_concurrent = max(self.concurrent, self.most_concurrent)
+        try:
+            await self._misbehave()
+        finally:
+            self.concurrent -= 1
+        return [self.values.get(key) for key in keys]
+
+    async def set_many(self, items: Mapping[str, bytes], ttl_s: int) -> None:
+        self.num_writes += 1
+        await self._misbehave()
+        self.values.update(items)
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+    async def _misbehave(self) -> None:
+        if self.hanging:
+            await asyncio.Event().wait()
+        await asyncio.sleep(0)
+        if self.failing:
+            raise StoreError("down")
+
+
+def tier(store: FakeStore, clock: Callable[[], float] = lambda: 0.0) -> RedisTier:
+    return RedisTier(store, CircuitBreaker(clock=clock, jitter=lambda: 0.0), ttl_s=60)
+
+
+async def test_hits_and_misses_come_back_in_the_order_of_the_keys() -> None:
+    store = FakeStore()
+    store.values = {"b": pack(torch.ones(2))}
+    reads = await tier(store).get(Kind.QUERY_OUTPUT, ["a", "b", "c"])
+    assert [read.result for read in reads] == ["miss", "hit", "miss"]
+    assert reads[1].tensor is not None
+    assert reads[1].tensor.tolist() == [1, 1]
+
+
+async def test_small_values_are_read_many_at_once_and_large_ones_one_by_one() -> None:
+    store = FakeStore()
+    under_test = tier(store)
+    await under_test.get(Kind.QUERY_OUTPUT, [str(index) for index in range(70)])
+    assert store.reads == [32, 32, 6]
+    store.reads.clear()
+    await under_test.get(Kind.IMAGE_FEATURES, [str(index) for index in range(20)])
+    assert store.reads == [1] * 20
+    assert store.most_concurrent <= 8
+
+
+async def test_a_corrupt_entry_is_an_error_and_gives_no_tensor() -> None:
+    store = FakeStore()
+    store.values = {"a": b"garbage", "b": pack(torch.ones(2))[:-1] + b"\xff"}
+    reads = await tier(store).get(Kind.QUERY_OUTPUT, ["a", "b"])
+    assert [(read.result, read.tensor) for read in reads] == [("error", None)] * 2
+
+
+async def test_a_store_that_fails_gives_errors_then_is_left_alone() -> None:
+    store = FakeStore()
+    store.failing = True
+    under_test = tier(store)
+    for _ in range(5):
+        assert [read.result for read in await under_test.get(Kind.QUERY_OUTPUT, ["a"])] == ["error"]
+    assert under_test.breaker_open
+    assert [read.result for read in await under_test.get(Kind.QUERY_OUTPUT, ["a"])] == ["skipped"]
+    assert len(store.reads) == 5
+
+
+async def test_a_store_that_comes_back_is_used_again() -> None:
+    store = FakeStore()
+    now = 0.0
+    under_test = tier(store, lambda: now)
+    store.failing = True
+    for _ in range(5):
+        await under_test.get(Kind.QUERY_OUTPUT, ["a"])
+    store.failing = False
+    now = 2.0
+    assert [read.result for read in await under_test.get(Kind.QUERY_OUTPUT, ["a"])] == ["miss"]
+    assert not under_test.breaker_open
+
+
+async def test_a_store_that_hangs_costs_a_second_at_most() -> None:
+    store = FakeStore()
+    store.hanging = True
+    async with asyncio.timeout(10):
+        reads = await tier(store).get(Kind.IMAGE_FEATURES, [str(index) for index in range(30)])
+    assert [read.result for read in reads] == ["error"] * 30
+    assert store.concurrent == 0
+
+
+async def test_writes_follow_in_the_background_and_closing_waits_for_them() -> None:
+    store = FakeStore()
+    under_test = tier(store)
+    for index in range(20):
+        under_test.put(str(index), torch.full((2,), float(index)))
+    assert store.values == {}
+    await under_test.aclose(5)
+    assert len(store.values) == 20
+    assert store.values["7"] == pack(torch.tensor([7.0, 7.0]))
+    assert store.closed
+
+
+async def test_a_store_that_hangs_does_not_hold_up_closing() -> None:
+    store = FakeStore()
+    store.hanging = True
+    under_test = tier(store)
+    under_test.put("a", torch.ones(2))
+    async with asyncio.timeout(10):
+        await under_test.aclose(0.05)
+    assert store.closed
+
+
+async def test_writes_that_pile_up_are_dropped_not_kept() -> None:
+    store = FakeStore()
+    store.hanging = True
+    under_test = tier(store)
+    large = torch.empty(5 * 2**20, dtype=torch.float32)  # 20 MB
+    for index in range(10):
+        under_test.put(str(index), large)
+    store.hanging = False
+    await until_async(lambda: store.num_writes)
+    assert store.values.keys() <= {"0", "1", "2"}
+    await under_test.aclose(0.05)
+
+
+async def test_writes_to_a_store_that_fails_are_dropped() -> None:
+    store = FakeStore()
+    store.failing = True
+    under_test = tier(store)
+    for index in range(100):
+        under_test.put(str(index), torch.ones(2))
+    await under_test.aclose(5)
+    assert under_test.breaker_open
+    assert store.num_writes == 5
