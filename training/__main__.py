@@ -101,7 +101,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         questions_per_scene=options.questions,
         num_reranked=options.reranked,
     )
-    figures = evaluate(ServerClient(options.url, options.concurrency), plan, blind_checkpoint=options.blind)
+    with ServerClient(options.url, options.concurrency) as client:
+        figures = evaluate(client, plan, blind_checkpoint=options.blind)
     print(format_report(figures))  # noqa: T201
     if options.out:
         options.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx
 import numpy as np
@@ -50,6 +50,12 @@ class ServerClient:
         self._http = httpx.Client(base_url=url, timeout=120.0)
         self._concurrency = concurrency
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """One request, sent again when the server says it is busy.
 
@@ -59,7 +65,8 @@ class ServerClient:
             try:
                 response = self._http.post(path, json=body)
             except httpx.HTTPError as exc:
-                raise EvaluationError(f"{self._http.base_url}{path}: {exc!r}; is the server running?") from exc
+                where = f"{self._http.base_url}{path}"
+                raise EvaluationError(f"{where}: {exc!r}; is the server running?") from exc
             if response.status_code != httpx.codes.TOO_MANY_REQUESTS:
                 break
             time.sleep(float(response.headers["Retry-After"]))
