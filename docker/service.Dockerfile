@@ -1,0 +1,68 @@
+# The service on a CPU, with the embedded default model inside.
+#
+#   docker build --file docker/service.Dockerfile --tag blip2-server:0.1.0 --build-arg TORCH_INDEX_URL=... .
+#
+# TORCH_INDEX_URL is a second package index, asked beside the usual one. PyPI's own torch for Linux brings several
+# gigabytes of CUDA libraries; PyTorch's CPU index offers the same version without them. Empty: the usual index only.
+
+# Only the list of dependencies, so that nothing else in pyproject.toml installs them again when it changes.
+FROM python:3.11-slim-bookworm AS requirements
+COPY pyproject.toml /
+RUN python -c "import tomllib; print(*tomllib.load(open('/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+      > /requirements.txt
+
+
+FROM python:3.11-slim-bookworm AS build
+ARG TORCH_INDEX_URL=""
+WORKDIR /build
+
+# Dependencies come before the code, whose changes then rebuild in seconds. The runtime needs no pip, so the environment
+# has none; torch's tests, headers and compilers stay behind too.
+COPY --from=requirements /requirements.txt ./
+COPY constraints.txt ./
+RUN python -m venv --without-pip /opt/venv \
+ && python -m pip --python /opt/venv/bin/python install --no-cache-dir --constraint constraints.txt \
+      ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} --requirement requirements.txt \
+ && cd /opt/venv/lib/python3.11/site-packages/torch && rm -rf test include bin/test_* bin/protoc*
+RUN python -m venv /opt/packager && /opt/packager/bin/python -m pip install --no-cache-dir 'setuptools>=77'
+
+# The code is installed, not copied, so that it comes with its metadata, licence, weights and bytecode.
+COPY pyproject.toml LICENSE README.md ./
+COPY model model
+COPY service service
+RUN /opt/packager/bin/python -m pip install --no-cache-dir --no-deps --no-build-isolation --target /opt/app .
+
+
+FROM python:3.11-slim-bookworm
+LABEL org.opencontainers.image.title="blip2-server" \
+      org.opencontainers.image.description="A BLIP-2 inference service: captions, visual questions, image-text retrieval" \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="docker.io/library/python:3.11-slim-bookworm"
+
+RUN groupadd --gid 10001 blip2 \
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin blip2
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /opt/app /opt/app
+
+# HF_HOME is under /tmp, the one place that is writable when the root filesystem is read-only.
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HF_HOME=/tmp/huggingface \
+    HF_HUB_OFFLINE=1 \
+    HF_HUB_DISABLE_TELEMETRY=1 \
+    BLIP2_HOST=0.0.0.0 \
+    BLIP2_PORT=8000
+
+WORKDIR /opt/app
+# A number, so that Kubernetes can tell it is not root.
+USER 10001:10001
+EXPOSE 8000
+# http.client, not urllib: a proxy in the environment must not stand between the check and the service.
+HEALTHCHECK --interval=5s --timeout=5s --start-period=120s --retries=3 CMD ["python", "-c", "\
+import http.client, os, sys; \
+c = http.client.HTTPConnection('127.0.0.1', int(os.environ['BLIP2_PORT']), timeout=4); \
+c.request('GET', '/readyz'); \
+sys.exit(c.getresponse().status != 200)"]
+CMD ["python", "-m", "service"]

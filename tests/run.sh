@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# The whole suite, in groups; called by `make test`. Installs what is missing where it can (Debian, as root), and
+# names at the end each group that could not run, with the command that enables it.
+#   BIN           where the environment's programs are (.venv/bin)
+#   PYTEST_ARGS   more arguments for pytest, split at spaces: make test PYTEST_ARGS='-x tests/service'
+set -euo pipefail
+cd "$(dirname "$0")/.."
+BIN=${BIN:-.venv/bin}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+read -ra pytest_args <<<"${PYTEST_ARGS:-}"
+selected="not docker"
+not_run=()
+ran=no
+status=0
+
+has() { command -v "$1" >/dev/null; }
+
+install_missing() {
+  local packages=()
+  has redis-server || packages+=(redis-server)
+  has kubectl || packages+=(kubernetes-client)
+  if [ ${#packages[@]} -eq 0 ] || [ "$(id -u)" -ne 0 ] || ! has apt-get; then return; fi
+  echo "installing ${packages[*]}"
+  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${packages[@]}"; } \
+    </dev/null >/dev/null 2>&1 || echo "could not install ${packages[*]}"
+}
+
+leave_out() { # GROUP, reason, command
+  selected+=" and not $1"
+  not_run+=("not run: $1, $2; enable with: $3")
+}
+
+run_group() { # the marker expression
+  local code=0
+  "$BIN/python" -m pytest -m "$1" ${pytest_args[@]+"${pytest_args[@]}"} || code=$?
+  case $code in
+    0) ran=yes ;;
+    5) ;; # PYTEST_ARGS may pick tests of one group only
+    *) status=$code ;;
+  esac
+}
+
+install_missing
+has redis-server || leave_out redis "no redis-server" "apt-get install redis-server"
+has kubectl || leave_out kubectl "no kubectl" "apt-get install kubernetes-client"
+nvidia-smi -L >/dev/null 2>&1 || leave_out gpu "no CUDA device" "$BIN/python -m pytest -m gpu, on a machine with one"
+run_group "$selected"
+
+if docker info >/dev/null 2>&1 && { docker compose version || docker-compose version; } >/dev/null 2>&1; then
+  run_group docker
+else
+  leave_out docker "no Docker engine with compose answers" \
+    "apt-get install docker.io docker-compose, then $BIN/python -m pytest -m docker"
+fi
+
+for line in ${not_run[@]+"${not_run[@]}"}; do echo "$line"; done
+if [ $ran = no ] && [ $status -eq 0 ]; then status=5; fi
+exit "$status"
