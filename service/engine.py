@@ -72,6 +72,11 @@ class Engine:
         """How many items were taken out of the line and are not answered yet."""
         return sum(running.num_items for running in self._running)
 
+    @property
+    def num_images(self) -> int:
+        """How many images are held on the device for the jobs that run."""
+        return self._encode.num_images
+
     def heartbeat_age_s(self) -> float:
         """Gives the time since the last progress; while there is nothing to do, 0. For any thread."""
         beat = self._beat
@@ -95,8 +100,9 @@ class Engine:
         lacking = [running.slots for running in self._running if not (running.encoded or running.settled)]
         self._guarded(partial(self._encode.step, lacking), self._encode.isolate)
         self._hand_on()
-        for scoring in self._match.scorings:
+        for scoring in self._match.under_way():
             self._guarded(partial(self._match.step, scoring), scoring.running.fail)
+        self._match.under_way()  # lets go of the images of those just answered
         self._guarded(self._generate.step, self._generate.isolate)
         self._let_go(time.monotonic() - started)
 

@@ -182,6 +182,11 @@ class MatchJob:
         return tuple(side for side in sides if isinstance(side, ImageInput))
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        sides = (self.query, *self.candidates)
+        return tuple(side for side in sides if isinstance(side, str))
+
+    @property
     def needs(self) -> frozenset[Kind]:
         return match_needs(self.mode)
 

@@ -4,7 +4,6 @@ The types are checked when a body is parsed; `check` then looks at what types ca
 the operator set. The bounds of the generation fields are those of `GenerationParams`, which checks them.
 """
 
-from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Final
 
 import pydantic_core
@@ -21,7 +20,8 @@ from pydantic import (
 from model import GenerationParams
 from model.decoding.params import MAX_BEAMS
 from model.errors import InvalidParamsError as ModelParamsError
-from service.errors import InvalidParamsError, InvalidRequestError, TooManyItemsError
+from service.checks import check_count, check_length, check_one_of, check_text
+from service.errors import InvalidParamsError, InvalidRequestError
 from service.jobs import Mode
 from service.settings import Settings
 
@@ -109,11 +109,11 @@ class CaptionRequest(GenerationFields):
 
     def check(self, settings: Settings) -> None:
         """Raises InvalidRequestError or TooManyItemsError."""
-        _check_one_of(image=self.image, images=self.images)
+        check_one_of(image=self.image, images=self.images)
         if self.images is not None:
-            _check_count("images", self.images, settings.max_images, "BLIP2_MAX_IMAGES")
+            check_count("images", self.images, settings.max_images, "BLIP2_MAX_IMAGES")
         if self.prompt is not None:
-            _check_length("prompt", self.prompt, settings.max_text_chars)
+            check_length("prompt", self.prompt, settings.max_text_chars)
 
 
 class Turn(Body):
@@ -145,16 +145,16 @@ class VqaRequest(GenerationFields):
 
     def check(self, settings: Settings) -> None:
         """Raises InvalidRequestError or TooManyItemsError."""
-        _check_count("question", self.question, settings.max_questions, "BLIP2_MAX_QUESTIONS")
+        check_count("question", self.question, settings.max_questions, "BLIP2_MAX_QUESTIONS")
         if self.history:
-            _check_count("history", self.history, settings.max_questions, "BLIP2_MAX_QUESTIONS")
+            check_count("history", self.history, settings.max_questions, "BLIP2_MAX_QUESTIONS")
         for index, question in enumerate(self.question):
-            _check_text(f"question.{index}", question, settings.max_text_chars)
+            check_text(f"question.{index}", question, settings.max_text_chars)
         for index, turn in enumerate(self.history):
-            _check_text(f"history.{index}.question", turn.question, settings.max_text_chars)
-            _check_length(f"history.{index}.answer", turn.answer, settings.max_text_chars)
+            check_text(f"history.{index}.question", turn.question, settings.max_text_chars)
+            check_length(f"history.{index}.answer", turn.answer, settings.max_text_chars)
         if self.prompt_template is not None:
-            _check_length("prompt_template", self.prompt_template, settings.max_text_chars)
+            check_length("prompt_template", self.prompt_template, settings.max_text_chars)
 
 
 class Candidates(Body):
@@ -202,15 +202,15 @@ class RetrieveRequest(Body):
 
     def check(self, settings: Settings) -> None:
         """Raises InvalidRequestError or TooManyItemsError."""
-        _check_one_of(text=self.text, image=self.image)
-        _check_one_of("candidates.", images=self.candidates.images, texts=self.candidates.texts)
+        check_one_of(text=self.text, image=self.image)
+        check_one_of("candidates.", images=self.candidates.images, texts=self.candidates.texts)
         name = "candidates.images" if self.candidates.texts is None else "candidates.texts"
         limit = settings.max_candidates
-        _check_count(name, self.candidate_images or self.candidate_texts, limit, "BLIP2_MAX_CANDIDATES")
+        check_count(name, self.candidate_images or self.candidate_texts, limit, "BLIP2_MAX_CANDIDATES")
         if self.text is not None:
-            _check_text("text", self.text, settings.max_text_chars)
+            check_text("text", self.text, settings.max_text_chars)
         for index, text in enumerate(self.candidate_texts):
-            _check_text(f"candidates.texts.{index}", text, settings.max_text_chars)
+            check_text(f"candidates.texts.{index}", text, settings.max_text_chars)
         if self.chosen_mode is not Mode.ITC and not self.across:
             raise InvalidRequestError.of(
                 "mode", f"{self.mode} compares an image with a text; use itc between two of one kind"
@@ -219,34 +219,3 @@ class RetrieveRequest(Body):
             raise InvalidRequestError.of(
                 "top_k", f"{self.top_k} is more than rerank_k, {self.rerank_k}; raise rerank_k or lower top_k"
             )
-
-
-def _check_one_of(prefix: str = "", **fields: object) -> None:
-    given = [name for name, value in fields.items() if value is not None]
-    names = " or ".join(prefix + name for name in fields)
-    if len(given) != 1:
-        raise InvalidRequestError.of(
-            prefix + next(iter(fields)), f"{len(given)} of {names} are given; send exactly one of them"
-        )
-
-
-def _check_count(field: str, items: Sequence[object], limit: int, setting: str) -> None:
-    if not items:
-        raise InvalidRequestError.of(field, "is an empty list; send at least one")
-    if len(items) > limit:
-        raise TooManyItemsError(
-            f"{field} has {len(items)} items, the limit is {limit}; send fewer at once, or raise {setting}"
-        )
-
-
-def _check_text(field: str, text: str, max_chars: int) -> None:
-    if not text.strip():
-        raise InvalidRequestError.of(field, "is empty; send a text")
-    _check_length(field, text, max_chars)
-
-
-def _check_length(field: str, text: str, max_chars: int) -> None:
-    if len(text) > max_chars:
-        raise InvalidRequestError.of(
-            field, f"has {len(text)} characters, the limit is {max_chars}; shorten it"
-        )

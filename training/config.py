@@ -74,6 +74,14 @@ class QFormerShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Retrieval:
+    """Retrieval fine-tuning: `num_pairs` of the batch are matched (ITM), all are contrasted (ITC)."""
+
+    num_pairs: int
+    optimization: Optimization
+
+
+@dataclass(frozen=True, slots=True)
 class TinyConfig:
     """Everything that `python -m training tiny` does from nothing."""
 
@@ -88,6 +96,7 @@ class TinyConfig:
     vision_pretraining: Optimization
     language_pretraining: Optimization
     stage1: Optimization
+    retrieval: Retrieval
     stage2: Optimization
 
 

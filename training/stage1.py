@@ -49,18 +49,9 @@ def stage1_losses(
 ) -> Losses:
     """The three losses and their sum for B images [B, P, V] and texts [B, T]; `matches` as in `losses`."""
     states = matcher.encode_image_queries(image_features)
-    image_embeds = matcher.image_embeds(states.query_output)  # [B, Q, E]
-    text_embeds = matcher.text_embeds(input_ids, attention_mask)  # [B, E]
-    similarities = matcher.itc_scores(image_embeds, text_embeds) / matcher.temperature  # [B, B]
+    similarities = contrast(matcher, states.query_output, input_ids, attention_mask)
     loss_itc = itc_loss(similarities, matches)
-
-    wrong_text, wrong_image = sample_hard_negatives(similarities, matches)
-    match_logits = matcher.match_logits(
-        torch.cat([image_features, image_features[wrong_image], image_features]),
-        torch.cat([input_ids, input_ids, input_ids[wrong_text]]),
-        torch.cat([attention_mask, attention_mask, attention_mask[wrong_text]]),
-    )  # [3B, 2]
-    loss_itm = itm_loss(match_logits, len(image_features))
+    loss_itm = matching_loss(matcher, image_features, input_ids, attention_mask, similarities, matches)
 
     generated = input_ids.clone()
     generated[:, 0] = matcher.tokenizer.bos_token_id  # [DEC] in the place of [CLS]
@@ -69,6 +60,33 @@ def stage1_losses(
 
     loss = loss_itc + loss_itm + loss_itg
     return {"loss": loss, "loss_itc": loss_itc, "loss_itm": loss_itm, "loss_itg": loss_itg}
+
+
+def contrast(matcher: Matcher, query_output: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The [B, B] similarities of images (query outputs [B, Q, D]) and texts [B, T], over the temperature."""
+    image_embeds = matcher.image_embeds(query_output)  # [B, Q, E]
+    text_embeds = matcher.text_embeds(input_ids, attention_mask)  # [B, E]
+    return matcher.itc_scores(image_embeds, text_embeds) / matcher.temperature
+
+
+def matching_loss(
+    matcher: Matcher,
+    image_features: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    similarities: Tensor,
+    matches: Tensor,
+    num_pairs: int | None = None,
+) -> Tensor:
+    """ITM over the first `num_pairs` pairs (None: all), with hard negatives from the whole batch."""
+    wrong_text, wrong_image = (chosen[:num_pairs] for chosen in sample_hard_negatives(similarities, matches))
+    images, ids, mask = image_features[:num_pairs], input_ids[:num_pairs], attention_mask[:num_pairs]
+    logits = matcher.match_logits(
+        torch.cat([images, image_features[wrong_image], images]),
+        torch.cat([ids, ids, input_ids[wrong_text]]),
+        torch.cat([mask, mask, attention_mask[wrong_text]]),
+    )  # [3B, 2]
+    return itm_loss(logits, len(images))
 
 
 def true_matches(scenes: Sequence[Scene], captions: Sequence[str]) -> Tensor:

@@ -3,7 +3,8 @@
     language_model   OPT on texts of the synthetic world      ┐ then frozen
     vision_model     ViT on labelled scenes                   ┘
     stage1           Q-Former on frozen features: ITC, ITM, ITG
-    stage2           Q-Former and projection into the frozen language model
+    retrieval        stage 1 fine-tuned to retrieve: ITC, ITM
+    stage2           stage 1's Q-Former and projection into the frozen language model
 
 Each phase leaves its result under `<out>/model/`, in the formats the service loads; a phase whose result is
 there is not run again, and one that was killed goes on from its last checkpoint.
@@ -26,12 +27,14 @@ from model.checkpoints import (
     save_generation_adapter,
     save_retrieval_adapter,
 )
+from model.matching import Matcher
 from model.parts import Blip2Parts
 from model.preprocess import ImagePreprocessor
 from model.prompts import PromptTemplates
 from model.vision import VisionEncoder
 from training.config import TinyConfig
 from training.features import ImageFeatures, encode_scenes
+from training.finetune import finetune_retrieval
 from training.language import QUESTION_PROMPT, pretrain_language_model
 from training.loop import Run
 from training.pixels import SceneImages, draw_scenes
@@ -54,7 +57,7 @@ class TinyTraining:
     out: Path
     device: torch.device
 
-    PHASES: ClassVar = ("language_model", "vision_model", "stage1", "stage2")
+    PHASES: ClassVar = ("language_model", "vision_model", "stage1", "retrieval", "stage2")
 
     def run(self, phases: Sequence[str] = PHASES) -> None:
         """Runs those of `phases` that are not done yet, in their order."""
@@ -94,9 +97,19 @@ class TinyTraining:
         _save_frozen(self._result("vision_model"), encoder.tower)
 
     def _train_stage1(self) -> None:
-        matcher = train_stage1(self._run("stage1"), self.config, self._scenes, self._features)
+        self._save_matcher(
+            "stage1", train_stage1(self._run("stage1"), self.config, self._scenes, self._features)
+        )
+
+    def _train_retrieval(self) -> None:
+        matcher = finetune_retrieval(
+            self._run("retrieval"), self.config.retrieval, self._scenes, self._features, self._load_stage1()
+        )
+        self._save_matcher("retrieval", matcher)
+
+    def _save_matcher(self, phase: str, matcher: Matcher) -> None:
         save_retrieval_adapter(
-            self._result("stage1"),
+            self._result(phase),
             matcher,
             self._preprocess(),
             vision_directory=self._result("vision_model"),
@@ -104,8 +117,7 @@ class TinyTraining:
         )
 
     def _train_stage2(self) -> None:
-        matcher = load_adapter(self._result("stage1"), dtype=torch.float32).parts.matcher
-        assert matcher is not None, "a stage-1 adapter holds a matcher"
+        matcher = self._load_stage1()
         language_model = load_language_model(self._result("language_model"))
         language_model.llm.set_attn_implementation("eager")  # for speed on a CPU, as in pre-training
         branch = train_stage2(
@@ -126,9 +138,14 @@ class TinyTraining:
             parts,
             vision_directory=self._result("vision_model"),
             language_directory=self._result("language_model"),
-            retrieval_directory=self._result("stage1"),
+            retrieval_directory=self._result("retrieval"),
             dtype=SAVED_DTYPE,
         )
+
+    def _load_stage1(self) -> Matcher:
+        matcher = load_adapter(self._result("stage1"), dtype=torch.float32).parts.matcher
+        assert matcher is not None, "a stage-1 adapter holds a matcher"
+        return matcher
 
     def _preprocess(self) -> ImagePreprocessor:
         return ImagePreprocessor(self.config.world.image_size)

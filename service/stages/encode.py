@@ -77,6 +77,10 @@ class EncodeStage:
         self._slots: WeakValueDictionary[str, ImageSlot] = WeakValueDictionary()
         self._in_hand: list[ImageSlot] = []
 
+    @property
+    def num_images(self) -> int:
+        return len(self._slots)
+
     def open_slot(self, image: ImageInput, needs: frozenset[Kind]) -> ImageSlot:
         """Gives the slot of this image, with all that is known of it already in place."""
         slot = self._slots.get(image.digest)
@@ -109,6 +113,7 @@ class EncodeStage:
         self._encode_queries(slots, batch)
         for slot in slots:
             _let_go(slot)
+        self._in_hand = []
 
     def isolate(self, error: Exception) -> None:
         """After a failed step: blames the only image of the batch, else has each of them tried alone."""

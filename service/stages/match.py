@@ -14,18 +14,28 @@ from service.stages.running import Running
 from service.stages.texts import TextEmbeds
 
 MAX_PAIRS_PER_TURN = 32
+MAX_TEXTS_PER_TURN = 64
 _MAX_TEXTS_KEPT = 8192  # a kilobyte each
 
 
 @dataclass(slots=True, eq=False)
 class Scoring:
-    """A match job under way. chosen: the candidates that the matching head scores, in this order."""
+    """A match job under way, in three parts: its texts are embedded, its cosines taken, its pairs scored.
+
+    texts: the embeddings so far. itc: the cosines, once they are known. chosen: the candidates that the
+    matching head scores, in this order. logits: those it has scored.
+    """
 
     running: Running
     job: MatchJob
-    itc: list[float]
-    chosen: list[int]
+    texts: dict[str, Tensor]
+    itc: list[float] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)
     logits: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def lacking_texts(self) -> list[str]:
+        return [text for text in dict.fromkeys(self.job.texts) if text not in self.texts]
 
     @property
     def remaining(self) -> list[int]:
@@ -38,50 +48,60 @@ class MatchStage:
     def __init__(self, backend: Backend, *, rows_seen: Callable[[str, int], None]) -> None:
         self._backend = backend
         self._rows_seen = rows_seen
-        self._embed_texts = TextEmbeds(backend.embed_texts, max_texts=_MAX_TEXTS_KEPT)
+        self._text_embeds = TextEmbeds(backend.embed_texts, max_texts=_MAX_TEXTS_KEPT)
         self._scorings: list[Scoring] = []
 
-    @property
-    def scorings(self) -> list[Scoring]:
-        """Those under way that somebody still waits for."""
-        self._scorings = [s for s in self._scorings if not s.running.settled]
+    def begin(self, running: Running, job: MatchJob) -> None:
+        """Takes a job whose images are encoded."""
+        self._scorings.append(Scoring(running, job, self._text_embeds.recall(job.texts)))
+
+    def under_way(self) -> list[Scoring]:
+        """Gives the jobs to be stepped; forgets those that are answered, or that nobody waits for."""
+        self._scorings = [scoring for scoring in self._scorings if not scoring.running.settled]
         return self._scorings
 
-    def begin(self, running: Running, job: MatchJob) -> None:
-        """Takes a job whose images are encoded, and computes its cosines."""
-        itc: list[float] = self._similarities(running, job).tolist()
-        ranked = sorted(range(len(itc)), key=lambda index: -itc[index])
-        num_chosen = {Mode.ITC: 0, Mode.ITM: len(itc), Mode.RERANK: job.rerank_k}[job.mode]
-        scoring = Scoring(running, job, itc, ranked[:num_chosen])
-        if scoring.chosen:
-            self._scorings.append(scoring)
-        else:
+    def step(self, scoring: Scoring) -> None:
+        """Does as much of one job as a turn has room for."""
+        lacking = scoring.lacking_texts
+        if lacking:
+            scoring.texts |= self._text_embeds.embed(lacking[:MAX_TEXTS_PER_TURN])
+        if len(lacking) > MAX_TEXTS_PER_TURN:
+            return
+        if not scoring.itc:
+            self._compare(scoring)
+        if scoring.remaining:
+            self._score_pairs(scoring)
+        if not scoring.remaining:
             _settle(scoring)
 
-    def step(self, scoring: Scoring) -> None:
-        """Scores one chunk of the pairs of one job."""
+    def _compare(self, scoring: Scoring) -> None:
+        job = scoring.job
+        scoring.itc = itc = self._similarities(scoring).tolist()
+        ranked = sorted(range(len(itc)), key=lambda index: -itc[index])
+        scoring.chosen = ranked[: {Mode.ITC: 0, Mode.ITM: len(itc), Mode.RERANK: job.rerank_k}[job.mode]]
+
+    def _score_pairs(self, scoring: Scoring) -> None:
         indices = scoring.remaining[:MAX_PAIRS_PER_TURN]
         image_features, texts = _pairs(scoring, indices)
         logits = self._backend.match_logits(image_features, texts)  # [K, 2]
         scoring.logits.extend((no, yes) for no, yes in logits.tolist())
         self._rows_seen("match", len(indices))
         scoring.running.saw_rows(len(indices))
-        if not scoring.remaining:
-            _settle(scoring)
 
-    def _similarities(self, running: Running, job: MatchJob) -> Tensor:
+    def _similarities(self, scoring: Scoring) -> Tensor:
         """Gives [M] cosines of the query with each candidate, in [-1, 1]."""
-        candidate_texts = [side for side in job.candidates if isinstance(side, str)]
-        embeds = [slot.have[Kind.IMAGE_EMBEDS] for slot in running.slots]  # [Q, E] each
+        job = scoring.job
+        images = [slot.have[Kind.IMAGE_EMBEDS] for slot in scoring.running.slots]  # [Q, E] each
+        candidates = [scoring.texts[text] for text in job.candidates if isinstance(text, str)]  # [E] each
         if isinstance(job.query, str):
-            query = self._embed_texts([job.query])  # [1, E]
-            if candidate_texts:
-                return self._embed_texts(candidate_texts) @ query[0]
-            return self._backend.similarities(torch.stack(embeds), query)[:, 0]
-        if candidate_texts:
-            return self._backend.similarities(embeds[0][None], self._embed_texts(candidate_texts))[0]
+            query = scoring.texts[job.query]  # [E]
+            if candidates:
+                return torch.stack(candidates) @ query
+            return self._backend.similarities(torch.stack(images), query[None])[:, 0]
+        if candidates:
+            return self._backend.similarities(images[0][None], torch.stack(candidates))[0]
         # Image to image: each query vector of the one with the nearest of the other, then the mean.
-        return self._backend.similarities(torch.stack(embeds[1:]), embeds[0]).mean(dim=1)
+        return self._backend.similarities(torch.stack(images[1:]), images[0]).mean(dim=1)
 
 
 def _pairs(scoring: Scoring, indices: list[int]) -> tuple[Tensor, list[str]]:

@@ -1,16 +1,13 @@
 """Contrastive embeddings of texts, kept: the same labels and queries come again with every image."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from torch import Tensor
-
-MAX_TEXTS_PER_BATCH = 64
 
 
 class TextEmbeds:
-    """Embeds texts that are not known yet, least recently used out first. For the engine's thread alone.
+    """Least recently used out first. For the engine's thread alone.
 
     embed: gives [M, E] for M texts. max_texts: how many are kept.
     """
@@ -20,17 +17,18 @@ class TextEmbeds:
         self._max_texts = max_texts
         self._known: OrderedDict[str, Tensor] = OrderedDict()
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Gives the [M, E] embeddings of M texts, in their order."""
-        embeds = {text: self._known[text] for text in texts if text in self._known}
-        unknown = list(dict.fromkeys(text for text in texts if text not in embeds))
-        for start in range(0, len(unknown), MAX_TEXTS_PER_BATCH):
-            batch = unknown[start : start + MAX_TEXTS_PER_BATCH]
-            # Clones: a view would keep the whole batch alive.
-            embeds |= {text: row.clone() for text, row in zip(batch, self._embed(batch), strict=True)}
-        for text, row in embeds.items():
-            self._known[text] = row
+    def recall(self, texts: Iterable[str]) -> dict[str, Tensor]:
+        """Gives the [E] embedding of each text that is known; counts as a use."""
+        known = {text: self._known[text] for text in texts if text in self._known}
+        for text in known:
             self._known.move_to_end(text)
+        return known
+
+    def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Embeds texts in one batch, and keeps what comes out."""
+        # Clones: a view would keep the whole batch alive.
+        fresh = {text: row.clone() for text, row in zip(texts, self._embed(texts), strict=True)}
+        self._known |= fresh
         while len(self._known) > self._max_texts:
             self._known.popitem(last=False)
-        return torch.stack([embeds[text] for text in texts])
+        return fresh

@@ -97,6 +97,7 @@ class FakeBackend:
     decode_gate: threading.Event = field(default_factory=threading.Event)
     vision_batches: list[list[int]] = field(default_factory=list)
     match_batches: list[int] = field(default_factory=list)
+    text_batches: list[int] = field(default_factory=list)
     decode_batches: list[int] = field(default_factory=list)
     num_cancelled: int = 0
     num_preprocessed: int = 0
@@ -165,6 +166,7 @@ class FakeBackend:
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """A text that is a number is near the images of that red; others lie in the middle."""
+        self.text_batches.append(len(texts))
         return torch.tensor([[_number(text), 0.0] for text in texts])  # [M, E]
 
     def similarities(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:

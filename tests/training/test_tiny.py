@@ -1,4 +1,4 @@
-"""The whole recipe from nothing, very small: four phases, and a checkpoint the model package loads."""
+"""The whole recipe from nothing, very small: all phases, and a checkpoint the model package loads."""
 
 import subprocess
 import sys
@@ -16,6 +16,7 @@ from training.config import (
     CONFIG_DIR,
     LanguageShape,
     Optimization,
+    Retrieval,
     TinyConfig,
     VisionShape,
     World,
@@ -56,6 +57,7 @@ def small_config() -> TinyConfig:
         vision_pretraining=FEW,
         language_pretraining=FEW,
         stage1=FEW,
+        retrieval=Retrieval(num_pairs=2, optimization=replace(FEW, batch_size=8)),
         stage2=FEW,
     )
 

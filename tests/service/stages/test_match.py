@@ -7,7 +7,7 @@ import pytest
 from service.errors import InferenceFailedError
 from service.jobs import Kind, Matches, MatchJob, Mode
 from tests.service.fakes import TIMEOUT_S
-from tests.service.running import workshop
+from tests.service.running import until, workshop
 
 
 def matches_of(job: MatchJob) -> Matches:
@@ -74,13 +74,41 @@ def test_image_to_texts_is_reranked_too() -> None:
 
 def test_pairs_are_scored_in_bounded_chunks_between_which_others_run() -> None:
     with workshop(started=False) as shop:
-        many = shop.match(shop.image(100), *map(str, range(70)), mode=Mode.ITM)
+        many = shop.match(shop.image(100), *map(str, range(60)), mode=Mode.ITM)
         other = shop.match(shop.image(100), *map(str, range(40)), mode=Mode.ITM)
         shop.engine.start()
-        assert len(matches_of(many)) == 70
+        assert len(matches_of(many)) == 60
         assert len(matches_of(other)) == 40
-        assert shop.backend.match_batches == [32, 32, 32, 8, 6]
+        assert shop.backend.match_batches == [32, 32, 28, 8]
         assert many.ticket.future.result().max_rows == 32
+
+
+def test_many_texts_are_embedded_in_bounded_batches_between_which_others_run() -> None:
+    with workshop(started=False) as shop:
+        numbers = [str(number) for number in range(150)]
+        many = shop.match("100", *numbers)
+        few = shop.match(shop.image(100), "7", "7")
+        shop.engine.start()
+        assert [match.index for match in matches_of(few)] == [0, 1]
+        assert matches_of(many)[0].index == 149  # the fake embeddings are not of unit length
+        assert shop.backend.text_batches == [64, 1, 64, 22]
+
+
+def test_texts_that_were_embedded_before_are_not_embedded_again() -> None:
+    with workshop() as shop:
+        matches_of(shop.match("1", "2", "3"))
+        matches_of(shop.match("3", "1", "4"))
+        assert shop.backend.text_batches == [3, 1]
+
+
+def test_images_are_let_go_when_their_job_is_answered() -> None:
+    with workshop() as shop:
+        shop.backend.encode_gate.clear()
+        job = shop.match("100", shop.image(90), shop.image(91), mode=Mode.ITM)
+        until(lambda: shop.engine.num_images == 2)
+        shop.backend.encode_gate.set()
+        matches_of(job)
+        until(lambda: shop.engine.num_images == 0)
 
 
 def test_only_the_best_are_returned_and_equal_scores_keep_their_order() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from service.stages.texts import MAX_TEXTS_PER_BATCH, TextEmbeds
+from service.stages.texts import TextEmbeds
 
 
 class CountingEmbedder:
@@ -17,34 +17,32 @@ class CountingEmbedder:
         return torch.tensor([[float(text), 1.0] for text in texts])
 
 
-def test_embeddings_come_in_the_order_of_the_texts_with_repeats() -> None:
-    embeds = TextEmbeds(CountingEmbedder(), max_texts=10)
-    assert embeds(["3", "1", "3"])[:, 0].tolist() == [3.0, 1.0, 3.0]
-    assert embeds(["2", "1"])[:, 0].tolist() == [2.0, 1.0]
-
-
-def test_a_known_text_is_not_embedded_again() -> None:
+def test_a_text_that_was_embedded_is_known_afterwards() -> None:
     embedder = CountingEmbedder()
     embeds = TextEmbeds(embedder, max_texts=10)
-    embeds(["1", "2", "1"])
-    embeds(["2", "3"])
-    assert embedder.batches == [["1", "2"], ["3"]]
+    assert embeds.recall(["1", "2"]) == {}
+    fresh = embeds.embed(["1", "2"])
+    assert {text: row.tolist() for text, row in fresh.items()} == {"1": [1.0, 1.0], "2": [2.0, 1.0]}
+    known = embeds.recall(["2", "3"])
+    assert {text: row.tolist() for text, row in known.items()} == {"2": [2.0, 1.0]}
+    assert embedder.batches == [["1", "2"]]
 
 
 def test_the_least_recently_used_text_is_forgotten_first() -> None:
-    embedder = CountingEmbedder()
-    embeds = TextEmbeds(embedder, max_texts=2)
-    embeds(["1"])
-    embeds(["2"])
-    embeds(["1"])
-    embeds(["3"])  # "2" leaves
-    embeds(["1"])
-    embeds(["2"])
-    assert embedder.batches == [["1"], ["2"], ["3"], ["2"]]
+    embeds = TextEmbeds(CountingEmbedder(), max_texts=2)
+    embeds.embed(["1"])
+    embeds.embed(["2"])
+    embeds.recall(["1"])
+    embeds.embed(["3"])
+    assert embeds.recall(["1", "2", "3"]).keys() == {"1", "3"}
 
 
-def test_more_texts_than_are_kept_are_still_all_answered_in_bounded_batches() -> None:
-    embedder = CountingEmbedder()
-    texts = [str(number) for number in range(MAX_TEXTS_PER_BATCH + 5)]
-    assert TextEmbeds(embedder, max_texts=3)(texts)[:, 0].tolist() == [float(text) for text in texts]
-    assert [len(batch) for batch in embedder.batches] == [MAX_TEXTS_PER_BATCH, 5]
+def test_more_texts_than_are_kept_are_still_all_given_back() -> None:
+    embeds = TextEmbeds(CountingEmbedder(), max_texts=3)
+    assert len(embeds.embed([str(number) for number in range(10)])) == 10
+    assert len(embeds.recall([str(number) for number in range(10)])) == 3
+
+
+def test_an_embedding_does_not_keep_its_batch_alive() -> None:
+    fresh = TextEmbeds(CountingEmbedder(), max_texts=3).embed(["1", "2", "3"])
+    assert fresh["2"].untyped_storage().nbytes() == fresh["2"].nbytes
