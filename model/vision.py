@@ -9,8 +9,8 @@ class VisionEncoder(nn.Module):
     """A vision tower without its final norm.
 
     `ln_vision` of the Q-Former's checkpoint takes the place of that norm: it is trained and stored with
-    the Q-Former, so two Q-Formers can share one tower and one set of image features (paper, section 3.4:
-    the features of the second-last layer are used).
+    the Q-Former, so two Q-Formers can share one tower and one set of image features. All layers of the tower
+    run: a checkpoint that uses the second-last layer (paper, section 3.4) was saved without the last.
 
     image_size: S. hidden_size: V. num_image_tokens: P, the class token included. layer_norm_eps: the
     epsilon of the tower's norms, which `ln_vision` shares.

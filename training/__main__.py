@@ -15,6 +15,7 @@ from training.evaluate import EvaluationError, Plan, ServerClient, evaluate
 from training.loop import NonFiniteLossError
 from training.report import format_report
 from training.scene_files import write_scenes
+from training.scene_text import MAX_QUESTIONS
 from training.scenes import SPLITS
 from training.tiny import TinyTraining
 
@@ -22,10 +23,11 @@ from training.tiny import TinyTraining
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; what a user can cause is one line on stderr."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request
     options = _build_parser().parse_args(arguments)
     try:
         options.run(options)
-    except (ConfigError, EvaluationError, ModelError, NonFiniteLossError, OSError) as exc:
+    except (ConfigError, EvaluationError, ModelError, NonFiniteLossError, OSError, ValueError) as exc:
         print(f"error: {exc}", file=sys.stderr)  # noqa: T201
         return 1
     return 0
@@ -36,7 +38,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     scenes = commands.add_parser("scenes", help="draw synthetic scenes with captions and questions")
-    scenes.add_argument("--seed", type=int, default=0)
+    scenes.add_argument("--seed", type=_not_negative, default=0)
     scenes.add_argument("--count", type=_positive, required=True)
     scenes.add_argument("--split", choices=SPLITS, default="unseen")
     scenes.add_argument(
@@ -59,12 +61,14 @@ def _build_parser() -> argparse.ArgumentParser:
 
     evaluation = commands.add_parser("evaluate", help="measure a running server on scenes it has not seen")
     evaluation.add_argument("--url", default="http://127.0.0.1:8000")
-    evaluation.add_argument("--seed", type=int, default=1)
+    evaluation.add_argument("--seed", type=_not_negative, default=1)
     evaluation.add_argument("--split", choices=SPLITS, default="unseen")
     evaluation.add_argument("--scenes", type=_positive, default=1000)
-    evaluation.add_argument("--questions", type=_positive, default=5, help="questions for each scene")
     evaluation.add_argument(
-        "--reranked", type=int, default=100, help="queries that are also re-ranked by ITM"
+        "--questions", type=_positive, default=5, help=f"questions for each scene, up to {MAX_QUESTIONS}"
+    )
+    evaluation.add_argument(
+        "--reranked", type=_not_negative, default=100, help="queries that are also re-ranked by ITM"
     )
     evaluation.add_argument("--concurrency", type=_positive, default=8)
     evaluation.add_argument(
@@ -73,6 +77,13 @@ def _build_parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--out", type=Path, help="write the figures here as JSON")
     evaluation.set_defaults(run=_evaluate)
     return parser
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is less than 0")
+    return value
 
 
 def _positive(text: str) -> int:
@@ -87,10 +98,20 @@ def _draw_scenes(options: argparse.Namespace) -> None:
 
 
 def _train_tiny(options: argparse.Namespace) -> None:
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    TinyTraining(load_tiny_config(options.config), options.out, torch.device(device)).run(options.only)
+    TinyTraining(load_tiny_config(options.config), options.out, _pick_device(options.device)).run(
+        options.only
+    )
+
+
+def _pick_device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = wanted.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ConfigError(f"--device is {wanted!r}; choose auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device is {wanted!r}, and torch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device(wanted)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

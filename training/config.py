@@ -7,6 +7,8 @@ from typing import Any, get_type_hints
 import yaml
 
 CONFIG_DIR = Path(__file__).parent / "configs"
+AUTOCAST_TYPES = ("bfloat16", "float32")
+MAX_TEXTS = 20
 
 
 class ConfigError(Exception):
@@ -98,6 +100,20 @@ class TinyConfig:
     stage1: Optimization
     retrieval: Retrieval
     stage2: Optimization
+
+    def __post_init__(self) -> None:
+        if self.autocast not in AUTOCAST_TYPES:
+            raise ConfigError(f"autocast is {self.autocast!r}; choose one of {', '.join(AUTOCAST_TYPES)}")
+        if self.save_every < 1:
+            raise ConfigError(f"save_every is {self.save_every}; it must be at least 1")
+        if not 2 <= self.texts_per_image <= MAX_TEXTS:
+            raise ConfigError(f"texts_per_image is {self.texts_per_image}; choose 2 to {MAX_TEXTS}")
+        for phase in (self.stage1, self.stage2, self.retrieval.optimization):
+            if not 2 <= phase.batch_size <= self.world.num_train_scenes:
+                raise ConfigError(
+                    f"a batch_size is {phase.batch_size}; choose 2 to num_train_scenes "
+                    f"({self.world.num_train_scenes}): a batch draws distinct scenes, and needs a negative"
+                )
 
 
 def load_tiny_config(path: Path) -> TinyConfig:

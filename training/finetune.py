@@ -1,7 +1,8 @@
-"""Retrieval fine-tuning of a stage-1 model (BLIP-2, §4.4): ITC and ITM on captions that name everything.
+"""Retrieval fine-tuning of a stage-1 model, on captions that name everything.
 
 ITC learns from what else is in the batch, so the batch is large; ITM, whose joint passes cost most, takes a
-part of it, with hard negatives from the whole. Unlike the paper's, the image encoder stays frozen.
+part of it, with hard negatives from the whole. The paper (§4.4) also trains the image encoder and keeps ITG;
+here the encoder is frozen, and ITG, which no route needs of this model, is left out to save half the time.
 """
 
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def finetune_retrieval(
 
 
 def same_captions(captions: Sequence[str]) -> Tensor:
-    """Which scene shares its full listing with which, [B, B]: such scenes look alike to their captions."""
+    """Which scenes share their caption, [B, B]: to the other such a caption is no negative."""
     numbers = {caption: index for index, caption in enumerate(captions)}
     kinds = torch.tensor([numbers[caption] for caption in captions])
     return kinds[:, None] == kinds[None, :]

@@ -1,19 +1,19 @@
 """A set of scenes each of which has a caption that is true of no other: what retrieval is measured on."""
 
-from training.scene_text import listing_caption
+from training.scene_text import object_name
 from training.scenes import Scene, Split, sample_scene
 
 
 def identified_scenes(seed: int, split: Split, count: int) -> list[Scene]:
-    """The first `count` scenes of a split whose full listings all differ.
+    """The first `count` scenes of a split no two of which hold the same objects on the same background.
 
-    A listing names every object with all its attributes from left to right and the background, so where
-    two listings differ neither is true of the other's scene.
+    A listing names all of that, so it is true of one scene of the gallery only.
     """
-    found: dict[str, Scene] = {}
+    found: dict[tuple[frozenset[str], str], Scene] = {}
     index = 0
     while len(found) < count:
         scene = sample_scene(seed, split, index)
-        found.setdefault(listing_caption(scene), scene)
+        names = frozenset(object_name(item) for item in scene.objects)
+        found.setdefault((names, scene.background), scene)
         index += 1
     return list(found.values())

@@ -23,6 +23,7 @@ from training.curves import plot_curves
 from training.schedule import learning_rate_at
 
 LOG_EVERY = 20
+_CURE = "lower the learning rate and start the phase anew"
 
 Losses = dict[str, Tensor]
 Step = Callable[[np.random.Generator], Losses]
@@ -41,7 +42,7 @@ class Run:
 
 
 class NonFiniteLossError(Exception):
-    """The loss became NaN or infinite; the message names the step and every loss."""
+    """A loss or gradient became NaN or infinite; the message names the step and the figures."""
 
 
 def train(run: Run, model: nn.Module, step: Step, optimization: Optimization) -> None:
@@ -61,7 +62,7 @@ def train(run: Run, model: nn.Module, step: Step, optimization: Optimization) ->
         total=optimization.steps,
         mininterval=5,
     )
-    with SummaryWriter(str(run.directory / "tensorboard"), purge_step=start) as writer:
+    with SummaryWriter(str(run.directory / "tensorboard"), purge_step=start + 1) as writer:
         for index in bar:
             losses = _update(run, optimizer, step, optimization, index)
             if (index + 1) % LOG_EVERY == 0 or index + 1 == optimization.steps:
@@ -95,13 +96,13 @@ def _update(
         losses = step(np.random.default_rng([run.seed, index]))
     if not torch.isfinite(losses["loss"]):
         figures = ", ".join(f"{name}={value.item():.4g}" for name, value in losses.items())
-        raise NonFiniteLossError(
-            f"{run.name}: step {index} gave {figures}; lower the learning rate and resume"
-        )
+        raise NonFiniteLossError(f"{run.name}: step {index} gave {figures}; {_CURE}")
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(losses["loss"])
-    trainable = (p for group in optimizer.param_groups for p in group["params"])
-    nn.utils.clip_grad_norm_(trainable, optimization.max_grad_norm)
+    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(trainable, optimization.max_grad_norm)
+    if not torch.isfinite(norm):  # before the weights and the next checkpoint are spoilt
+        raise NonFiniteLossError(f"{run.name}: step {index} gave a gradient of norm {norm:.4g}; {_CURE}")
     optimizer.step()
     return {name: value.detach() for name, value in losses.items()}
 
@@ -128,7 +129,7 @@ def _load_checkpoint(run: Run, model: nn.Module, optimizer: torch.optim.Optimize
     """Restores the last checkpoint and returns the number of steps taken; 0 where there is none."""
     if not _checkpoint_path(run).exists():
         return 0
-    state: dict[str, Any] = torch.load(_checkpoint_path(run), map_location=run.device, weights_only=True)
+    state: dict[str, Any] = torch.load(_checkpoint_path(run), map_location="cpu", weights_only=True)
     parameters = dict(model.named_parameters())
     for name, value in state["model"].items():
         parameters[name].data.copy_(value)

@@ -18,6 +18,7 @@ MIN_OFFSET = (
 )
 GRID = 12  # cells per side in which a dense description gives a centre
 FILLER = "nothing"  # fills a dense description up to its fixed length
+MAX_QUESTIONS = 20  # a scene of one object has some forty distinct ones
 NUMBERS = ("zero", "one", "two", "three")
 
 _DIRECTIONS: dict[str, Callable[[SceneObject, SceneObject], float]] = {
@@ -100,7 +101,12 @@ def sample_question(scene: Scene, rng: np.random.Generator, family: str) -> Ques
 
 
 def sample_questions(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]:
-    """`count` distinct questions, families in random order and as even as the scene allows."""
+    """`count` distinct questions, families in random order and as even as the scene allows.
+
+    Raises ValueError where `count` is above `MAX_QUESTIONS`, which every scene can be asked.
+    """
+    if count > MAX_QUESTIONS:
+        raise ValueError(f"{count} questions for each scene, the limit is {MAX_QUESTIONS}; ask fewer")
     questions: dict[str, Question] = {}
     while len(questions) < count:
         for k in rng.permutation(len(FAMILIES)):

@@ -1,8 +1,9 @@
 """Stage 2: the Q-Former learns to write soft prompts that a frozen language model reads (BLIP-2, §3.3).
 
 The image branch of the Q-Former starts from stage 1; a linear projection to the language model's width is
-new. The only loss is the language model's own, over a caption and the answers to questions about each image;
-image encoder and language model stay frozen, and their hash is compared before and after.
+new. The only loss is the language model's own, over a caption and the answers to questions about each image.
+The language model stays frozen, and its hash is compared before and after; of the image encoder only the
+features are here.
 """
 
 import hashlib

@@ -38,9 +38,10 @@ from training.finetune import finetune_retrieval
 from training.language import QUESTION_PROMPT, pretrain_language_model
 from training.loop import Run
 from training.pixels import SceneImages, draw_scenes
+from training.provenance import record_run
 from training.scenes import Scene, iter_scenes
 from training.stage1 import train_stage1
-from training.stage2 import train_stage2
+from training.stage2 import hash_weights, train_stage2
 from training.vision import pretrain_vision_encoder
 from training.vocabulary import build_language_tokenizer
 
@@ -77,7 +78,9 @@ class TinyTraining:
 
     @cached_property
     def _images(self) -> SceneImages:
-        return draw_scenes(self._scenes, self.config.world.image_size, self.out / "scenes.npy")
+        world = self.config.world
+        name = f"scenes-{world.seed}-{world.num_train_scenes}-{world.image_size}.npy"
+        return draw_scenes(self._scenes, world.image_size, self.out / name)
 
     @cached_property
     def _encoder(self) -> VisionEncoder:
@@ -85,7 +88,8 @@ class TinyTraining:
 
     @cached_property
     def _features(self) -> ImageFeatures:
-        return encode_scenes(self._encoder, self._images, self.out / "features.npy", self.device)
+        path = self.out / f"features-{hash_weights(self._encoder)[:16]}-{len(self._images)}.npy"
+        return encode_scenes(self._encoder, self._images, path, self.device)
 
     def _train_language_model(self) -> None:
         tokenizer = build_language_tokenizer()
@@ -154,6 +158,7 @@ class TinyTraining:
         return self.out / "model" / phase
 
     def _run(self, phase: str) -> Run:
+        record_run(self.out / phase, self.config)
         autocast_dtype = torch.bfloat16 if self.config.autocast == "bfloat16" else None
         return Run(
             name=phase,

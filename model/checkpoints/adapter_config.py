@@ -89,6 +89,11 @@ class AdapterConfig:
     def _check(self, path: Path) -> None:
         if self.kind not in ("generation", "retrieval"):
             raise CheckpointError(f"{path}: kind is {self.kind!r}; it must be 'generation' or 'retrieval'")
+        if self.kind == "retrieval" and self.max_text_tokens > self.qformer.max_position_embeddings:
+            raise CheckpointError(
+                f"{path}: max_text_tokens is {self.max_text_tokens}, the Q-Former has "
+                f"{self.qformer.max_position_embeddings} positions; lower the former"
+            )
         if self.kind == "generation" and self.language_model is None:
             raise CheckpointError(f"{path}: a generation adapter must name its 'language_model'")
 

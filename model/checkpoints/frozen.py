@@ -72,6 +72,11 @@ def assemble_opt(config: OPTConfig, tensors: dict[str, Tensor], *, source: Path)
         llm = OPTForCausalLM(config)
     head = tensors.pop(LM_HEAD, None)
     load_strictly(llm, tensors, source=source, tied=[LM_HEAD])
+    if head is not None and head.shape != tensors[WORD_EMBEDDINGS].shape:
+        raise CheckpointError(
+            f"{source}: the tensor {LM_HEAD!r} has shape {list(head.shape)}, the configuration says "
+            f"{list(tensors[WORD_EMBEDDINGS].shape)}; use the config.json that was saved with these weights"
+        )
     if head is None or torch.equal(head, tensors[WORD_EMBEDDINGS]):
         llm.lm_head.weight = llm.get_input_embeddings().weight
     else:
@@ -104,5 +109,5 @@ def build_config(config_class: type[C], path: Path, fields: Mapping[str, Any]) -
 
 
 def freeze(module: M) -> M:
-    """Puts a module into evaluation mode for good: no dropout, no gradients of its weights."""
+    """Puts a module into evaluation mode, without gradients of its weights."""
     return module.requires_grad_(False).eval()

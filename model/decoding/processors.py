@@ -35,9 +35,9 @@ class ScoreProcessor:
         self._device = device
         self._min_new_tokens = params.min_new_tokens
         self._penalties = _build_penalties(params)
-        eos = torch.tensor(eos_token_ids, device=device)
+        self._eos = torch.tensor(eos_token_ids, device=device)
         self._min_length = MinNewTokensLengthLogitsProcessor(
-            len(context), params.min_new_tokens, eos, device=str(device)
+            len(context), params.min_new_tokens, self._eos, device=str(device)
         )
         self._warpers = _build_warpers(params) if params.do_sample else []
 
@@ -50,7 +50,15 @@ class ScoreProcessor:
         if not processors:
             return scores
         input_ids = torch.tensor([[*self._context, *answer] for answer in answers], device=self._device)
-        return LogitsProcessorList(processors)(input_ids, scores)
+        return self._let_end(LogitsProcessorList(processors)(input_ids, scores))
+
+    def _let_end(self, scores: Tensor) -> Tensor:
+        """Has a row end where the rules forbid every token, for nothing could be drawn from it."""
+        forbidden = scores.isneginf().all(dim=-1, keepdim=True)  # [R, 1]
+        return torch.where(forbidden & self._is_end(scores), 0.0, scores)
+
+    def _is_end(self, scores: Tensor) -> Tensor:
+        return torch.isin(torch.arange(scores.shape[-1], device=scores.device), self._eos)
 
 
 def _build_penalties(params: GenerationParams) -> list[LogitsProcessor]:

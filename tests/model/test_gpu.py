@@ -1,5 +1,6 @@
 """What only a CUDA device can show; runs with `pytest -m gpu` where there is one."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,11 @@ PROMPTS = ["", "what color is the circle ?", "a big red"]
 
 
 @pytest.fixture(autouse=True)
-def _full_precision() -> None:
-    torch.backends.cuda.matmul.allow_tf32 = False
+def _full_precision() -> Iterator[None]:
+    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
 
 
 def answers(checkpoint: Path, device: str) -> list[tuple[Generation, ...]]:

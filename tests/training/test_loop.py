@@ -78,6 +78,24 @@ def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
     assert torch.equal(train_line(tmp_path, kill_at=0), first)
 
 
+def test_the_optimizer_takes_what_is_trainable_and_nothing_else() -> None:
+    frozen, trained = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 1)
+    groups = build_optimizer(nn.ModuleList([frozen, trained]), PLAN).param_groups
+    taken = {id(parameter) for group in groups for parameter in group["params"]}
+    assert taken == {id(parameter) for parameter in trained.parameters()}
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_spoilt(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+
+    def step(rng: np.random.Generator) -> Losses:
+        return {"loss": (model.weight - model.weight).sum().sqrt()}  # 0, with an infinite slope
+
+    with pytest.raises(NonFiniteLossError, match="line: step 0 gave a gradient of norm"):
+        train(run_in(tmp_path), model, step, PLAN)
+    assert torch.isfinite(model.weight).all()
+
+
 def test_frozen_parameters_stay_bit_equal(tmp_path: Path) -> None:
     torch.manual_seed(0)
     frozen, trained = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 1)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from model import Decoder, Generation, GenerationParams
+from model import DecodeJob, Decoder, Generation, GenerationParams
 from tests.model.decoding.reference import PROMPTS, Pair, label
 
 GREEDY = GenerationParams(num_beams=1, max_new_tokens=15)
@@ -95,3 +95,29 @@ def test_a_seeded_draw_does_not_feel_what_shares_the_batch(pair: Pair) -> None:
         answers.update(decoder.step())
     alone = generate_alone(pair, 0, "a photo of", params)
     assert [answer.token_ids for answer in answers[job]] == [answer.token_ids for answer in alone]
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_an_answer_ends_where_the_rules_leave_no_token_and_its_neighbour_does_not_notice(
+    pair: Pair, do_sample: bool
+) -> None:
+    exhausting = GenerationParams(
+        num_beams=1, max_new_tokens=80, min_new_tokens=80, no_repeat_ngram_size=1, do_sample=do_sample, seed=7
+    )
+    language_model = pair.blip2.language_model
+    assert language_model is not None
+    decoder = Decoder(language_model)
+    jobs = [
+        DecodeJob(pair.language_model_inputs[0], language_model.tokenize(PROMPTS[0]), params)
+        for params in (exhausting, GREEDY)
+    ]
+    for job in jobs:
+        decoder.add(job)
+    answers: dict[DecodeJob, tuple[Generation, ...]] = {}
+    with torch.inference_mode():
+        while decoder.num_jobs:
+            answers.update(decoder.step())
+    ((exhausted,), neighbour) = (answers[job] for job in jobs)
+    assert exhausted.finish_reason == "stop"
+    assert len(set(exhausted.token_ids)) == exhausted.num_tokens < 80
+    assert neighbour[0].token_ids == generate_alone(pair, 0, PROMPTS[0], GREEDY)[0].token_ids
