@@ -2,6 +2,7 @@
 
 import sys
 
+from service.listener import ListenError, open_listener
 from service.settings import SettingsError, load_settings
 
 
@@ -9,14 +10,15 @@ def main() -> int:
     """Serves until told to stop; gives the exit code."""
     try:
         settings = load_settings()
-    except SettingsError as exc:
+        listener = open_listener(settings.host, settings.port)
+    except (SettingsError, ListenError) as exc:
         return _give_up(exc)
-    # torch takes seconds to import: a wrong setting is told before.
+    # torch takes seconds to import: what can be wrong before is told before.
     from service.lifecycle import StartupError
     from service.server import serve
 
     try:
-        serve(settings)
+        serve(settings, listener)
     except StartupError as exc:
         return _give_up(exc)
     return 0

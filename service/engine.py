@@ -117,9 +117,10 @@ class Engine:
                 num_rows = sum(running.num_rows for running in self._running)
 
     def _take_in(self, job: Job, num_items: int) -> None:
-        slots = tuple(self._encode.open_slot(image, job.needs) for image in job.images)
-        image_cached = not any(slot.needs_vision(job.needs) for slot in slots)
-        self._running.append(Running(job, num_items, _num_rows(job), slots, image_cached))
+        running = Running(job, num_items, _num_rows(job))
+        self._running.append(running)  # before all that may fail: from here on it is answered in any case
+        slots = running.slots = tuple(self._encode.open_slot(image, job.needs) for image in job.images)
+        running.image_cached = bool(slots) and not any(slot.needs_vision(job.needs) for slot in slots)
 
     def _hand_on(self) -> None:
         """Lets those whose images are encoded begin their work, and fails those whose image cannot be."""
@@ -148,8 +149,7 @@ class Engine:
     def _guarded(self, work: Callable[[], None], recover: Callable[[Exception], None]) -> None:
         try:
             work()
-        except torch.AcceleratorError as exc:
-            recover(exc)
+        except torch.AcceleratorError:
             raise  # the device's context is lost: nothing can run any more, and /livez must say so
         except Exception as exc:  # the only broad except in the service
             logger.warning("a step of the engine failed", exc_info=exc)

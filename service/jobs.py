@@ -35,11 +35,6 @@ class Mode(StrEnum):
 Encodings = Mapping[Kind, Tensor]
 
 
-def missing_kinds(needs: frozenset[Kind], have: Encodings) -> frozenset[Kind]:
-    """Gives what must still be computed; empty where `have` holds all that is needed."""
-    return needs - have.keys()
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageInput:
     """One image on its way to the device.
@@ -80,7 +75,7 @@ T = TypeVar("T")
 class Answer(Generic[T]):
     """What a job's future gives.
 
-    image_cached: whether no image of the job went through the vision tower for it.
+    image_cached: whether the job had images, and none went through the vision tower for it.
     max_rows: the largest number of rows it shared the device with.
     """
 

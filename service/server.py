@@ -1,4 +1,4 @@
-"""The process around the application: socket, signals, exit code."""
+"""The process around the application: signals, draining, exit."""
 
 import asyncio
 import socket
@@ -11,13 +11,13 @@ import uvicorn
 from service.app import create_app
 from service.backend import Backend
 from service.lifecycle import Lifecycle, StartupError
+from service.listener import BACKLOG
 from service.loading import load_backend
 from service.logs import configure_logs
 from service.settings import Settings
 
 _KEEP_ALIVE_S = 75  # longer than the 60 s of common proxies, so that it is they who close
 _LAST_CONNECTIONS_S = 5
-_BACKLOG = 2048
 
 
 class Server(uvicorn.Server):
@@ -51,16 +51,9 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
 
-def serve(settings: Settings) -> None:
-    """Serves until told to stop. Raises StartupError where it cannot serve at all."""
+def serve(settings: Settings, listener: socket.socket) -> None:
+    """Serves on a listening socket until told to stop. Raises StartupError where it cannot serve at all."""
     configure_logs(settings.log_level)
-    try:
-        listener = open_listener(settings.host, settings.port)
-    except OSError as exc:
-        raise StartupError(
-            f"cannot listen on {settings.host}:{settings.port}: {exc.strerror or exc}; "
-            "set BLIP2_HOST or BLIP2_PORT to others"
-        ) from exc
     server = _build_server(settings, listener)
     server.run(sockets=[listener])
     if server.failure is not None:
@@ -85,28 +78,12 @@ def _build_server(settings: Settings, listener: socket.socket) -> Server:
         log_config=None,
         access_log=False,
         server_header=False,
-        backlog=_BACKLOG,
+        backlog=BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_LAST_CONNECTIONS_S,
     )
     server = Server(config, app.state.lifecycle)
     return server
-
-
-def open_listener(host: str, port: int) -> socket.socket:
-    """Gives a socket that listens; port 0 is any free one. Raises OSError where it cannot."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named because asyncio turns Nagle's algorithm off only where it is: without, each
-    # answer on a kept connection waits 40 ms for the client's delayed acknowledgement.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError:
-        listener.close()
-        raise
-    listener.listen(_BACKLOG)
-    return listener
 
 
 def _say_ready(listener: socket.socket, backend: Backend) -> None:

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """num_rows: how many it may occupy at once. image_cached: whether the vision tower need not run for it.
+    """num_rows: how many it may occupy at once. image_cached: it has images, and the tower need not run.
 
     slots: one for each of the job's images. max_rows: the most that ran at once, so far.
     """
@@ -20,8 +20,8 @@ class Running:
     job: Job
     num_items: int
     num_rows: int
-    slots: tuple[ImageSlot, ...]
-    image_cached: bool
+    slots: tuple[ImageSlot, ...] = ()
+    image_cached: bool = False
     admitted: float = field(default_factory=time.monotonic)
     work_started: float | None = None
     max_rows: int = 1

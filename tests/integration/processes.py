@@ -31,7 +31,7 @@ def poll(condition: Callable[[], object], timeout_s: float, what: str) -> None:
 async def poll_async(condition: Callable[[], Awaitable[object]], timeout_s: float) -> None:
     """As `poll`, without holding up the event loop."""
     async with asyncio.timeout(timeout_s):
-        while not await condition():
+        while not await condition():  # noqa: ASYNC110 - another process has no event to give
             await asyncio.sleep(0.01)
 
 

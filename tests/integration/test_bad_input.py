@@ -45,8 +45,8 @@ OTHER_CASES: list[tuple[str, str, dict[str, Any], int, str, list[str]]] = [
         ["gallery: is not a known field"],
     ),
     (
-        "too many candidates", "/retrieve", {"text": "a", "candidates": {"texts": ["b"] * 129}}, 413,
-        "too_many_items", ["129", "128", "BLIP2_MAX_CANDIDATES"],
+        "too many candidates", "/retrieve", {"text": "a", "candidates": {"texts": ["b"] * 1001}}, 413,
+        "too_many_items", ["1001", "1000", "BLIP2_MAX_CANDIDATES"],
     ),
 ]  # fmt: skip
 ALL_CASES = [(name, "/caption", *rest) for name, *rest in CAPTION_CASES] + OTHER_CASES

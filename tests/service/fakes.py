@@ -19,7 +19,7 @@ from service.jobs import Kind
 
 POISON_RED = 13  # an image of this red makes every batch it is in fail
 POISON_WORD = "poison"  # so does a prompt with this word, in the decoder
-DEADLY_WORD = "deadly"  # and this one ends the thread
+DEADLY_WORD = "deadly"  # and this one loses the device
 NAN_WORD = "nan"  # this one gives a score that is not a number
 MAX_PROMPT_WORDS = 50
 TIMEOUT_S = 20.0
@@ -71,7 +71,7 @@ class FakeDecoder:
         words = [backend.words_of(job.prompt_ids) for job in self._steps]
         backend.decode_batches.append(len(words))
         if any(DEADLY_WORD in spoken for spoken in words):
-            raise SystemExit(DEADLY_WORD)
+            raise torch.AcceleratorError("the device is lost")
         if any(POISON_WORD in spoken for spoken in words):
             raise RuntimeError("a poisoned prompt")
         done = []

@@ -4,6 +4,8 @@ import time
 from concurrent.futures import CancelledError
 
 import pytest
+import torch
+from torch import Tensor
 
 from model import GenerationParams
 from service.errors import DeadlineExceededError, InferenceFailedError, NotReadyError
@@ -227,7 +229,7 @@ def test_a_job_that_nobody_takes_counts_as_no_progress() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it is meant to die
-def test_where_the_thread_dies_all_jobs_are_told_and_no_more_are_taken() -> None:
+def test_where_the_device_is_lost_all_jobs_are_told_and_no_more_are_taken() -> None:
     with workshop(started=False) as shop:
         jobs = [shop.caption(1, DEADLY_WORD), shop.caption(2, "a b c"), shop.caption(3, "a b c")]
         shop.engine.start()
@@ -280,3 +282,18 @@ def test_a_checkpoint_without_a_head_still_serves_the_other(can_match: bool) -> 
             assert len(shop.match("1", "2", "3").ticket.future.result(TIMEOUT_S).value) == 2
         else:
             assert text_of(shop.caption(1)) == "1 a photo #0"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it is meant to die
+def test_a_device_lost_while_a_job_is_taken_in_leaves_nobody_waiting() -> None:
+    class Lost(FakeBackend):
+        def to_device(self, tensor: Tensor) -> Tensor:
+            raise torch.AcceleratorError("the device is lost")
+
+    with workshop(Lost(), started=False) as shop:
+        known = ImageInput("known", None, {Kind.QUERY_OUTPUT: torch.zeros(1, 2)})
+        jobs = [shop.caption(0, image=known), shop.caption(1)]
+        shop.engine.start()
+        for job in jobs:
+            with pytest.raises(NotReadyError):
+                job.ticket.future.result(TIMEOUT_S)

@@ -1,11 +1,11 @@
-"""The listening socket; the process as a whole is met in tests/integration."""
+"""The listening socket."""
 
 import asyncio
 import socket
 
 import pytest
 
-from service.server import open_listener
+from service.listener import ListenError, open_listener
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -19,7 +19,7 @@ async def test_answers_on_a_kept_connection_do_not_wait_for_acknowledgements(hos
 
     try:
         listener = open_listener(host, 0)
-    except OSError as exc:
+    except ListenError as exc:
         pytest.skip(f"this machine has no {host}: {exc}; enable the address family to run this")
     server = await asyncio.start_server(serve, sock=listener)
     async with server:
@@ -30,5 +30,5 @@ async def test_answers_on_a_kept_connection_do_not_wait_for_acknowledgements(hos
 
 
 def test_a_port_that_is_taken_is_an_error() -> None:
-    with open_listener("127.0.0.1", 0) as taken, pytest.raises(OSError, match="in use"):
+    with open_listener("127.0.0.1", 0) as taken, pytest.raises(ListenError, match="in use"):
         open_listener("127.0.0.1", taken.getsockname()[1])
