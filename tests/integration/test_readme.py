@@ -1,4 +1,4 @@
-"""What README shows is what a user gets: its three commands, run as they stand, against the embedded default."""
+"""What README shows is what a user gets: its three commands, run as they stand, against `tiny`."""
 
 import json
 import re
