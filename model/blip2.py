@@ -47,8 +47,9 @@ class Blip2(nn.Module):
     ) -> "Blip2":
         """Loads a checkpoint, ready to answer.
 
-        name_or_path: "tiny", the embedded default; or a directory with an adapter or in the Hub's format.
-        dtype: of the frozen parts. Raises CheckpointError where it cannot be loaded.
+        name_or_path: "tiny", the embedded default, or "tiny-t5", the same with a T5; or a directory with an
+        adapter or in the Hub's format. dtype: of the frozen parts. Raises CheckpointError where it cannot be
+        loaded, which goes for a T5 in float16 too.
         """
         loaded = load_blip2(name_or_path, dtype=dtype)
         blip2 = cls(loaded.parts, name=name_or_path, fingerprint=loaded.fingerprint(dtype))

@@ -44,7 +44,7 @@ WORDS = (
 def build_language_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word; as with OPT, padding is 1, a text begins with 2 and a newline ends an answer."""
     vocabulary = ["<unk>", "<pad>", "</s>", "\n", "<image>", *WORDS]
-    return _build_tokenizer(
+    return build_word_tokenizer(
         vocabulary, bos_token="</s>", eos_token="</s>", additional_special_tokens=["<image>"]
     )
 
@@ -52,7 +52,7 @@ def build_language_tokenizer() -> PreTrainedTokenizerFast:
 def build_text_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word, with the special tokens of the Q-Former's text side."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]", *WORDS]
-    return _build_tokenizer(
+    return build_word_tokenizer(
         vocabulary,
         pad_token="[PAD]",
         unk_token="[UNK]",
@@ -192,7 +192,8 @@ def random_pixels(num_images: int, *, seed: int = 0) -> torch.Tensor:
     return torch.randn(num_images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
 
 
-def _build_tokenizer(vocabulary: list[str], **special_tokens: object) -> PreTrainedTokenizerFast:
+def build_word_tokenizer(vocabulary: list[str], **special_tokens: object) -> PreTrainedTokenizerFast:
+    """One token per word of the vocabulary, which names its own padding and unknown tokens."""
     ids = {word: index for index, word in enumerate(vocabulary)}
     unknown = next(word for word in vocabulary if "unk" in word.lower())
     tokenizer = Tokenizer(WordLevel(ids, unk_token=unknown))

@@ -13,8 +13,8 @@ from model.checkpoints.save import save_generation_adapter, save_hub, save_retri
 from model.checkpoints.tensors import read_json
 from model.errors import CheckpointError
 
-EMBEDDED = {"tiny": Path(__file__).parent.parent / "pretrained" / "tiny" / "stage2"}
-ACCEPTED = f"a directory with an adapter or a model in the Hub's format, or one of {sorted(EMBEDDED)}"
+PRETRAINED = Path(__file__).parent.parent / "pretrained"
+EMBEDDED = {"tiny": PRETRAINED / "tiny" / "stage2", "tiny-t5": PRETRAINED / "tiny" / "stage2_t5"}
 
 
 def load_blip2(name_or_path: str, *, dtype: torch.dtype) -> LoadedParts:
@@ -25,13 +25,18 @@ def load_blip2(name_or_path: str, *, dtype: torch.dtype) -> LoadedParts:
     """
     directory = EMBEDDED.get(name_or_path, Path(name_or_path))
     if not directory.is_dir():
-        raise CheckpointError(f"there is no checkpoint {name_or_path!r} ({directory}); give {ACCEPTED}")
+        raise CheckpointError(f"there is no checkpoint {name_or_path!r} ({directory}); give {_accepted()}")
     fields = read_json(directory / "config.json")
     if fields.get("format") == FORMAT:
         return load_adapter(directory, dtype=dtype)
     if fields.get("model_type") == "blip-2":
         return load_hub(directory, dtype=dtype)
-    raise CheckpointError(f"{directory / 'config.json'} describes no BLIP-2 checkpoint; give {ACCEPTED}")
+    raise CheckpointError(f"{directory / 'config.json'} describes no BLIP-2 checkpoint; give {_accepted()}")
+
+
+def _accepted() -> str:
+    present = sorted(name for name, directory in EMBEDDED.items() if directory.is_dir())
+    return f"a directory with an adapter or a model in the Hub's format, or one of {present}"
 
 
 __all__ = [

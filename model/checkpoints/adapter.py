@@ -18,6 +18,7 @@ from model.checkpoints.tensors import TensorFiles, load_strictly
 from model.errors import CheckpointError
 from model.matching import Matcher
 from model.parts import Blip2Parts
+from model.prompts import PromptTemplates
 from model.vision import VisionEncoder
 
 ADAPTER = "adapter.safetensors"
@@ -49,7 +50,6 @@ def _load_retrieval_parts(directory: Path, config: AdapterConfig, vision_model: 
         query_tokens=matcher.query_tokens,
         qformer=matcher.qformer,
         matcher=matcher,
-        prompts=config.prompts,
     )
 
 
@@ -75,7 +75,7 @@ def _load_generation_parts(
         language_projection=branch.language_projection,
         language_model=language_model,
         matcher=_load_named_matcher(directory, config, vision_model),
-        prompts=config.prompts,
+        prompts=config.prompts or PromptTemplates(question=language_model.question_template),
     )
 
 

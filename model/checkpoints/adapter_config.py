@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -44,6 +44,7 @@ class AdapterConfig:
     """What an adapter's config.json says.
 
     kind: "generation" (stage 2: language_projection) or "retrieval" (stage 1: the whole Matcher).
+    prompts: None for those that the language model answers best to.
     retrieval_model: the directory of a retrieval adapter on the same encoder, relative to this one.
     """
 
@@ -52,7 +53,7 @@ class AdapterConfig:
     qformer: QFormerConfig
     image: ImageConfig
     language_model: FrozenPart | None = None
-    prompts: PromptTemplates = field(default_factory=PromptTemplates)
+    prompts: PromptTemplates | None = None
     max_text_tokens: int = 32
     retrieval_model: str | None = None
 

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
     Blip2VisionConfig,
-    OPTConfig,
-    OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
 
+from model.checkpoints.llm import find_format, load_llm
 from model.checkpoints.tensors import TensorFiles, load_strictly, read_json
 from model.errors import CheckpointError
 from model.language import LanguageModel
@@ -22,8 +21,6 @@ from model.vision import VisionEncoder, build_vision_encoder
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
-LM_HEAD = "lm_head.weight"
-WORD_EMBEDDINGS = "model.decoder.embed_tokens.weight"
 FINAL_NORM = "post_layernorm."
 
 
@@ -55,33 +52,16 @@ def assemble_vision_model(
 
 
 def load_language_model(directory: Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """Loads an OPTForCausalLM directory with its tokenizer, frozen, on the CPU.
+    """Loads an OPTForCausalLM or T5ForConditionalGeneration directory with its tokenizer, frozen, on the CPU.
 
-    Raises CheckpointError where a file is absent, damaged or of another model.
+    Raises CheckpointError where a file is absent, damaged or of another model, and for a T5 in float16.
     """
-    fields = read_json(directory / "config.json")
-    config = build_config(OPTConfig, directory / "config.json", fields)
-    files = TensorFiles(directory)
-    llm = assemble_opt(config, files.read(dtype=dtype), source=files.path)
+    path = directory / "config.json"
+    fields = read_json(path)
+    config = build_config(find_format(fields.get("model_type"), path).config_class, path, fields)
+    has_own_head = fields.get("tie_word_embeddings") is False
+    llm = load_llm(config, TensorFiles(directory), path=path, dtype=dtype, has_own_head=has_own_head)
     return freeze(LanguageModel(llm, load_tokenizer(directory)))
-
-
-def assemble_opt(config: OPTConfig, tensors: dict[str, Tensor], *, source: Path) -> OPTForCausalLM:
-    """Builds an OPT around its tensors; its head is the word embeddings unless the file holds another one."""
-    with torch.device("meta"):
-        llm = OPTForCausalLM(config)
-    head = tensors.pop(LM_HEAD, None)
-    load_strictly(llm, tensors, source=source, tied=[LM_HEAD])
-    if head is not None and head.shape != tensors[WORD_EMBEDDINGS].shape:
-        raise CheckpointError(
-            f"{source}: the tensor {LM_HEAD!r} has shape {list(head.shape)}, the configuration says "
-            f"{list(tensors[WORD_EMBEDDINGS].shape)}; use the config.json that was saved with these weights"
-        )
-    if head is None or torch.equal(head, tensors[WORD_EMBEDDINGS]):
-        llm.lm_head.weight = llm.get_input_embeddings().weight
-    else:
-        llm.lm_head.weight = nn.Parameter(head)
-    return llm
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:

@@ -1,4 +1,4 @@
-"""The Hub's format: what transformers' BLIP-2 classes save, with an OPT language model or none.
+"""The Hub's format: what transformers' BLIP-2 classes save, with a language model (OPT or T5) or none.
 
 Both classes hold vision_model.*, qformer.* and query_tokens. Blip2ForConditionalGeneration adds
 language_projection.* and language_model.*, Blip2ForImageTextRetrieval embeddings.* and three heads.
@@ -16,12 +16,12 @@ from transformers import Blip2Config
 
 from model.checkpoints.frozen import (
     FINAL_NORM,
-    assemble_opt,
     assemble_vision_model,
     build_config,
     freeze,
     load_tokenizer,
 )
+from model.checkpoints.llm import load_llm
 from model.checkpoints.loaded import LoadedParts
 from model.checkpoints.query_branch import QueryBranch
 from model.checkpoints.tensors import TensorFiles, load_strictly, read_json
@@ -31,6 +31,7 @@ from model.language import LanguageModel
 from model.matching import INITIAL_TEMPERATURE, Matcher
 from model.parts import Blip2Parts
 from model.preprocess import CLIP_MEAN, CLIP_STD, ImagePreprocessor
+from model.prompts import PromptTemplates
 from model.vision import VisionEncoder
 
 GENERATION = "Blip2ForConditionalGeneration"
@@ -79,6 +80,7 @@ def _load_generation(config: Blip2Config, files: TensorFiles, dtype: torch.dtype
         qformer=branch.qformer,
         language_projection=branch.language_projection,
         language_model=language_model,
+        prompts=PromptTemplates(question=language_model.question_template),
     )
 
 
@@ -105,17 +107,15 @@ def _load_retrieval(config: Blip2Config, files: TensorFiles, dtype: torch.dtype)
 
 def _load_language_model(config: Blip2Config, files: TensorFiles, dtype: torch.dtype) -> LanguageModel:
     path = files.directory / "config.json"
-    if config.is_encoder_decoder:
-        raise CheckpointError(
-            f"{path} names a {config.text_config.model_type} language model; encoder-decoder language models "
-            "are not supported yet: use a checkpoint with OPT"
-        )
-    if config.text_config.model_type != "opt":
-        raise CheckpointError(
-            f"{path} names a {config.text_config.model_type} language model; only OPT can be loaded"
-        )
-    tensors = files.read(LANGUAGE, dtype=dtype)
-    llm = assemble_opt(config.text_config, tensors, source=files.path)
+    fields = read_json(path).get("text_config")
+    llm = load_llm(
+        config.text_config,
+        files,
+        path=path,
+        dtype=dtype,
+        prefix=LANGUAGE,
+        has_own_head=isinstance(fields, dict) and fields.get("tie_word_embeddings") is False,
+    )
     tokenizer = load_tokenizer(files.directory)
     return freeze(LanguageModel(llm, tokenizer, image_token_id=config.image_token_index))
 

@@ -93,7 +93,7 @@ def save_hub(directory: Path, parts: Blip2Parts) -> None:
     with torch.device("meta"):
         model = Blip2ForConditionalGeneration(_hub_config(parts, parts.language_model))
     model.load_state_dict(renamed | tower | language, assign=True)
-    model.tie_weights()
+    model.language_model = llm  # whose head stays its own where it is
     model.save_pretrained(directory)
     parts.language_model.tokenizer.save_pretrained(directory)
     _write_preprocessor_config(parts.preprocess, directory / "preprocessor_config.json")

@@ -73,8 +73,7 @@ class Cohort:
 def build_search(job: DecodeJob, language_model: LanguageModel) -> Search:
     """Gives the search that a job's parameters ask for, at its beginning."""
     eos_token_ids = language_model.eos_token_ids
-    # As transformers' BLIP-2 counts them: penalties see the image tokens and the prompt.
-    context = [language_model.image_token_id] * len(job.language_model_inputs) + list(job.prompt_ids)
+    context = language_model.answer_context(len(job.language_model_inputs), job.prompt_ids)
     processor = ScoreProcessor(job.params, context, eos_token_ids, language_model.device)
     search = BeamSearch if job.params.num_beams > 1 else Sampling
     return search(job.params, processor, eos_token_ids)

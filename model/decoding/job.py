@@ -12,7 +12,7 @@ from model.decoding.params import GenerationParams
 class DecodeJob:
     """One image and one prompt to be continued.
 
-    language_model_inputs: [Q, L] soft tokens. prompt_ids: the prompt behind the beginning-of-text token, as
+    language_model_inputs: [Q, L] soft tokens. prompt_ids: the prompt with its special token, as
     `LanguageModel.tokenize` gives it. Two jobs are never equal, so a job can be a key.
     """
 

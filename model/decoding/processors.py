@@ -21,7 +21,7 @@ from model.decoding.params import GenerationParams
 class ScoreProcessor:
     """transformers' own processors, in its own order, over the sequences of one job.
 
-    context: the ids in front of the answer, image tokens included, as transformers' BLIP-2 counts them.
+    context: the ids in front of the answer, as `LanguageModel.answer_context` gives them.
     """
 
     def __init__(

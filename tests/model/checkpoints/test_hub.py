@@ -10,15 +10,17 @@ from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2QFormerConfig,
+    GPT2Config,
     OPTConfig,
-    T5Config,
 )
 
 from model import Blip2, CheckpointError, GenerationParams, TaskUnavailableError
+from model.checkpoints import save_hub
 from model.matching import Matcher
 from model.vision import VisionEncoder
 from tests.builders import (
     build_matcher,
+    build_parts,
     build_qformer_config,
     build_retrieval_reference,
     build_text_tokenizer,
@@ -148,11 +150,26 @@ def save_config(directory: Path, *, text_config: object, architecture: str) -> N
     config.save_pretrained(directory)
 
 
-def test_encoder_decoder_language_models_are_refused_honestly(hub_directory: Path, tmp_path: Path) -> None:
-    save_config(tmp_path, text_config=T5Config().to_dict(), architecture="Blip2ForConditionalGeneration")
+def test_language_models_of_other_types_are_refused_honestly(hub_directory: Path, tmp_path: Path) -> None:
+    save_config(tmp_path, text_config=GPT2Config().to_dict(), architecture="Blip2ForConditionalGeneration")
     (tmp_path / "model.safetensors").write_bytes((hub_directory / "model.safetensors").read_bytes())
-    with pytest.raises(CheckpointError, match="encoder-decoder language models are not supported yet"):
+    with pytest.raises(CheckpointError, match=r"type 'gpt2'; those of \['opt', 't5'\] can be loaded"):
         Blip2.from_pretrained(str(tmp_path))
+
+
+def test_the_question_template_is_the_one_its_language_model_answers_best_to(hub_directory: Path) -> None:
+    assert Blip2.from_pretrained(str(hub_directory)).prompts.question == "Question: {} Answer:"
+
+
+def test_an_opt_with_a_head_of_its_own_keeps_it_on_the_way_to_the_hub_and_back(tmp_path: Path) -> None:
+    parts = build_parts()
+    assert parts.language_model is not None
+    head = torch.randn_like(parts.language_model.llm.lm_head.weight)
+    parts.language_model.llm.lm_head.weight = torch.nn.Parameter(head)
+    save_hub(tmp_path, parts)
+    loaded = Blip2.from_pretrained(str(tmp_path)).language_model
+    assert loaded is not None
+    assert torch.equal(loaded.llm.lm_head.weight, head)
 
 
 def test_an_architecture_of_transformers_that_is_not_served_is_named(

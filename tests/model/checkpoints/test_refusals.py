@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model import Blip2, CheckpointError
+from model.checkpoints import EMBEDDED
 from tests.model.checkpoints.damage import ADAPTER, edit_config, edit_tensors
 
 
@@ -23,6 +24,18 @@ def test_a_path_that_is_absent_is_refused_with_the_names_that_are_accepted(tmp_p
     assert "nowhere" in message
     assert "'tiny'" in message
     assert "directory" in message
+
+
+def test_of_the_embedded_models_those_that_are_there_are_offered(tmp_path: Path) -> None:
+    message = refusal(tmp_path / "nowhere")
+    offered = [name for name in EMBEDDED if f"'{name}'" in message]
+    assert offered == [name for name, directory in EMBEDDED.items() if directory.is_dir()]
+
+
+def test_the_embedded_models_lie_beside_each_other() -> None:
+    tiny = EMBEDDED["tiny"].parent
+    assert EMBEDDED["tiny"] == tiny / "stage2"
+    assert EMBEDDED["tiny-t5"] == tiny / "stage2_t5"
 
 
 def test_a_hub_id_is_refused_and_a_directory_asked_for() -> None:

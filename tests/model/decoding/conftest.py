@@ -1,4 +1,6 @@
-"""Models of three tempers, which end their answers early, late and in between."""
+"""Models of several tempers and of both families, which end their answers early, late and in between."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -7,16 +9,24 @@ from transformers import Blip2ForConditionalGeneration
 from model import Blip2
 from model.checkpoints import save_hub
 from tests.builders import build_parts, random_pixels
+from tests.builders_t5 import build_t5_parts
 from tests.model.decoding.reference import Pair
 
+BUILDERS = {
+    "even": partial(build_parts, seed=0, eos_pull=1.5),
+    "terse": partial(build_parts, seed=1, eos_pull=2.5),
+    "wordy": partial(build_parts, seed=2, eos_pull=1.3),
+    "tied T5": partial(build_t5_parts, "tied", seed=3),
+    "untied T5": partial(build_t5_parts, "untied", seed=2),
+}
 
-@pytest.fixture(scope="session", params=[(0, 1.5), (1, 2.5), (2, 1.3)], ids=["even", "terse", "wordy"])
+
+@pytest.fixture(scope="session", params=BUILDERS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    seed, eos_pull = request.param
-    blip2 = Blip2(build_parts(seed=seed, eos_pull=eos_pull)).eval()
+    blip2 = Blip2(BUILDERS[request.param]()).eval()
     directory = tmp_path_factory.mktemp("reference")
     save_hub(directory, blip2.parts)
-    pixel_values = random_pixels(4, seed=seed)
+    pixel_values = random_pixels(4)
     with torch.inference_mode():
         query_output = blip2.encode_queries(blip2.encode_images(pixel_values))
         language_model_inputs = blip2.project_queries(query_output)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import Blip2ForConditionalGeneration
+from transformers.utils import ModelOutput
 
 from model import Blip2, DecodeJob, GenerationParams
 from model.language import LanguageModel
@@ -27,6 +28,10 @@ class Pair:
     def language_model(self) -> LanguageModel:
         assert self.blip2.language_model is not None
         return self.blip2.language_model
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(self.reference.language_model.config.is_encoder_decoder)
 
     def job(self, image: int, prompt: str, params: GenerationParams) -> DecodeJob:
         return DecodeJob(self.language_model_inputs[image], self.language_model.tokenize(prompt), params)
@@ -57,18 +62,34 @@ class Pair:
     @torch.inference_mode()
     def log_probability(self, image: int, prompt: str, token_ids: tuple[int, ...]) -> float:
         """Gives the natural log-probability of an answer under the bare reference model."""
-        llm = self.reference.language_model
-        text = torch.tensor([*self.language_model.tokenize(prompt), *token_ids])
-        soft_tokens = self.language_model_inputs[image]
-        inputs_embeds = torch.cat([soft_tokens, llm.get_input_embeddings()(text)])
-        logits = llm(inputs_embeds=inputs_embeds[None]).logits[0]
-        log_probs = logits[-len(token_ids) - 1 : -1].log_softmax(dim=-1)  # [T, N]
+        context = self.language_model_inputs[image], self.language_model.tokenize(prompt)
+        score = self._logits_of_decoded if self.is_encoder_decoder else self._logits_of_continued
+        log_probs = score(*context, token_ids).log_softmax(dim=-1)  # [T, N]
         return log_probs[torch.arange(len(token_ids)), list(token_ids)].sum().item()
 
     def new_tokens(self, output: object, prompt: str) -> list[tuple[int, ...]]:
         """Gives the new tokens of each of the reference's answers, end token included, padding not."""
-        start = NUM_QUERY_TOKENS + len(self.language_model.tokenize(prompt))
+        prompt_ids = self.language_model.tokenize(prompt)
+        start = 1 if self.is_encoder_decoder else NUM_QUERY_TOKENS + len(prompt_ids)
         return [self._until_end(row) for row in output.sequences[:, start:].tolist()]
+
+    def _logits_of_continued(
+        self, soft_tokens: Tensor, prompt_ids: tuple[int, ...], token_ids: tuple[int, ...]
+    ) -> Tensor:
+        """Gives the [T, N] logits of an answer that stands behind its prompt."""
+        logits = self._run_llm(soft_tokens, (*prompt_ids, *token_ids)).logits[0]
+        return logits[-len(token_ids) - 1 : -1]
+
+    def _logits_of_decoded(
+        self, soft_tokens: Tensor, prompt_ids: tuple[int, ...], token_ids: tuple[int, ...]
+    ) -> Tensor:
+        """Gives the [T, N] logits of an answer in the decoder, whose prompt is in the encoder."""
+        return self._run_llm(soft_tokens, prompt_ids, labels=torch.tensor([token_ids])).logits[0]
+
+    def _run_llm(self, soft_tokens: Tensor, text: tuple[int, ...], **inputs: Tensor) -> ModelOutput:
+        llm = self.reference.language_model
+        inputs_embeds = torch.cat([soft_tokens, llm.get_input_embeddings()(torch.tensor(text))])
+        return llm(inputs_embeds=inputs_embeds[None], **inputs)
 
     def _until_end(self, token_ids: list[int]) -> tuple[int, ...]:
         (end,) = self.language_model.eos_token_ids

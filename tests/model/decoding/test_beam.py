@@ -17,7 +17,7 @@ SHAPES = [
         max_new_tokens=15,
     )
     for num_beams, length_penalty, early_stopping in itertools.product(
-        (2, 3, 4, 5, 6), (-1.0, 0.0, 1.0, 2.0), (False, True)
+        (2, 3, 4, 5, 6, 7, 8), (-1.0, 0.0, 1.0, 2.0), (False, True)
     )
 ]
 RULES = [

@@ -14,7 +14,8 @@ from model import (
     InvalidPromptError,
 )
 from model.language import DecodingState, LanguageModel
-from tests.builders import MAX_POSITIONS, NUM_QUERY_TOKENS
+from tests.builders import MAX_POSITIONS, NUM_QUERY_TOKENS, build_language_model
+from tests.builders_t5 import build_t5_language_model
 from tests.model.decoding.reference import PROMPTS, Pair
 
 PARAMS = (
@@ -156,22 +157,41 @@ def test_cancelling_a_job_nobody_runs_does_nothing(pair: Pair) -> None:
     assert decoder.num_jobs == 0
 
 
-def test_image_tokens_prompt_and_answer_must_fit_the_positions_together(pair: Pair) -> None:
-    decoder = Decoder(pair.language_model)
+def job_without_words(language_model: LanguageModel, *, max_new_tokens: int) -> DecodeJob:
+    soft_tokens = torch.zeros(NUM_QUERY_TOKENS, language_model.hidden_size)
+    return DecodeJob(
+        soft_tokens, language_model.tokenize(""), GenerationParams(max_new_tokens=max_new_tokens)
+    )
+
+
+def test_image_tokens_prompt_and_answer_must_fit_the_positions_together() -> None:
+    language_model = build_language_model()
+    decoder = Decoder(language_model)
     room = MAX_POSITIONS - NUM_QUERY_TOKENS - 1  # the prompt is the beginning-of-text token alone
-    decoder.add(pair.job(0, "", GenerationParams(max_new_tokens=room)))
+    decoder.add(job_without_words(language_model, max_new_tokens=room))
     message = (
         f"1 tokens; with {NUM_QUERY_TOKENS} image tokens and up to {room + 1} new tokens "
         f"that makes {MAX_POSITIONS + 1}, the limit is {MAX_POSITIONS}"
     )
     with pytest.raises(InvalidPromptError, match=message):
-        decoder.add(pair.job(0, "", GenerationParams(max_new_tokens=room + 1)))
+        decoder.add(job_without_words(language_model, max_new_tokens=room + 1))
+    assert decoder.num_jobs == 1
+
+
+def test_an_answer_of_its_own_sequence_must_fit_the_positions_by_itself() -> None:
+    language_model = build_t5_language_model("tied")
+    decoder = Decoder(language_model)
+    decoder.add(job_without_words(language_model, max_new_tokens=MAX_POSITIONS))
+    with pytest.raises(
+        InvalidParamsError, match=f"max_new_tokens is {MAX_POSITIONS + 1}.*at most {MAX_POSITIONS} tokens"
+    ):
+        decoder.add(job_without_words(language_model, max_new_tokens=MAX_POSITIONS + 1))
     assert decoder.num_jobs == 1
 
 
 @torch.inference_mode()
 def test_an_answer_may_fill_the_last_position(pair: Pair) -> None:
-    room = MAX_POSITIONS - NUM_QUERY_TOKENS - 1
+    room = MAX_POSITIONS if pair.is_encoder_decoder else MAX_POSITIONS - NUM_QUERY_TOKENS - 1
     params = GenerationParams(num_beams=2, max_new_tokens=room, min_new_tokens=room)
     (answer,) = run_alone(pair.language_model, pair.job(0, "", params))
     assert answer.num_tokens == room

@@ -1,0 +1,93 @@
+"""Decoder-only language models (OPT): soft tokens, prompt and answer are one sequence."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Cache, OPTForCausalLM
+
+from model.errors import InvalidPromptError
+
+
+class DecoderOnlyState:
+    """A batch of R sequences that were padded on the left.
+
+    cache: keys and values of all tokens so far. attention_mask: [R, S], 0 at the padding, or None where
+    no row is padded. next_positions: [R], the position of each row's next token.
+    """
+
+    def __init__(
+        self, llm: OPTForCausalLM, cache: Cache, attention_mask: Tensor | None, next_positions: Tensor
+    ) -> None:
+        self.cache = cache
+        self.attention_mask = attention_mask
+        self.next_positions = next_positions
+        self._llm = llm
+
+    def select(self, rows: Sequence[int]) -> None:
+        if list(rows) == list(range(len(self.next_positions))):
+            return
+        index = torch.tensor(rows, device=self.next_positions.device)
+        self.cache.reorder_cache(index)
+        self.next_positions = self.next_positions[index]
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[index]
+
+    def advance(self, tokens: Sequence[int]) -> Tensor:
+        if self.attention_mask is not None:
+            self.attention_mask = F.pad(self.attention_mask, (0, 1), value=1)
+        output = self._llm(
+            input_ids=torch.tensor(tokens, device=self.next_positions.device)[:, None],
+            attention_mask=self.attention_mask,
+            position_ids=self.next_positions[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.next_positions = self.next_positions + 1
+        return output.logits[:, -1].float()
+
+
+class DecoderOnly:
+    """The family of OPT: a text begins with the beginning-of-text token, and an answer continues it."""
+
+    question_template = "Question: {} Answer:"
+
+    def __init__(self, llm: OPTForCausalLM) -> None:
+        self._llm = llm
+        self._bos_token_id: int = llm.config.bos_token_id
+        self.max_positions: int = llm.config.max_position_embeddings
+
+    def frame_prompt(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        return (self._bos_token_id, *token_ids)
+
+    def answer_context(self, prefix_ids: Sequence[int]) -> tuple[int, ...]:
+        return tuple(prefix_ids)
+
+    def check_length(self, *, num_prompt_tokens: int, num_soft_tokens: int, max_new_tokens: int) -> None:
+        """Raises InvalidPromptError where soft tokens, prompt and answer together exceed the positions."""
+        total = num_soft_tokens + num_prompt_tokens + max_new_tokens
+        if total > self.max_positions:
+            raise InvalidPromptError(
+                f"the prompt has {num_prompt_tokens} tokens; with {num_soft_tokens} image tokens and up to "
+                f"{max_new_tokens} new tokens that makes {total}, the limit is {self.max_positions}; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+
+    def prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, DecoderOnlyState]:
+        """Pads on the left, where no other token looks; every sequence keeps its own positions."""
+        device = prefixes[0].device
+        lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)  # [J]
+        size = max(map(len, prefixes))
+        positions = torch.arange(size, device=device) - (size - lengths)[:, None]  # [J, S], < 0: padding
+        is_padded = any(len(prefix) < size for prefix in prefixes)
+        attention_mask = (positions >= 0).long() if is_padded else None
+        output = self._llm(
+            inputs_embeds=torch.stack([F.pad(prefix, (0, 0, size - len(prefix), 0)) for prefix in prefixes]),
+            attention_mask=attention_mask,
+            position_ids=positions.clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        state = DecoderOnlyState(self._llm, output.past_key_values, attention_mask, lengths)
+        return output.logits[:, -1].float(), state

@@ -1,0 +1,113 @@
+"""Encoder-decoder language models (T5): soft tokens and prompt are encoded, the answer is decoded."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import EncoderDecoderCache, T5ForConditionalGeneration
+
+from model.errors import InvalidParamsError, InvalidPromptError
+
+TRAINED_POSITIONS = 512  # of every released T5; its relative positions would allow any number
+
+
+class EncoderDecoderState:
+    """A batch of R answers, each beside the encoded prefix it is about.
+
+    cache: keys and values of the answers' tokens, and those of the prefixes, which no step computes anew.
+    encoder_hidden_states: [R, S, L]. attention_mask: [R, S], 0 at the padding on the right, or None where
+    no prefix is padded. sources: [R], the prefix each row reads, as it was numbered when it was encoded.
+    """
+
+    def __init__(
+        self,
+        llm: T5ForConditionalGeneration,
+        cache: EncoderDecoderCache,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None,
+    ) -> None:
+        self.cache = cache
+        self.encoder_hidden_states = encoder_hidden_states
+        self.attention_mask = attention_mask
+        self.sources = list(range(len(encoder_hidden_states)))
+        self._llm = llm
+
+    def select(self, rows: Sequence[int]) -> None:
+        if list(rows) == list(range(len(self.sources))):
+            return
+        index = torch.tensor(rows, device=self.encoder_hidden_states.device)
+        self.cache.self_attention_cache.reorder_cache(index)
+        sources = [self.sources[row] for row in rows]
+        if sources != self.sources:  # else beams changed places within their jobs, which read one prefix
+            self.sources = sources
+            self._select_prefixes(index)
+
+    def advance(self, tokens: Sequence[int]) -> Tensor:
+        output = self._llm(
+            encoder_outputs=(self.encoder_hidden_states,),
+            attention_mask=self.attention_mask,
+            decoder_input_ids=torch.tensor(tokens, device=self.encoder_hidden_states.device)[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.logits[:, -1].float()
+
+    def _select_prefixes(self, index: Tensor) -> None:
+        self.cache.cross_attention_cache.reorder_cache(index)
+        self.encoder_hidden_states = self.encoder_hidden_states[index]
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[index]
+
+
+class EncoderDecoder:
+    """The family of T5: a prompt ends with the end-of-text token, an answer begins with a start token."""
+
+    question_template = "Question: {} Short answer:"
+
+    def __init__(self, llm: T5ForConditionalGeneration, *, end_token_id: int) -> None:
+        self._llm = llm
+        self._end_token_id = end_token_id
+        self._start_token_id: int = llm.config.decoder_start_token_id
+        self.max_positions: int = getattr(llm.config, "n_positions", None) or TRAINED_POSITIONS
+
+    def frame_prompt(self, token_ids: Sequence[int]) -> tuple[int, ...]:
+        return (*token_ids, self._end_token_id)
+
+    def answer_context(self, _prefix_ids: Sequence[int]) -> tuple[int, ...]:
+        return (self._start_token_id,)
+
+    def check_length(self, *, num_prompt_tokens: int, num_soft_tokens: int, max_new_tokens: int) -> None:
+        """Raises InvalidPromptError where soft tokens and prompt exceed the positions of the encoder.
+
+        Raises InvalidParamsError where the answer may exceed those of the decoder.
+        """
+        total = num_soft_tokens + num_prompt_tokens
+        if total > self.max_positions:
+            raise InvalidPromptError(
+                f"the prompt has {num_prompt_tokens} tokens; with {num_soft_tokens} image tokens that makes "
+                f"{total}, the limit is {self.max_positions}; shorten the prompt"
+            )
+        if max_new_tokens > self.max_positions:
+            raise InvalidParamsError(
+                f"max_new_tokens is {max_new_tokens}, this language model answers with at most "
+                f"{self.max_positions} tokens; lower max_new_tokens"
+            )
+
+    def prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, EncoderDecoderState]:
+        """Pads on the right, where no token looks; the positions of T5 are relative."""
+        size = max(map(len, prefixes))
+        device = prefixes[0].device
+        lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)  # [J]
+        is_padded = any(len(prefix) < size for prefix in prefixes)
+        attention_mask = (torch.arange(size, device=device) < lengths[:, None]).long() if is_padded else None
+        output = self._llm(
+            inputs_embeds=torch.stack([F.pad(prefix, (0, 0, 0, size - len(prefix))) for prefix in prefixes]),
+            attention_mask=attention_mask,  # [J, S]
+            decoder_input_ids=torch.full((len(prefixes), 1), self._start_token_id, device=device),
+            use_cache=True,
+        )
+        state = EncoderDecoderState(
+            self._llm, output.past_key_values, output.encoder_last_hidden_state, attention_mask
+        )
+        return output.logits[:, -1].float(), state

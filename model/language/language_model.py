@@ -1,0 +1,121 @@
+"""A frozen language model of any family: tokens in, tokens out."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import OPTForCausalLM, PreTrainedTokenizerFast, T5ForConditionalGeneration
+
+from model.errors import InvalidPromptError
+from model.language.decoder_only import DecoderOnly
+from model.language.encoder_decoder import EncoderDecoder
+from model.language.family import DecodingState, Family
+
+IMAGE_TOKEN = "<image>"
+
+
+class LanguageModel(nn.Module):
+    """A language model that answers to soft tokens followed by a prompt.
+
+    llm: transformers' model, decoder-only (OPT) or encoder-decoder (T5). tokenizer: its tokenizer.
+    hidden_size: L. eos_token_ids: those that end an answer (OPT of BLIP-2: the newline; T5: `</s>`).
+    question_template: the prompt of a question that its family answers best to, with one `{}`.
+    max_positions: how many tokens, image tokens included, one sequence can hold.
+    image_token_id: the id that stands for a soft token where a sequence is looked at as ids, as
+    repetition penalties do; the tokenizer's "<image>", else padding, unless given.
+    """
+
+    def __init__(
+        self,
+        llm: OPTForCausalLM | T5ForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        image_token_id: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.llm = llm
+        self.tokenizer = tokenizer
+        config = llm.config
+        eos = config.eos_token_id
+        self.eos_token_ids: tuple[int, ...] = tuple(eos) if isinstance(eos, list) else (eos,)
+        self.hidden_size: int = config.hidden_size
+        if image_token_id is None:
+            image_token_id = tokenizer.get_vocab().get(IMAGE_TOKEN, config.pad_token_id)
+        self.image_token_id: int = image_token_id
+        self._family: Family = (
+            EncoderDecoder(llm, end_token_id=self.eos_token_ids[0])
+            if config.is_encoder_decoder
+            else DecoderOnly(llm)
+        )
+        self.question_template = self._family.question_template
+        self.max_positions = self._family.max_positions
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.llm.get_input_embeddings().weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.llm.get_input_embeddings().weight.device
+
+    def tokenize(self, prompt: str) -> tuple[int, ...]:
+        """Gives the ids of a prompt, framed as its family reads it, whatever the tokenizer adds itself.
+
+        OPT: behind the beginning-of-text token. T5: before the end-of-text token. May be called from several
+        threads. Raises InvalidPromptError where the model has fewer positions.
+        """
+        token_ids = self._family.frame_prompt(self.tokenizer.encode(prompt, add_special_tokens=False))
+        if len(token_ids) > self.max_positions:
+            raise InvalidPromptError(
+                f"the prompt has {len(token_ids)} tokens, the limit is {self.max_positions}; shorten it"
+            )
+        return token_ids
+
+    def check_length(self, *, num_prompt_tokens: int, num_soft_tokens: int, max_new_tokens: int) -> None:
+        """Raises InvalidPromptError where soft tokens, prompt and answer exceed the positions.
+
+        OPT: together. T5: soft tokens and prompt those of the encoder; where the answer exceeds those of the
+        decoder, InvalidParamsError.
+        """
+        self._family.check_length(
+            num_prompt_tokens=num_prompt_tokens,
+            num_soft_tokens=num_soft_tokens,
+            max_new_tokens=max_new_tokens,
+        )
+
+    def answer_context(self, num_soft_tokens: int, prompt_ids: Sequence[int]) -> tuple[int, ...]:
+        """Gives the ids in front of an answer, as transformers' BLIP-2 has its penalties see them.
+
+        OPT: image tokens and prompt. T5: the one token an answer begins with.
+        """
+        return self._family.answer_context([self.image_token_id] * num_soft_tokens + list(prompt_ids))
+
+    def decode_tokens(self, token_ids: Sequence[int]) -> str:
+        """Gives the text of an answer, without special and end tokens and without surrounding space."""
+        kept = [token_id for token_id in token_ids if token_id not in self.eos_token_ids]
+        text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
+        return text.strip()
+
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        """Gives the [.., L] embeddings of [..] ids."""
+        return self.llm.get_input_embeddings()(input_ids)
+
+    def prefill(
+        self, language_model_inputs: Sequence[Tensor], prompts: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, DecodingState]:
+        """Reads J sequences, each of soft tokens [Q, L] and prompt ids, in one pass.
+
+        They may be of unequal length; none depends on its neighbours. Gives the [J, N] float32 logits of the
+        next token and the state from which `advance` goes on.
+        """
+        token_ids = torch.tensor([token_id for prompt in prompts for token_id in prompt], device=self.device)
+        prompt_embeds = torch.split(self.embed_tokens(token_ids), [len(prompt) for prompt in prompts])
+        prefixes = [
+            torch.cat([soft_tokens.to(embeds), embeds])  # [S_j, L]
+            for soft_tokens, embeds in zip(language_model_inputs, prompt_embeds, strict=True)
+        ]
+        return self._family.prefill(prefixes)
+
+    def advance(self, state: DecodingState, tokens: Sequence[int]) -> Tensor:
+        """Appends one token to each of the R rows of `state`; gives the [R, N] float32 logits of the next."""
+        return state.advance(tokens)
