@@ -1,4 +1,4 @@
-"""`python -m training <scenes|tiny|evaluate>`: draws scenes, trains the default model, measures a server."""
+"""`python -m training <scenes|tiny|gate|compare|evaluate>`: makes and measures the default model."""
 
 import argparse
 import json
@@ -10,13 +10,27 @@ from pathlib import Path
 import torch
 
 from model.errors import ModelError
+from training.comparison import compare_stage1
 from training.config import CONFIG_DIR, ConfigError, load_tiny_config
 from training.evaluate import EvaluationError, Plan, ServerClient, evaluate
+from training.gates import (
+    GATES,
+    NUM_PROBE_SCENES,
+    NUM_SCENES,
+    VALIDATION_SEED,
+    GateMissedError,
+    format_findings,
+    measure,
+    require,
+    write_findings,
+)
+from training.gates import Plan as GatePlan
 from training.loop import NonFiniteLossError
+from training.questions import MAX_QUESTIONS
 from training.report import format_report
+from training.report.page import write_report
 from training.scene_files import write_scenes
-from training.scene_text import MAX_QUESTIONS
-from training.scenes import SPLITS
+from training.scenes import PICTURED_SPLITS
 from training.tiny import TinyTraining
 
 
@@ -27,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _build_parser().parse_args(arguments)
     try:
         options.run(options)
+    except GateMissedError as exc:
+        print(f"missed: {exc}", file=sys.stderr)  # noqa: T201
+        return 1
     except (ConfigError, EvaluationError, ModelError, NonFiniteLossError, OSError, ValueError) as exc:
         print(f"error: {exc}", file=sys.stderr)  # noqa: T201
         return 1
@@ -40,7 +57,7 @@ def _build_parser() -> argparse.ArgumentParser:
     scenes = commands.add_parser("scenes", help="draw synthetic scenes with captions and questions")
     scenes.add_argument("--seed", type=_not_negative, default=0)
     scenes.add_argument("--count", type=_positive, required=True)
-    scenes.add_argument("--split", choices=SPLITS, default="unseen")
+    scenes.add_argument("--split", choices=PICTURED_SPLITS, default="unseen")
     scenes.add_argument(
         "--image-size", type=_positive, default=96, help="side in pixels (default: %(default)s)"
     )
@@ -57,12 +74,18 @@ def _build_parser() -> argparse.ArgumentParser:
     tiny.add_argument(
         "--only", nargs="+", choices=phases, default=phases, metavar="PHASE", help=", ".join(phases)
     )
+    tiny.add_argument(
+        "--report", action="store_true", help="train nothing: write report.html of what --out holds"
+    )
     tiny.set_defaults(run=_train_tiny)
+
+    _add_gate(commands)
+    _add_compare(commands)
 
     evaluation = commands.add_parser("evaluate", help="measure a running server on scenes it has not seen")
     evaluation.add_argument("--url", default="http://127.0.0.1:8000")
     evaluation.add_argument("--seed", type=_not_negative, default=1)
-    evaluation.add_argument("--split", choices=SPLITS, default="unseen")
+    evaluation.add_argument("--split", choices=PICTURED_SPLITS, default="unseen")
     evaluation.add_argument("--scenes", type=_positive, default=1000)
     evaluation.add_argument(
         "--questions", type=_positive, default=5, help=f"questions for each scene, up to {MAX_QUESTIONS}"
@@ -77,6 +100,40 @@ def _build_parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--out", type=Path, help="write the figures here as JSON")
     evaluation.set_defaults(run=_evaluate)
     return parser
+
+
+def _add_gate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    gate = commands.add_parser("gate", help="measure the result of a phase; exit status 1 below its bars")
+    gate.add_argument("phase", choices=tuple(GATES), metavar="PHASE", help=", ".join(GATES))
+    gate.add_argument("--out", type=Path, default=Path("runs/tiny"), help="of the run (default: %(default)s)")
+    gate.add_argument(
+        "--scenes", type=_positive, default=NUM_SCENES, help="of each split (default: %(default)s)"
+    )
+    gate.add_argument("--seed", type=_not_negative, default=VALIDATION_SEED)
+    gate.add_argument(
+        "--probe-scenes",
+        type=_positive,
+        default=NUM_PROBE_SCENES,
+        help="training scenes that linear probes are fitted on (default: %(default)s)",
+    )
+    gate.add_argument(
+        "--queries", type=_positive, help="words of a description (default: as the run was configured)"
+    )
+    gate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    gate.set_defaults(run=_run_gate)
+
+
+def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    compare = commands.add_parser("compare", help="train stage 2 with and without stage 1, and measure both")
+    compare.add_argument("--config", type=Path, default=CONFIG_DIR / "tiny.yaml")
+    compare.add_argument("--out", type=Path, default=Path("runs/tiny"), help="of the run whose stage 1 it is")
+    compare.add_argument("--seeds", type=_not_negative, nargs="+", default=[0, 1, 2])
+    compare.add_argument("--steps", type=_positive, default=800, help="of stage 2 (default: %(default)s)")
+    compare.add_argument(
+        "--scenes", type=_positive, default=NUM_SCENES, help="of each split (default: %(default)s)"
+    )
+    compare.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    compare.set_defaults(run=_compare)
 
 
 def _not_negative(text: str) -> int:
@@ -98,9 +155,34 @@ def _draw_scenes(options: argparse.Namespace) -> None:
 
 
 def _train_tiny(options: argparse.Namespace) -> None:
+    if options.report:
+        print(write_report(options.out))  # noqa: T201
+        return
     TinyTraining(load_tiny_config(options.config), options.out, _pick_device(options.device)).run(
         options.only
     )
+
+
+def _run_gate(options: argparse.Namespace) -> None:
+    plan = GatePlan(
+        options.out,
+        seed=options.seed,
+        num_scenes=options.scenes,
+        num_probe_scenes=options.probe_scenes,
+        num_query_tokens=options.queries,
+        device=str(_pick_device(options.device)),
+    )
+    findings = measure(options.phase, plan)
+    print(format_findings(findings))  # noqa: T201
+    write_findings(findings, options.out)
+    require(findings)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    device = _pick_device(options.device)
+    training = TinyTraining(load_tiny_config(options.config), options.out, device)
+    plan = GatePlan(options.out, num_scenes=options.scenes, device=str(device))
+    print(format_report(compare_stage1(training, options.seeds, options.steps, plan).figures))  # noqa: T201
 
 
 def _pick_device(wanted: str) -> torch.device:

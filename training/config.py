@@ -8,7 +8,8 @@ import yaml
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 AUTOCAST_TYPES = ("bfloat16", "float32")
-MAX_TEXTS = 20
+MAX_TRAINING_QUESTIONS = 20
+MIN_READING_SIZE = 3  # layers, and heads of each, that `training.reading` supervises
 
 
 class ConfigError(Exception):
@@ -31,10 +32,16 @@ class Optimization:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """How many scenes are drawn for training, and how large."""
+    """How many scenes are drawn for training, and how large.
+
+    `num_recolored_scenes`: scenes in colours without a name, for the image encoder only. `num_told_scenes`:
+    scenes of more colours and shapes than are drawn, for the language models only.
+    """
 
     seed: int
     num_train_scenes: int
+    num_recolored_scenes: int
+    num_told_scenes: int
     image_size: int
 
 
@@ -61,6 +68,17 @@ class LanguageShape:
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderDecoderShape:
+    """The sibling's language model: T5."""
+
+    hidden_size: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class QFormerShape:
     """The Q-Former of both stages."""
 
@@ -76,8 +94,8 @@ class QFormerShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Retrieval:
-    """Retrieval fine-tuning: `num_pairs` of the batch are matched (ITM), all are contrasted (ITC)."""
+class Stage1:
+    """Stage 1: all of a batch takes part in ITC, its first `num_pairs` in ITM and ITG."""
 
     num_pairs: int
     optimization: Optimization
@@ -90,25 +108,38 @@ class TinyConfig:
     seed: int
     autocast: str
     save_every: int
-    texts_per_image: int
+    num_questions: int
     world: World
     vision_model: VisionShape
     language_model: LanguageShape
+    language_model_t5: EncoderDecoderShape
     qformer: QFormerShape
     vision_pretraining: Optimization
     language_pretraining: Optimization
-    stage1: Optimization
-    retrieval: Retrieval
+    language_pretraining_t5: Optimization
+    stage1: Stage1
+    retrieval: Stage1
     stage2: Optimization
+    stage2_t5: Optimization
 
     def __post_init__(self) -> None:
         if self.autocast not in AUTOCAST_TYPES:
             raise ConfigError(f"autocast is {self.autocast!r}; choose one of {', '.join(AUTOCAST_TYPES)}")
         if self.save_every < 1:
             raise ConfigError(f"save_every is {self.save_every}; it must be at least 1")
-        if not 2 <= self.texts_per_image <= MAX_TEXTS:
-            raise ConfigError(f"texts_per_image is {self.texts_per_image}; choose 2 to {MAX_TEXTS}")
-        for phase in (self.stage1, self.stage2, self.retrieval.optimization):
+        if not 1 <= self.num_questions <= MAX_TRAINING_QUESTIONS:
+            raise ConfigError(f"num_questions is {self.num_questions}; choose 1 to {MAX_TRAINING_QUESTIONS}")
+        opt, t5 = self.language_model, self.language_model_t5
+        for layers, heads in (
+            (opt.num_hidden_layers, opt.num_attention_heads),
+            (t5.num_encoder_layers, t5.num_attention_heads),
+        ):
+            if min(layers, heads) < MIN_READING_SIZE:
+                raise ConfigError(
+                    f"a language model has {layers} layers of {heads} heads; "
+                    f"supervised reading needs {MIN_READING_SIZE} of both"
+                )
+        for phase in (self.stage1.optimization, self.retrieval.optimization, self.stage2, self.stage2_t5):
             if not 2 <= phase.batch_size <= self.world.num_train_scenes:
                 raise ConfigError(
                     f"a batch_size is {phase.batch_size}; choose 2 to num_train_scenes "

@@ -16,10 +16,11 @@ import httpx
 import numpy as np
 from tqdm import tqdm
 
-from training.blind import answer_blindly
+from training.blind import BlindSpeaker, load_blind_speaker
+from training.captions import listing_caption
 from training.gallery import identified_scenes
 from training.metrics import Answered, Figures, caption_figures, common_answers, recall_at, vqa_figures
-from training.scene_text import Question, listing_caption, sample_questions
+from training.questions import Question, sample_questions
 from training.scenes import Scene, Split, iter_scenes, render_scene
 
 _MAX_TRIES = 100
@@ -93,9 +94,10 @@ def evaluate(client: ServerClient, plan: Plan, blind_checkpoint: str | None = No
     """All figures of one server, by task; with `blind_checkpoint`, those of its language model alone too."""
     scenes = list(iter_scenes(plan.seed, plan.split, plan.num_scenes))
     images = [encode_image(scene, plan.image_size) for scene in scenes]
+    blind = load_blind_speaker(blind_checkpoint) if blind_checkpoint is not None else None
     return {
-        **_evaluate_questions(client, plan, scenes, images, blind_checkpoint),
-        "captions": _evaluate_captions(client, scenes, images),
+        **_evaluate_questions(client, plan, scenes, images, blind),
+        **_evaluate_captions(client, scenes, images, blind),
         **_evaluate_retrieval(client, plan),
     }
 
@@ -105,7 +107,7 @@ def _evaluate_questions(
     plan: Plan,
     scenes: Sequence[Scene],
     images: Sequence[str],
-    blind_checkpoint: str | None,
+    blind: BlindSpeaker | None,
 ) -> dict[str, Figures]:
     asked = questions_of(plan, scenes)
 
@@ -115,9 +117,9 @@ def _evaluate_questions(
 
     answers = client.map(ask, range(len(scenes)), "questions")
     figures = {"questions": vqa_figures(pair_answers(scenes, asked, answers))}
-    if blind_checkpoint is not None:
-        blind = answer_blindly(blind_checkpoint, asked)
-        figures["questions, language model without image"] = vqa_figures(pair_answers(scenes, asked, blind))
+    if blind is not None:
+        guessed = pair_answers(scenes, asked, blind.answer(asked))
+        figures["questions, language model without image"] = vqa_figures(guessed)
     return figures | {
         "questions, most common answer": vqa_figures(pair_answers(scenes, asked, _guess(plan, asked))),
         "questions, chance": _chance(asked),
@@ -144,7 +146,7 @@ def pair_answers(
 
 
 def _guess(plan: Plan, asked: Sequence[Sequence[Question]]) -> list[list[str]]:
-    """The most common answer of each family among the training scenes."""
+    """The most common answer of each family, among 2,000 scenes of the split `train` with the same seed."""
     scenes = list(iter_scenes(plan.seed, "train", 2000))
     known = [item for questions in questions_of(plan, scenes) for item in questions]
     common = common_answers(known)
@@ -161,12 +163,18 @@ def _chance(asked: Sequence[Sequence[Question]]) -> Figures:
     return {"overall": overall, **{family: 1 / len(given) for family, given in sorted(answers.items())}}
 
 
-def _evaluate_captions(client: ServerClient, scenes: Sequence[Scene], images: Sequence[str]) -> Figures:
+def _evaluate_captions(
+    client: ServerClient, scenes: Sequence[Scene], images: Sequence[str], blind: BlindSpeaker | None
+) -> dict[str, Figures]:
     def ask(image: str) -> str:
         caption: str = client.post("/caption", {"image": image})["captions"][0]["text"]
         return caption
 
-    return caption_figures(client.map(ask, images, "captions"), scenes)
+    figures = {"captions": caption_figures(client.map(ask, images, "captions"), scenes)}
+    if blind is not None:
+        guessed = [blind.caption()] * len(scenes)
+        figures["captions, language model without image"] = caption_figures(guessed, scenes)
+    return figures
 
 
 def _evaluate_retrieval(client: ServerClient, plan: Plan) -> dict[str, Figures]:
@@ -195,4 +203,5 @@ def _evaluate_retrieval(client: ServerClient, plan: Plan) -> dict[str, Figures]:
     figures = recall("itc", len(scenes))
     if plan.num_reranked:
         figures |= recall("rerank", min(plan.num_reranked, len(scenes)))
-    return figures
+    chance = {f"R@{k}": min(1.0, k / len(scenes)) for k in (1, 5, 10)}
+    return figures | {"retrieval, chance": chance}

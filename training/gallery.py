@@ -1,6 +1,6 @@
 """A set of scenes each of which has a caption that is true of no other: what retrieval is measured on."""
 
-from training.scene_text import object_name
+from training.phrases import object_name
 from training.scenes import Scene, Split, sample_scene
 
 

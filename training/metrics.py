@@ -4,8 +4,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from training.scene_text import Question, is_true_caption, named_pairs
+from training.questions import FAMILIES, Question
 from training.scenes import Scene
+from training.truth import is_true_caption, named_pairs
 
 Figures = dict[str, float]
 
@@ -30,6 +31,12 @@ def vqa_figures(answered: Sequence[Answered]) -> Figures:
         for name in ("overall", item.question.family, f"{item.num_objects}_objects"):
             groups[name].append(item.right)
     return {name: sum(rights) / len(rights) for name, rights in sorted(groups.items())}
+
+
+def macro_average(figures: Figures) -> float:
+    """The mean over the families among exact matches as `vqa_figures` gives them, each counted alike."""
+    shares = [figures[family] for family in FAMILIES if family in figures]
+    return sum(shares) / len(shares)
 
 
 def common_answers(questions: Sequence[Question]) -> dict[str, str]:

@@ -66,6 +66,12 @@ def pack_texts(batch: Sequence[Sequence[Text]], prefix_length: int, pad_token_id
     return packed
 
 
+def text_starts(texts: Sequence[Text], prefix_length: int) -> list[int]:
+    """Where each text of one packed sequence begins."""
+    lengths = [len(text.token_ids) for text in texts]
+    return [prefix_length + sum(lengths[:k]) for k in range(len(texts))]
+
+
 def packed_mask(segments: Tensor, prefix_length: int, dtype: torch.dtype) -> Tensor:
     """The additive mask [B, 1, Q+T, Q+T] of packed texts: 0 where visible, else the least number."""
     batch, length = segments.shape

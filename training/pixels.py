@@ -1,6 +1,10 @@
 """The pixels of a set of scenes, drawn once and kept on disk."""
 
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.preprocess import CLIP_MEAN, CLIP_STD
+from training.config import ConfigError
 from training.scenes import Scene, render_scene
+
+_CHUNK = 256  # scenes that a process draws at a time
 
 
 class SceneImages:
@@ -29,14 +36,35 @@ class SceneImages:
 
 
 def draw_scenes(scenes: Sequence[Scene], image_size: int, path: Path) -> SceneImages:
-    """Draws all scenes into `path` (`.npy`), unless it is there already."""
+    """Draws all scenes into `path` (`.npy`), unless it is there already.
+
+    Raises ConfigError where the file there shows other scenes: drawn by another version of the world.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        unfinished = path.with_suffix(".partial")
         shape = (len(scenes), image_size, image_size, 3)
-        pixels = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-        for index, scene in enumerate(tqdm(scenes, desc="scenes", mininterval=5)):
-            pixels[index] = np.asarray(render_scene(scene, image_size))
+        pixels = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
+        draw = partial(_draw, image_size=image_size)
+        with _start_workers(len(scenes)) as pool:
+            drawn = pool.map(draw, scenes, chunksize=_CHUNK) if pool else map(draw, scenes)
+            for index, image in enumerate(tqdm(drawn, desc="scenes", total=len(scenes), mininterval=5)):
+                pixels[index] = image
         pixels.flush()
-        partial.replace(path)
-    return SceneImages(np.load(path, mmap_mode="r"))
+        unfinished.replace(path)
+    pixels = np.load(path, mmap_mode="r")
+    for index in (0, len(scenes) - 1):
+        if not np.array_equal(pixels[index], _draw(scenes[index], image_size)):
+            raise ConfigError(f"{path}: scene {index} is drawn otherwise today; delete the file, and the run")
+    return SceneImages(pixels)
+
+
+def _start_workers(num_scenes: int) -> AbstractContextManager[ProcessPoolExecutor | None]:
+    """A process for each core, or none where starting them takes longer than drawing."""
+    if num_scenes <= 2 * _CHUNK:
+        return nullcontext()
+    return ProcessPoolExecutor(mp_context=get_context("spawn"))
+
+
+def _draw(scene: Scene, image_size: int) -> np.ndarray:
+    return np.asarray(render_scene(scene, image_size))

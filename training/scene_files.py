@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from training.scene_text import FAMILIES, listing_caption, sample_caption, sample_question
+from training.captions import listing_caption, sample_caption
+from training.questions import FAMILIES, sample_question
 from training.scenes import Scene, Split, iter_scenes, render_scene
 
 _SAMPLED_CAPTIONS = 4

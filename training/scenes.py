@@ -1,19 +1,20 @@
 """The synthetic world: scenes of coloured shapes, drawn with Pillow, the same for the same seed.
 
-A scene holds one to three objects on a plain background. Every scene is a pure function of `(seed, split,
+A scene holds one to four objects on a plain background. Every scene is a pure function of `(seed, split,
 index)`, so a split can be made again anywhere, and no two splits share a random stream.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import cos, pi, sin
+from math import cos, dist, pi, sin
 from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-Split = Literal["train", "unseen", "held-out"]
+Split = Literal["train", "unseen", "held-out", "recolored", "told"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+PICTURED_SPLITS: tuple[Split, ...] = ("train", "unseen", "held-out")  # those with both images and texts
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -33,12 +34,14 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "navy": (20, 28, 84),
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
-TEXTURES = ("solid", "striped")
+TEXTURES = ("solid", "striped", "dotted")
 SIZES: dict[str, tuple[float, float]] = {
     "small": (0.095, 0.115),
     "large": (0.165, 0.19),
 }  # radius / image side
-MAX_OBJECTS = 3
+MAX_OBJECTS = 4
+
+UNNAMED = "unnamed"  # a colour that no text names
 
 # One pair for each colour that no training image or text ever shows; each colour and each shape still occurs.
 HELD_OUT_PAIRS = frozenset(
@@ -55,14 +58,25 @@ HELD_OUT_PAIRS = frozenset(
 )
 TRAIN_PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS)
 
+# Words of which a language model reads and that no image shows.
+TOLD_COLORS = (*COLORS, "brown", "lime", "teal", "gold", "silver", "violet", "beige", "maroon")
+TOLD_SHAPES = (*SHAPES, "heart", "ring", "arrow", "moon", "oval", "hexagon")
+TOLD_PAIRS = tuple((c, s) for c in TOLD_COLORS for s in TOLD_SHAPES if (c, s) not in HELD_OUT_PAIRS)
+
 _SUPERSAMPLING = 4
+_OBJECT_COUNTS = (0.15, 0.25, 0.3, 0.3)  # how often a scene has one to four objects
+_COLOR_JITTER = 16  # a colour is painted up to this much off in each channel, of 255
 _MAX_PLACEMENTS = 200  # tries to place an object clear of the others before the scene is begun again
+_SHADE = 0.4  # stripes and dots are this much of the paint's brightness
 _GAP = 0.02  # free space between two objects, of the image side
 
 
 @dataclass(frozen=True, slots=True)
 class SceneObject:
-    """One drawn object: centre (`x`, `y`) and half width `radius`, as fractions of the image side."""
+    """One drawn object: centre (`x`, `y`) and half width `radius`, as fractions of the image side.
+
+    paint: its RGB colour; None paints it as `COLORS` has it.
+    """
 
     shape: str
     color: str
@@ -71,6 +85,7 @@ class SceneObject:
     x: float
     y: float
     radius: float
+    paint: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +100,14 @@ class Scene:
 def sample_scene(seed: int, split: Split, index: int) -> Scene:
     """The scene number `index` of a split.
 
-    `train` and `unseen` never hold a pair of `HELD_OUT_PAIRS`; a `held-out` scene holds exactly one.
+    `train` and `unseen` never hold a pair of `HELD_OUT_PAIRS`; a `held-out` scene holds exactly one. In a
+    `recolored` scene the paint of every object is drawn from all of RGB and its colour is `UNNAMED`; no paint
+    is nearest to a colour that its shape is held out in. A `told` scene has pairs of `TOLD_PAIRS`: it is for
+    texts only and cannot be drawn.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     while True:
-        objects = _place_objects(rng, _sample_pairs(rng, split))
+        objects = _place_objects(rng, _sample_pairs(rng, split), split)
         if objects is not None:
             break
     ordered = tuple(sorted(objects, key=lambda item: item.x))
@@ -119,30 +137,58 @@ def _choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 
 
 def _sample_pairs(rng: np.random.Generator, split: Split) -> list[tuple[str, str]]:
-    count = int(rng.choice(MAX_OBJECTS, p=(0.2, 0.4, 0.4))) + 1
-    chosen = rng.choice(len(TRAIN_PAIRS), size=count, replace=False)
-    pairs = [TRAIN_PAIRS[i] for i in chosen]
+    count = int(rng.choice(MAX_OBJECTS, p=_OBJECT_COUNTS)) + 1
+    allowed = TOLD_PAIRS if split == "told" else TRAIN_PAIRS
+    chosen = rng.choice(len(allowed), size=count, replace=False)
+    pairs = [allowed[i] for i in chosen]
     if split == "held-out":
         held = sorted(HELD_OUT_PAIRS)
         pairs[int(rng.integers(count))] = held[int(rng.integers(len(held)))]
     return pairs
 
 
-def _place_objects(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> list[SceneObject] | None:
+def _place_objects(
+    rng: np.random.Generator, pairs: list[tuple[str, str]], split: Split
+) -> list[SceneObject] | None:
     """Places one object for each pair so that no two touch; None where it does not fit."""
     placed: list[SceneObject] = []
     for color, shape in pairs:
+        name, paint = _sample_color(rng, color, shape, split)
         size = _choice(rng, tuple(SIZES))
         texture = _choice(rng, TEXTURES)
         radius = float(rng.uniform(*SIZES[size]))
         for _ in range(_MAX_PLACEMENTS):
             x, y = (float(v) for v in rng.uniform(radius + _GAP, 1 - radius - _GAP, 2))
             if all(np.hypot(x - o.x, y - o.y) > radius + o.radius + _GAP for o in placed):
-                placed.append(SceneObject(shape, color, size, texture, x, y, radius))
+                placed.append(SceneObject(shape, name, size, texture, x, y, radius, paint))
                 break
         else:
             return None
     return placed
+
+
+def _sample_color(
+    rng: np.random.Generator, color: str, shape: str, split: Split
+) -> tuple[str, tuple[int, int, int] | None]:
+    """What an object's colour is called, and the paint that shows it."""
+    if split == "told":
+        return color, None
+    if split == "recolored":
+        return UNNAMED, _sample_paint(rng, shape)
+    return color, _jitter(rng, COLORS[color])
+
+
+def _jitter(rng: np.random.Generator, rgb: tuple[int, int, int]) -> tuple[int, int, int]:
+    red, green, blue = np.clip(rgb + rng.integers(-_COLOR_JITTER, _COLOR_JITTER + 1, 3), 0, 255)
+    return int(red), int(green), int(blue)
+
+
+def _sample_paint(rng: np.random.Generator, shape: str) -> tuple[int, int, int]:
+    while True:
+        red, green, blue = (int(channel) for channel in rng.integers(256, size=3))
+        nearest = min(COLORS, key=lambda name: dist(COLORS[name], (red, green, blue)))
+        if (nearest, shape) not in HELD_OUT_PAIRS:
+            return red, green, blue
 
 
 def _draw_object(canvas: Image.Image, item: SceneObject) -> None:
@@ -150,22 +196,46 @@ def _draw_object(canvas: Image.Image, item: SceneObject) -> None:
     center, radius = (item.x * side, item.y * side), item.radius * side
     mask = Image.new("L", canvas.size, 0)
     _draw_outline(ImageDraw.Draw(mask), item.shape, center, radius)
-    paint = Image.new("RGB", canvas.size, COLORS[item.color])
+    rgb = item.paint or COLORS[item.color]
+    shade = (int(_SHADE * rgb[0]), int(_SHADE * rgb[1]), int(_SHADE * rgb[2]))
+    paint = Image.new("RGB", canvas.size, rgb)
     if item.texture == "striped":
-        _draw_stripes(ImageDraw.Draw(paint), center, radius, stripe_width=0.035 * side)
+        _draw_stripes(ImageDraw.Draw(paint), center, radius, 0.035 * side, shade)
+    elif item.texture == "dotted":
+        _draw_dots(ImageDraw.Draw(paint), center, radius, 0.055 * side, shade)
     left, top = int(center[0] - radius), int(center[1] - radius)
     box = (left, top, int(center[0] + radius) + 1, int(center[1] + radius) + 1)
     canvas.paste(paint.crop(box), box, mask.crop(box))
 
 
 def _draw_stripes(
-    draw: ImageDraw.ImageDraw, center: tuple[float, float], radius: float, stripe_width: float
+    draw: ImageDraw.ImageDraw,
+    center: tuple[float, float],
+    radius: float,
+    stripe_width: float,
+    shade: tuple[int, int, int],
 ) -> None:
-    """Dark diagonal bars over the whole paint; the object's outline cuts them."""
+    """Darker diagonal bars over the whole paint; the object's outline cuts them."""
     for offset in np.arange(-2 * radius, 2 * radius, 2 * stripe_width):
         x = center[0] + offset
         line = [(x - radius, center[1] - radius), (x + radius, center[1] + radius)]
-        draw.line(line, fill=(40, 40, 40), width=max(1, int(0.6 * stripe_width)))
+        draw.line(line, fill=shade, width=max(1, int(0.6 * stripe_width)))
+
+
+def _draw_dots(
+    draw: ImageDraw.ImageDraw,
+    center: tuple[float, float],
+    radius: float,
+    spacing: float,
+    shade: tuple[int, int, int],
+) -> None:
+    """Darker dots on a square grid around the centre; the object's outline cuts them."""
+    reach = int(radius / spacing) + 1
+    dot = 0.3 * spacing
+    for row in range(-reach, reach + 1):
+        for column in range(-reach, reach + 1):
+            x, y = center[0] + column * spacing, center[1] + row * spacing
+            draw.ellipse((x - dot, y - dot, x + dot, y + dot), fill=shade)
 
 
 def _draw_outline(draw: ImageDraw.ImageDraw, shape: str, center: tuple[float, float], radius: float) -> None:

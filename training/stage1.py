@@ -1,10 +1,12 @@
 """Stage 1: the Q-Former learns to represent what a text says of an image (BLIP-2, §3.2).
 
 Image encoder frozen; ITC, ITM with hard negatives and ITG are summed 1:1:1. For each step the Q-Former makes
-four passes: queries over B images, B texts, 3B pairs, and B texts over the cached queries.
+four passes: queries over B images, B texts, the matched and mismatched pairs, and texts over the cached
+queries.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,12 +15,14 @@ from torch import Tensor
 from model.config import QFormerConfig
 from model.matching import Matcher
 from model.qformer import copy_text_ffn_to_query_ffn
-from training.config import TinyConfig
+from model.qformer_layer import KeysValues
+from training.captions import listing_caption, sample_caption, sample_text
+from training.config import Stage1, TinyConfig
 from training.features import ImageFeatures
 from training.loop import Losses, Run, train
 from training.losses import itc_loss, itg_labels, itg_loss, itm_loss, sample_hard_negatives
-from training.scene_text import is_true_caption, sample_caption
 from training.scenes import Scene
+from training.truth import is_true_caption, named_pairs
 from training.vocabulary import build_text_tokenizer
 
 
@@ -44,71 +48,117 @@ def build_matcher(config: TinyConfig) -> Matcher:
     return matcher
 
 
-def stage1_losses(
-    matcher: Matcher, image_features: Tensor, input_ids: Tensor, attention_mask: Tensor, matches: Tensor
-) -> Losses:
-    """The three losses and their sum for B images [B, P, V] and texts [B, T]; `matches` as in `losses`."""
-    states = matcher.encode_image_queries(image_features)
-    similarities = contrast(matcher, states.query_output, input_ids, attention_mask)
-    loss_itc = itc_loss(similarities, matches)
-    loss_itm = matching_loss(matcher, image_features, input_ids, attention_mask, similarities, matches)
+@dataclass(frozen=True, slots=True)
+class PairBatch:
+    """B images with their texts.
 
-    generated = input_ids.clone()
-    generated[:, 0] = matcher.tokenizer.bos_token_id  # [DEC] in the place of [CLS]
-    logits = matcher.generation_logits(generated, attention_mask, states.keys_values)
-    loss_itg = itg_loss(logits, itg_labels(generated, attention_mask))
+    `image_features` [B, P, V]; `input_ids` and `attention_mask` [B, T]; `matches` [B, B] as in `losses`.
+    """
 
-    loss = loss_itc + loss_itm + loss_itg
-    return {"loss": loss, "loss_itc": loss_itc, "loss_itm": loss_itm, "loss_itg": loss_itg}
+    image_features: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    matches: Tensor
+
+    def to(self, device: torch.device) -> "PairBatch":
+        return PairBatch(*(getattr(self, name).to(device) for name in self.__slots__))
 
 
-def contrast(matcher: Matcher, query_output: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The [B, B] similarities of images (query outputs [B, Q, D]) and texts [B, T], over the temperature."""
-    image_embeds = matcher.image_embeds(query_output)  # [B, Q, E]
-    text_embeds = matcher.text_embeds(input_ids, attention_mask)  # [B, E]
-    return matcher.itc_scores(image_embeds, text_embeds) / matcher.temperature
+def stage1_losses(matcher: Matcher, batch: PairBatch, num_pairs: int) -> Losses:
+    """The three losses and their sum: ITC over the whole batch, ITM and ITG over its first `num_pairs`.
+
+    ITC learns from what else is in the batch, so the batch is large; the passes that join image and text
+    cost most and take a part of it.
+    """
+    states = matcher.encode_image_queries(batch.image_features)
+    image_embeds = matcher.image_embeds(states.query_output)  # [B, Q, E]
+    text_embeds = matcher.text_embeds(batch.input_ids, batch.attention_mask)  # [B, E]
+    similarities = matcher.itc_scores(image_embeds, text_embeds) / matcher.temperature  # [B, B]
+    losses = {
+        "loss_itc": itc_loss(similarities, batch.matches),
+        "loss_itm": _matching_loss(matcher, batch, similarities, num_pairs),
+        "loss_itg": _generation_loss(matcher, batch, states.keys_values, num_pairs),
+    }
+    return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
 
-def matching_loss(
-    matcher: Matcher,
-    image_features: Tensor,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    similarities: Tensor,
-    matches: Tensor,
-    num_pairs: int | None = None,
-) -> Tensor:
-    """ITM over the first `num_pairs` pairs (None: all), with hard negatives from the whole batch."""
-    wrong_text, wrong_image = (chosen[:num_pairs] for chosen in sample_hard_negatives(similarities, matches))
-    images, ids, mask = image_features[:num_pairs], input_ids[:num_pairs], attention_mask[:num_pairs]
+def _matching_loss(matcher: Matcher, batch: PairBatch, similarities: Tensor, num_pairs: int) -> Tensor:
+    """ITM over the first pairs, each beside a hard negative of both kinds from the whole batch."""
+    negatives = sample_hard_negatives(similarities, batch.matches)
+    wrong_text, wrong_image = (chosen[:num_pairs] for chosen in negatives)
+    images, ids, mask = batch.image_features, batch.input_ids, batch.attention_mask
+    own = torch.arange(len(wrong_text), device=images.device)
     logits = matcher.match_logits(
-        torch.cat([images, image_features[wrong_image], images]),
-        torch.cat([ids, ids, input_ids[wrong_text]]),
-        torch.cat([mask, mask, attention_mask[wrong_text]]),
-    )  # [3B, 2]
-    return itm_loss(logits, len(images))
+        images[torch.cat([own, wrong_image, own])],
+        ids[torch.cat([own, own, wrong_text])],
+        mask[torch.cat([own, own, wrong_text])],
+    )  # [3 num_pairs, 2]
+    return itm_loss(logits, len(own))
+
+
+def _generation_loss(
+    matcher: Matcher, batch: PairBatch, keys_values: Sequence[KeysValues], num_pairs: int
+) -> Tensor:
+    """ITG over the first pairs, from the keys and values that ITC's pass over the queries left."""
+    generated, mask = batch.input_ids[:num_pairs].clone(), batch.attention_mask[:num_pairs]
+    generated[:, 0] = matcher.tokenizer.bos_token_id  # [DEC] in the place of [CLS]
+    cached = [(keys[:num_pairs], values[:num_pairs]) for keys, values in keys_values]
+    return itg_loss(matcher.generation_logits(generated, mask, cached), itg_labels(generated, mask))
 
 
 def true_matches(scenes: Sequence[Scene], captions: Sequence[str]) -> Tensor:
     """Which caption is true of which scene, [B, B]: scenes can share a short caption."""
-    truth = [[is_true_caption(caption, scene) for caption in captions] for scene in scenes]
+    named = [set(named_pairs(caption)) for caption in captions]
+    present = [{(item.color, item.shape) for item in scene.objects} for scene in scenes]
+    truth = [
+        [names <= there and is_true_caption(text, scene) for names, text in zip(named, captions, strict=True)]
+        for there, scene in zip(present, scenes, strict=True)
+    ]
     return torch.tensor(truth)
 
 
-def train_stage1(run: Run, config: TinyConfig, scenes: Sequence[Scene], features: ImageFeatures) -> Matcher:
-    """Trains the stage-1 model on features of the frozen encoder; resumes where a former run stopped."""
-    torch.manual_seed(config.seed)
-    matcher = build_matcher(config).to(run.device).train()
+def train_matcher(
+    run: Run,
+    matcher: Matcher,
+    scenes: Sequence[Scene],
+    features: ImageFeatures,
+    plan: Stage1,
+    sample: Callable[[Scene, np.random.Generator], str],
+) -> Matcher:
+    """Trains a stage-1 model in place on features of the frozen encoder, with texts that `sample` draws.
+
+    Resumes where a former run stopped.
+    """
+    matcher.to(run.device).train().requires_grad_(True)
 
     def step(rng: np.random.Generator) -> Losses:
-        chosen = rng.choice(len(scenes), size=config.stage1.batch_size, replace=False)
-        batch = [scenes[int(i)] for i in chosen]
-        captions = [sample_caption(scene, rng) for scene in batch]
-        input_ids, attention_mask = (tensor.to(run.device) for tensor in matcher.tokenize(captions))
-        matches = true_matches(batch, captions).to(run.device)
-        return stage1_losses(
-            matcher, features.load(chosen).to(run.device), input_ids, attention_mask, matches
-        )
+        chosen = rng.choice(len(scenes), size=plan.optimization.batch_size, replace=False)
+        drawn = [scenes[int(i)] for i in chosen]
+        texts = [sample(scene, rng) for scene in drawn]
+        input_ids, attention_mask = matcher.tokenize(texts)
+        batch = PairBatch(features.load(chosen), input_ids, attention_mask, true_matches(drawn, texts))
+        return stage1_losses(matcher, batch.to(run.device), plan.num_pairs)
 
-    train(run, matcher, step, config.stage1)
+    train(run, matcher, step, plan.optimization)
     return matcher.eval()
+
+
+def train_stage1(run: Run, config: TinyConfig, scenes: Sequence[Scene], features: ImageFeatures) -> Matcher:
+    """Stage 1 from a fresh Q-Former, on texts of every style."""
+    torch.manual_seed(config.seed)
+    return train_matcher(run, build_matcher(config), scenes, features, config.stage1, sample_text)
+
+
+def finetune_retrieval(
+    run: Run, config: TinyConfig, scenes: Sequence[Scene], features: ImageFeatures, matcher: Matcher
+) -> Matcher:
+    """Goes on with a stage-1 model in larger batches, mostly on captions that name everything.
+
+    The paper (section 4.4) also trains the image encoder here; it stays frozen, so that one encoder serves
+    both stages.
+    """
+    return train_matcher(run, matcher, scenes, features, config.retrieval, _sample_query)
+
+
+def _sample_query(scene: Scene, rng: np.random.Generator) -> str:
+    return listing_caption(scene) if rng.random() < 0.5 else sample_caption(scene, rng)

@@ -8,20 +8,31 @@ features are here.
 
 import hashlib
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from model.checkpoints.query_branch import QueryBranch
-from model.language import LanguageModel
 from model.matching import Matcher
-from training.config import TinyConfig
+from training.config import Optimization
+from training.exchanges import Exchange, sample_exchanges
 from training.features import ImageFeatures
-from training.language import packed_lm_loss, scene_texts
 from training.loop import Losses, Run, train
-from training.packing import pack_texts
 from training.scenes import Scene
+
+
+class Reader(Protocol):
+    """A frozen language model as stage 2 sees it."""
+
+    @property
+    def llm(self) -> PreTrainedModel: ...
+
+    def loss(self, prefix: Tensor, exchanges: Sequence[Sequence[Exchange]]) -> Tensor:
+        """The language-model loss of each image's exchanges behind its soft prompt, prefix [B, Q, L]."""
+        ...
 
 
 class FrozenPartMovedError(Exception):
@@ -58,30 +69,25 @@ def hash_weights(module: nn.Module) -> str:
 
 def train_stage2(
     run: Run,
-    config: TinyConfig,
+    optimization: Optimization,
     scenes: Sequence[Scene],
     features: ImageFeatures,
-    matcher: Matcher,
-    language_model: LanguageModel,
+    branch: QueryBranch,
+    reader: Reader,
+    num_questions: int,
 ) -> QueryBranch:
     """Trains the query branch; resumes where a former run stopped. Raises FrozenPartMovedError."""
-    torch.manual_seed(config.seed)
-    branch = build_query_branch(matcher, language_model.hidden_size).to(run.device).train()
-    language_model.to(run.device).eval().requires_grad_(False)
-    tokenizer, length = language_model.tokenizer, config.qformer.num_query_tokens
-    before = hash_weights(language_model)
+    branch.to(run.device).train()
+    llm = reader.llm.to(run.device).eval().requires_grad_(False)
+    before = hash_weights(llm)
 
     def step(rng: np.random.Generator) -> Losses:
-        chosen = rng.choice(len(scenes), size=config.stage2.batch_size, replace=False)
-        texts = [
-            scene_texts(scenes[int(i)], rng, config.texts_per_image, tokenizer, pretraining=False)
-            for i in chosen
-        ]
-        packed = pack_texts(texts, length, tokenizer.pad_token_id).to(run.device)
-        prefix = soft_prompts(branch, features.load(chosen).to(run.device))
-        return {"loss": packed_lm_loss(language_model.llm, prefix, packed)}
+        chosen = rng.choice(len(scenes), size=optimization.batch_size, replace=False)
+        prefix = soft_prompts(branch, features.load(chosen).to(run.device))  # [B, Q, L]
+        exchanges = [sample_exchanges(scenes[int(i)], rng, num_questions) for i in chosen]
+        return {"loss": reader.loss(prefix, exchanges)}
 
-    train(run, branch, step, config.stage2)
-    if hash_weights(language_model) != before:
+    train(run, branch, step, optimization)
+    if hash_weights(llm) != before:
         raise FrozenPartMovedError("the language model changed during stage 2; it must be frozen")
     return branch.eval()

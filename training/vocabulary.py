@@ -6,7 +6,7 @@ Both lower-case, split at white space and punctuation, and take the British spel
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from training.scene_text import description_words, vocabulary
+from training.words import vocabulary
 
 END_OF_TEXT = "\n"  # ends a text, as in the OPT checkpoints of BLIP-2; `</s>` begins one
 IMAGE_TOKEN = "<image>"
@@ -15,7 +15,7 @@ IMAGE_TOKEN = "<image>"
 def build_language_tokenizer() -> PreTrainedTokenizerFast:
     """OPT's conventions: `<pad>` is 1, `</s>` (2) begins every text, a newline ends it."""
     special = ("<s>", "<pad>", "</s>", "<unk>", END_OF_TEXT, IMAGE_TOKEN)
-    tokenizer = _word_level(special, (*vocabulary(), *description_words()), unknown="<unk>")
+    tokenizer = _word_level(special, vocabulary(), unknown="<unk>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="</s> $A", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
@@ -23,6 +23,22 @@ def build_language_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         bos_token="</s>",
         eos_token=END_OF_TEXT,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=[IMAGE_TOKEN],
+        clean_up_tokenization_spaces=True,
+    )
+
+
+def build_encoder_decoder_tokenizer() -> PreTrainedTokenizerFast:
+    """T5's conventions: `<pad>` is 0 and begins every answer, `</s>` (1) ends every text."""
+    tokenizer = _word_level(("<pad>", "</s>", "<unk>", IMAGE_TOKEN), vocabulary(), unknown="<unk>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
         additional_special_tokens=[IMAGE_TOKEN],

@@ -14,7 +14,7 @@ def changed(tmp_path: Path, **changes: object) -> Path:
 
 
 def test_the_shipped_configuration_is_valid() -> None:
-    assert load_tiny_config(CONFIG_DIR / "tiny.yaml").qformer.num_query_tokens == 24
+    assert load_tiny_config(CONFIG_DIR / "tiny.yaml").qformer.num_query_tokens == 28
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,19 @@ def test_the_shipped_configuration_is_valid() -> None:
         ({"seed": "one"}, "seed: expected int, got 'one'"),
         ({"world": {"seed": 0}}, "world: missing key 'num_train_scenes'"),
         ({"stage1": 3}, "stage1: expected a mapping"),
+        ({"num_questions": 21}, "num_questions is 21; choose 1 to 20"),
+        (
+            {
+                "language_model": {
+                    "hidden_size": 16,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "intermediate_size": 32,
+                    "max_position_embeddings": 128,
+                }
+            },
+            "a language model has 2 layers of 4 heads; supervised reading needs 3 of both",
+        ),
     ],
 )
 def test_a_wrong_key_or_value_is_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:

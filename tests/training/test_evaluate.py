@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from training.captions import listing_caption
 from training.evaluate import EvaluationError, Plan, ServerClient, evaluate, questions_of
 from training.gallery import identified_scenes
-from training.scene_text import listing_caption
 from training.scenes import Scene, iter_scenes, render_scene
 
 PLAN = Plan(seed=9, split="unseen", num_scenes=6, questions_per_scene=3, num_reranked=2)
@@ -97,6 +97,7 @@ def test_a_server_that_is_always_right_scores_one_everywhere() -> None:
         assert figures[f"retrieval text to image, {mode}"]["R@1"] == 1.0
     assert oracle.modes == {"itc", "rerank"}
     assert 0 < figures["questions, chance"]["overall"] < figures["questions"]["overall"]
+    assert figures["retrieval, chance"] == pytest.approx({"R@1": 1 / 6, "R@5": 5 / 6, "R@10": 1.0})
 
 
 def test_a_server_that_is_not_there_is_named() -> None:

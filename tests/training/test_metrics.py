@@ -1,10 +1,12 @@
 import pytest
 
+from training.captions import listing_caption
 from training.gallery import identified_scenes
 from training.metrics import Answered, caption_figures, common_answers, recall_at, vqa_figures
+from training.questions import Question
 from training.report import format_report
-from training.scene_text import Question, is_true_caption, listing_caption
 from training.scenes import Scene, SceneObject
+from training.truth import is_true_caption
 
 SCENE = Scene((SceneObject("circle", "red", "large", "solid", 0.3, 0.3, 0.18),), "gray", noise_seed=0)
 

@@ -3,8 +3,12 @@ import pytest
 
 from training.scenes import (
     BACKGROUNDS,
+    COLORS,
     HELD_OUT_PAIRS,
     MAX_OBJECTS,
+    TOLD_COLORS,
+    TOLD_SHAPES,
+    UNNAMED,
     Scene,
     SceneObject,
     iter_scenes,
@@ -33,6 +37,28 @@ def test_splits_seeds_and_indices_give_different_scenes() -> None:
 @pytest.mark.parametrize("split", ["train", "unseen"])
 def test_training_and_unseen_scenes_never_hold_a_held_out_pair(split: str) -> None:
     assert not [scene for scene in iter_scenes(0, split, 1000) if HELD_OUT_PAIRS & set(pairs(scene))]
+
+
+def test_paints_without_a_name_are_never_nearest_to_a_colour_their_shape_is_held_out_in() -> None:
+    for item in (item for scene in iter_scenes(0, "recolored", 500) for item in scene.objects):
+        assert item.color == UNNAMED
+        assert item.paint is not None
+        paint = np.array(item.paint)
+        nearest = min(COLORS, key=lambda name: float(np.linalg.norm(paint - COLORS[name])))
+        assert (nearest, item.shape) not in HELD_OUT_PAIRS
+
+
+def test_told_scenes_name_more_than_is_drawn_and_no_held_out_pair() -> None:
+    told = {pair for scene in iter_scenes(0, "told", 1000) for pair in pairs(scene)}
+    assert not told & HELD_OUT_PAIRS
+    assert {color for color, _ in told} == set(TOLD_COLORS)
+    assert {shape for _, shape in told} == set(TOLD_SHAPES)
+
+
+def test_a_named_colour_is_painted_near_to_what_it_is() -> None:
+    for item in (item for scene in iter_scenes(0, "train", 200) for item in scene.objects):
+        assert item.paint is not None
+        assert np.abs(np.array(item.paint) - COLORS[item.color]).max() <= 16
 
 
 def test_a_held_out_scene_holds_exactly_one_held_out_pair() -> None:
