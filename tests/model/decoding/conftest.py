@@ -14,8 +14,8 @@ from tests.model.decoding.reference import Pair
 
 BUILDERS = {
     "even": partial(build_parts, seed=0, eos_pull=1.5),
-    "terse": partial(build_parts, seed=1, eos_pull=2.5),
-    "wordy": partial(build_parts, seed=2, eos_pull=1.3),
+    "terse": partial(build_parts, seed=1, eos_pull=1.6),
+    "wordy": partial(build_parts, seed=2, eos_pull=1.6),
     "tied T5": partial(build_t5_parts, "tied", seed=3),
     "untied T5": partial(build_t5_parts, "untied", seed=2),
 }
