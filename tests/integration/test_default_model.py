@@ -1,0 +1,64 @@
+"""The embedded default answers right, over HTTP, about scenes it has never seen.
+
+The same measurement at full size is `python -m training evaluate`; the model card holds its figures.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.processes import service
+from training.evaluate import Plan, ServerClient, evaluate
+from training.metrics import Figures
+from training.scenes import Split
+
+FAMILIES = (
+    "color",
+    "shape",
+    "size",
+    "texture",
+    "count",
+    "existence",
+    "left_right",
+    "above_below",
+    "what_is_where",
+    "background",
+)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerClient]:
+    with (
+        service(tmp_path_factory.mktemp("service"), model="tiny", dtype="float32") as server,
+        ServerClient(server.url, concurrency=8) as client,
+    ):
+        yield client
+
+
+def measure(client: ServerClient, split: Split, num_reranked: int) -> dict[str, Figures]:
+    return evaluate(client, Plan(7, split, num_scenes=150, questions_per_scene=8, num_reranked=num_reranked))
+
+
+@pytest.mark.slow
+def test_unseen_scenes(client: ServerClient) -> None:
+    figures = measure(client, "unseen", num_reranked=20)
+    questions, captions = figures["questions"], figures["captions"]
+    assert questions["overall"] >= 0.9
+    assert {family: questions[family] for family in FAMILIES if questions[family] < 0.8} == {}
+    assert captions["named_pairs_true"] >= 0.95
+    assert captions["wholly_true"] >= 0.85
+    assert captions["names_an_object"] == 1
+    assert captions["distinct"] >= 0.9
+    for direction in ("image to text", "text to image"):
+        assert figures[f"retrieval {direction}, itc"]["R@1"] >= 0.88
+        assert figures[f"retrieval {direction}, rerank"]["R@1"] >= 0.9
+
+
+@pytest.mark.slow
+def test_pairs_of_color_and_shape_that_no_training_scene_has(client: ServerClient) -> None:
+    figures = measure(client, "held-out", num_reranked=0)
+    assert figures["questions"]["overall"] >= 0.87
+    assert figures["captions"]["wholly_true"] >= 0.7
+    for direction in ("image to text", "text to image"):
+        assert figures[f"retrieval {direction}, itc"]["R@1"] >= 0.85
