@@ -30,7 +30,10 @@ def token_losses(
 
 @torch.inference_mode()
 def caption_greedily(matcher: Matcher, image_features: Tensor) -> list[str]:
-    """Captions of images [N, P, V]: always the likeliest token, from [DEC] to [SEP] or the last position."""
+    """Captions of images [N, P, V]: always the likeliest token, up to [SEP] or the last position.
+
+    They start with "a", as captions do and dense descriptions, which the head has learned too, do not.
+    """
     captions: list[str] = []
     for batch in tqdm(torch.split(image_features, _BATCH), desc="text head", mininterval=5):
         written = _write(matcher, matcher.encode_image_queries(batch).keys_values, len(batch))
@@ -54,8 +57,9 @@ def text_loss(matcher: Matcher, image_features: Tensor, texts: Sequence[str]) ->
 
 
 def _write(matcher: Matcher, keys_values: Sequence[KeysValues], count: int) -> Tensor:
-    """Token ids [count, T] that begin with [DEC]; the whole text is computed anew for each token."""
-    written = torch.full((count, 1), matcher.tokenizer.bos_token_id)
+    """Token ids [count, T] that begin with [DEC] a; the whole text is computed anew for each token."""
+    start = [matcher.tokenizer.bos_token_id, matcher.tokenizer.convert_tokens_to_ids("a")]
+    written = torch.tensor([start]).repeat(count, 1)
     is_ended = torch.zeros(count, dtype=torch.bool)
     while written.shape[1] < matcher.max_text_tokens and not is_ended.all():
         logits = matcher.generation_logits(written, torch.ones_like(written), keys_values)
