@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoints import load_blip2
-from model.decoding import DecodeJob, Decoder, Generation, GenerationParams
+from model.decoding import DecodeJob, Generation, GenerationParams, run_jobs
 from model.errors import TaskUnavailableError
-from model.language import LanguageModel
 from model.parts import Blip2Parts
 
 
@@ -116,18 +115,7 @@ class Blip2(nn.Module):
             DecodeJob(soft_tokens, self.language_model.tokenize(prompt), params)
             for soft_tokens, prompt in zip(language_model_inputs, prompts, strict=True)
         ]
-        answers = _run(self.language_model, jobs)
-        return [answers[job] for job in jobs]
-
-
-def _run(language_model: LanguageModel, jobs: Sequence[DecodeJob]) -> dict[DecodeJob, tuple[Generation, ...]]:
-    decoder = Decoder(language_model)
-    for job in jobs:
-        decoder.add(job)
-    answers: dict[DecodeJob, tuple[Generation, ...]] = {}
-    while decoder.num_jobs:
-        answers.update(decoder.step())
-    return answers
+        return run_jobs(self.language_model, jobs)
 
 
 def _no_language_model(name: str) -> TaskUnavailableError:

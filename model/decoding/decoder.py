@@ -1,5 +1,7 @@
 """Continuous batching: jobs join and leave between steps, and none can tell who shares the batch."""
 
+from collections.abc import Sequence
+
 from model.decoding.cohort import Cohort, Task
 from model.decoding.job import DecodeJob, Generation
 from model.decoding.search import Hypothesis
@@ -74,3 +76,17 @@ class Decoder:
             num_tokens=len(answer.token_ids),
             finish_reason="stop" if is_ended else "length",
         )
+
+
+def run_jobs(language_model: LanguageModel, jobs: Sequence[DecodeJob]) -> list[tuple[Generation, ...]]:
+    """Runs jobs side by side to their ends; gives the answers to each, best first.
+
+    To be called under `torch.inference_mode()`. Raises what `Decoder.add` raises.
+    """
+    decoder = Decoder(language_model)
+    for job in jobs:
+        decoder.add(job)
+    answers: dict[DecodeJob, tuple[Generation, ...]] = {}
+    while decoder.num_jobs:
+        answers.update(decoder.step())
+    return [answers[job] for job in jobs]

@@ -4,27 +4,14 @@ The same measurement at full size is `python -m training evaluate`; the model ca
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.integration.processes import service
 from training.evaluate import Plan, ServerClient, evaluate
 from training.metrics import Figures
+from training.questions import FAMILIES
 from training.scenes import Split
-
-FAMILIES = (
-    "color",
-    "shape",
-    "size",
-    "texture",
-    "count",
-    "existence",
-    "left_right",
-    "above_below",
-    "what_is_where",
-    "background",
-)
 
 
 @pytest.fixture(scope="module")

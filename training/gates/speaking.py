@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import DecodeJob, Decoder, Generation, GenerationParams
+from model import DecodeJob, Generation, GenerationParams
+from model.decoding import run_jobs
 from model.language import LanguageModel
 from model.prompts import PromptTemplates
 from training.captions import listing_caption
@@ -64,20 +65,9 @@ class PromptedSpeaker:
                 for prefix, row in zip(prefixes, rows, strict=True)
                 for prompt in row
             ]
-            generations = iter(run_jobs(self.language_model, jobs))
-            said += [list(islice(generations, len(row))) for row in rows]
+            best = (answers[0] for answers in run_jobs(self.language_model, jobs))
+            said += [list(islice(best, len(row))) for row in rows]
         return said
-
-
-def run_jobs(language_model: LanguageModel, jobs: Sequence[DecodeJob]) -> list[Generation]:
-    """The best answer to each job, all of them side by side; to be called under `torch.inference_mode()`."""
-    decoder = Decoder(language_model)
-    for job in jobs:
-        decoder.add(job)
-    answers: dict[DecodeJob, tuple[Generation, ...]] = {}
-    while decoder.num_jobs:
-        answers.update(decoder.step())
-    return [answers[job][0] for job in jobs]
 
 
 @dataclass(frozen=True, slots=True)
