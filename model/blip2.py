@@ -42,15 +42,21 @@ class Blip2(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        name_or_path: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        image_size: int | None = None,
     ) -> "Blip2":
         """Loads a checkpoint, ready to answer.
 
         name_or_path: "tiny", the embedded default, or "tiny-t5", the same with a T5; or a directory with an
-        adapter or in the Hub's format. dtype: of the frozen parts. Raises CheckpointError where it cannot be
-        loaded, which goes for a T5 in float16 too.
+        adapter or in the Hub's format. dtype: of the frozen parts. image_size: S of the images it reads, in
+        pixels; None: the checkpoint's. Raises CheckpointError where it cannot be loaded, which goes for a T5
+        in float16 too.
         """
-        loaded = load_blip2(name_or_path, dtype=dtype)
+        loaded = load_blip2(name_or_path, dtype=dtype, image_size=image_size)
         blip2 = cls(loaded.parts, name=name_or_path, fingerprint=loaded.fingerprint(dtype))
         return blip2.to(device).eval()
 

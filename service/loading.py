@@ -23,7 +23,8 @@ def load_backend(settings: Settings) -> "Blip2Backend":
     device = _pick_device(settings.device)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    blip2 = Blip2.from_pretrained(settings.model, device=device, dtype=_pick_dtype(settings.dtype, device))
+    dtype = _pick_dtype(settings.dtype, device)
+    blip2 = Blip2.from_pretrained(settings.model, device=device, dtype=dtype, image_size=settings.image_size)
     return Blip2Backend(blip2)
 
 

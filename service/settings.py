@@ -21,6 +21,11 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
     model: str = Field(default="tiny", min_length=1, description='"tiny", or the directory of a checkpoint')
+    image_size: Annotated[int, Field(ge=16, le=2048)] | None = Field(
+        default=None,
+        description="side of the images the encoder reads, to which its positions are interpolated; unset: "
+        "the checkpoint's",
+    )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",

@@ -16,6 +16,7 @@ from transformers import (
     Blip2VisionModel,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -27,7 +28,7 @@ from model.parts import Blip2Parts
 from model.preprocess import ImagePreprocessor
 from model.prompts import PromptTemplates
 from model.qformer import QFormer, build_query_tokens
-from model.vision import VisionEncoder
+from model.vision import FAMILIES, VisionEncoder
 
 IMAGE_SIZE = 32
 NUM_QUERY_TOKENS = 8
@@ -123,6 +124,25 @@ def build_matcher(*, seed: int = 0, num_hidden_layers: int = 4) -> Matcher:
     torch.manual_seed(seed)
     config = build_qformer_config(num_hidden_layers=num_hidden_layers)
     return Matcher(config, build_text_tokenizer(), max_text_tokens=MAX_TEXT_TOKENS).eval()
+
+
+def build_tower(model_type: str, *, seed: int = 0) -> PreTrainedModel:
+    """A random image encoder of one of transformers' kinds, three layers deep, for images of 32 px."""
+    tower_class = FAMILIES[model_type].tower_class
+    config = tower_class.config_class(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+    )
+    tower = tower_class(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in tower.parameters():
+            weight.normal_(std=0.3, generator=generator)
+    return tower
 
 
 def build_vision_model(*, seed: int = 0) -> VisionEncoder:

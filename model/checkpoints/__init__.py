@@ -17,20 +17,21 @@ PRETRAINED = Path(__file__).parent.parent / "pretrained"
 EMBEDDED = {"tiny": PRETRAINED / "tiny" / "stage2", "tiny-t5": PRETRAINED / "tiny" / "stage2_t5"}
 
 
-def load_blip2(name_or_path: str, *, dtype: torch.dtype) -> LoadedParts:
+def load_blip2(name_or_path: str, *, dtype: torch.dtype, image_size: int | None = None) -> LoadedParts:
     """Loads the checkpoint in a directory, of whichever format it is, or an embedded one by its name.
 
-    On the CPU; the frozen parts in `dtype`, the rest in float32. Raises CheckpointError where there is no
-    such checkpoint, or it is damaged or of a kind that is not supported.
+    On the CPU; the frozen parts in `dtype`, the rest in float32. image_size: of the images to read, to which
+    the position table is interpolated; None: the checkpoint's. Raises CheckpointError where there is no such
+    checkpoint, or it is damaged or of a kind that is not supported.
     """
     directory = EMBEDDED.get(name_or_path, Path(name_or_path))
     if not directory.is_dir():
         raise CheckpointError(f"there is no checkpoint {name_or_path!r} ({directory}); give {_accepted()}")
     fields = read_json(directory / "config.json")
     if fields.get("format") == FORMAT:
-        return load_adapter(directory, dtype=dtype)
+        return load_adapter(directory, dtype=dtype, image_size=image_size)
     if fields.get("model_type") == "blip-2":
-        return load_hub(directory, dtype=dtype)
+        return load_hub(directory, dtype=dtype, image_size=image_size)
     raise CheckpointError(f"{directory / 'config.json'} describes no BLIP-2 checkpoint; give {_accepted()}")
 
 

@@ -6,11 +6,12 @@ adapter.safetensors   query_tokens, ln_vision.*, qformer.*, language_projection.
 tokenizer*.json       of the text side                                             (retrieval)
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from model.checkpoints.adapter_config import AdapterConfig, FrozenPart
+from model.checkpoints.adapter_config import AdapterConfig, FrozenPart, ImageConfig
 from model.checkpoints.frozen import load_language_model, load_tokenizer, load_vision_model
 from model.checkpoints.loaded import LoadedParts
 from model.checkpoints.query_branch import QueryBranch
@@ -25,27 +26,36 @@ ADAPTER = "adapter.safetensors"
 TIED_HEAD = "text_head.decoder.weight"
 
 
-def load_adapter(directory: Path, *, dtype: torch.dtype) -> LoadedParts:
+def load_adapter(directory: Path, *, dtype: torch.dtype, image_size: int | None = None) -> LoadedParts:
     """Loads an adapter and the frozen parts it names, on the CPU: those in `dtype`, the rest in float32.
 
+    image_size: of the images to read, where not those it was trained on.
     Raises CheckpointError where a file is absent or damaged, or where a frozen part is not the one that
     the adapter was trained on.
     """
     config = AdapterConfig.read(directory)
-    vision_model = load_vision_model(_verify(directory, config.vision_model), dtype=dtype)
+    image = config.image if image_size is None else replace(config.image, size=image_size)
+    vision_model = load_vision_model(
+        _verify(directory, config.vision_model),
+        dtype=dtype,
+        image_size=image.size,
+        feature_layer=config.feature_layer,
+    )
     _check_fit(directory, config, vision_model)
     if config.kind == "retrieval":
-        parts = _load_retrieval_parts(directory, config, vision_model)
+        parts = _load_retrieval_parts(directory, config, vision_model, image)
     else:
-        parts = _load_generation_parts(directory, config, vision_model, dtype)
+        parts = _load_generation_parts(directory, config, vision_model, image, dtype)
     return LoadedParts(parts, _sources(directory, config))
 
 
-def _load_retrieval_parts(directory: Path, config: AdapterConfig, vision_model: VisionEncoder) -> Blip2Parts:
+def _load_retrieval_parts(
+    directory: Path, config: AdapterConfig, vision_model: VisionEncoder, image: ImageConfig
+) -> Blip2Parts:
     matcher = _load_matcher(directory, config, vision_model)
     return Blip2Parts(
         vision_model=vision_model,
-        preprocess=config.image.build_preprocessor(),
+        preprocess=image.build_preprocessor(),
         ln_vision=matcher.ln_vision,
         query_tokens=matcher.query_tokens,
         qformer=matcher.qformer,
@@ -54,7 +64,11 @@ def _load_retrieval_parts(directory: Path, config: AdapterConfig, vision_model: 
 
 
 def _load_generation_parts(
-    directory: Path, config: AdapterConfig, vision_model: VisionEncoder, dtype: torch.dtype
+    directory: Path,
+    config: AdapterConfig,
+    vision_model: VisionEncoder,
+    image: ImageConfig,
+    dtype: torch.dtype,
 ) -> Blip2Parts:
     assert config.language_model is not None, "the configuration was checked when it was read"
     language_model = load_language_model(_verify(directory, config.language_model), dtype=dtype)
@@ -68,7 +82,7 @@ def _load_generation_parts(
     load_strictly(branch, tensors, source=directory / ADAPTER)
     return Blip2Parts(
         vision_model=vision_model,
-        preprocess=config.image.build_preprocessor(),
+        preprocess=image.build_preprocessor(),
         ln_vision=branch.ln_vision,
         query_tokens=branch.query_tokens,
         qformer=branch.qformer,
@@ -90,7 +104,11 @@ def _load_named_matcher(
     if matcher_config.kind != "retrieval":
         raise CheckpointError(f"{matcher_directory} is no retrieval adapter; name one as 'retrieval_model'")
     same_encoder = matcher_config.vision_model.sha256 == config.vision_model.sha256
-    if not same_encoder or matcher_config.image != config.image:
+    same_features = (matcher_config.image, matcher_config.feature_layer) == (
+        config.image,
+        config.feature_layer,
+    )
+    if not same_encoder or not same_features:
         raise CheckpointError(
             f"{matcher_directory} was trained on another vision model or image format than {directory}; "
             "name a retrieval_model trained on the same ones, for the two share their image features"
@@ -125,12 +143,11 @@ def _verify(directory: Path, part: FrozenPart) -> Path:
 
 
 def _check_fit(directory: Path, config: AdapterConfig, vision_model: VisionEncoder) -> None:
-    wanted = (config.qformer.encoder_hidden_size, config.image.size)
-    if (found := (vision_model.hidden_size, vision_model.image_size)) != wanted:
+    if vision_model.hidden_size != config.qformer.encoder_hidden_size:
         raise CheckpointError(
-            f"{directory / 'config.json'} asks for image features of width {wanted[0]} from images of "
-            f"{wanted[1]} px, its vision model gives width {found[0]} from {found[1]} px; "
-            "correct 'qformer' or 'image'"
+            f"{directory / 'config.json'} asks for image features of width "
+            f"{config.qformer.encoder_hidden_size}, its vision model gives {vision_model.hidden_size}; "
+            "correct 'qformer'"
         )
 
 

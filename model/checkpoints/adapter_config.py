@@ -46,6 +46,7 @@ class AdapterConfig:
     kind: "generation" (stage 2: language_projection) or "retrieval" (stage 1: the whole Matcher).
     prompts: None for those that the language model answers best to.
     retrieval_model: the directory of a retrieval adapter on the same encoder, relative to this one.
+    feature_layer: of the vision model, counted from the end; see `model.vision.VisionEncoder`.
     """
 
     kind: Literal["generation", "retrieval"]
@@ -56,6 +57,7 @@ class AdapterConfig:
     prompts: PromptTemplates | None = None
     max_text_tokens: int = 32
     retrieval_model: str | None = None
+    feature_layer: int = -1
 
     @classmethod
     def read(cls, directory: Path) -> "AdapterConfig":

@@ -9,32 +9,61 @@ from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
     Blip2VisionConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from model.checkpoints.llm import find_format, load_llm
 from model.checkpoints.tensors import TensorFiles, load_strictly, read_json
 from model.errors import CheckpointError
 from model.language import LanguageModel
-from model.vision import VisionEncoder, build_vision_encoder
+from model.vision import FAMILIES, VisionEncoder, VisionFamily, build_vision_encoder
 
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
+BLIP2_VISION = "blip_2_vision_model"
 FINAL_NORM = "post_layernorm."
+_TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 
 
 def load_vision_model(
-    directory: Path, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    image_size: int | None = None,
+    feature_layer: int = -1,
+    attn_implementation: str = "sdpa",
 ) -> VisionEncoder:
-    """Loads a Blip2VisionModel directory, frozen, on the CPU. A final norm in the file is left unread.
+    """Loads an image encoder of one of `model.vision.FAMILIES`, frozen, on the CPU.
 
-    Raises CheckpointError where a file is absent, damaged or of another model.
+    Of a CLIP or SigLIP directory that holds both towers, the image side. A final norm and poolers are left
+    unread. image_size: to resize it to, unless None. feature_layer: see `VisionEncoder`.
+    Raises CheckpointError where a file is absent, damaged or of another model, or the size does not fit.
     """
-    config = build_config(Blip2VisionConfig, directory / "config.json", read_json(directory / "config.json"))
-    files = TensorFiles(directory)
-    tensors = files.read(skip=(FINAL_NORM,), dtype=dtype)
-    return assemble_vision_model(config, tensors, source=files.path, attn_implementation=attn_implementation)
+    path = directory / "config.json"
+    fields: dict[str, Any] = read_json(path)
+    model_type = str(fields.get("model_type"))
+    if model_type == BLIP2_VISION:
+        files = TensorFiles(directory)
+        encoder = assemble_vision_model(
+            build_config(Blip2VisionConfig, path, fields),
+            files.read(skip=(FINAL_NORM,), dtype=dtype),
+            source=files.path,
+            feature_layer=feature_layer,
+            attn_implementation=attn_implementation,
+        )
+    else:
+        family = FAMILIES.get(_TWO_TOWERS.get(model_type, model_type))
+        if family is None:
+            raise CheckpointError(
+                f"{path} is of model type {model_type!r}; image encoders of "
+                f"{sorted([*FAMILIES, *_TWO_TOWERS])} can be loaded"
+            )
+        tower = _load_tower(family, directory, dtype, attn_implementation)
+        encoder = freeze(VisionEncoder(tower, feature_layer=feature_layer))
+    return resize_vision_model(encoder, image_size, source=path)
 
 
 def assemble_vision_model(
@@ -42,13 +71,59 @@ def assemble_vision_model(
     tensors: Mapping[str, Tensor],
     *,
     source: Path,
+    feature_layer: int = -1,
     attn_implementation: str = "sdpa",
 ) -> VisionEncoder:
     """Builds the encoder around the tensors of its tower; nothing is initialised only to be overwritten."""
     with torch.device("meta"):
         encoder = build_vision_encoder(config, attn_implementation=attn_implementation)
     load_strictly(encoder.tower, tensors, source=source)
-    return freeze(encoder)
+    return freeze(VisionEncoder(encoder.tower, feature_layer=feature_layer))
+
+
+def resize_vision_model(encoder: VisionEncoder, image_size: int | None, *, source: Path) -> VisionEncoder:
+    """Gives the same encoder, for images of another size unless that is None. Raises CheckpointError."""
+    try:
+        encoder.resize(image_size or encoder.image_size)
+    except ValueError as error:
+        raise CheckpointError(f"the image encoder of {source} cannot be resized: {error}") from error
+    return encoder
+
+
+def _load_tower(
+    family: VisionFamily, directory: Path, dtype: torch.dtype, attn_implementation: str
+) -> PreTrainedModel:
+    """Lets transformers load a tower, whose tensors it has renamed from release to release."""
+    TensorFiles(directory)  # whose errors say more
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # else it lists the other tower of a pair, tensor by tensor
+    try:
+        tower, found = family.tower_class.from_pretrained(
+            directory,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory} holds no image encoder that can be read ({error}); save it again"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(name for name in found["missing_keys"] if not _is_unread(name, family)):
+        raise CheckpointError(
+            f"{directory} lacks the tensor {missing[0]!r} of its image encoder "
+            f"({len(missing)} are missing in all); save it again"
+        )
+    return tower
+
+
+def _is_unread(name: str, family: VisionFamily) -> bool:
+    """Whether nothing here reads a tensor: the final norm, poolers, and the token of masked training."""
+    parts = name.split(".")
+    return bool({family.final_norm, "pooler", "head", "mask_token"} & set(parts))
 
 
 def load_language_model(directory: Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:

@@ -20,6 +20,7 @@ from model.checkpoints.frozen import (
     build_config,
     freeze,
     load_tokenizer,
+    resize_vision_model,
 )
 from model.checkpoints.llm import load_llm
 from model.checkpoints.loaded import LoadedParts
@@ -40,9 +41,10 @@ VISION = "vision_model."
 LANGUAGE = "language_model."
 
 
-def load_hub(directory: Path, *, dtype: torch.dtype) -> LoadedParts:
+def load_hub(directory: Path, *, dtype: torch.dtype, image_size: int | None = None) -> LoadedParts:
     """Loads a directory in the Hub's format, on the CPU: the frozen parts in `dtype`, the rest in float32.
 
+    image_size: of the images to read, where not the configuration's.
     Raises CheckpointError where a file is absent, damaged or of a model that is not supported.
     """
     path = directory / "config.json"
@@ -51,9 +53,9 @@ def load_hub(directory: Path, *, dtype: torch.dtype) -> LoadedParts:
     architectures = fields.get("architectures") or []
     files = TensorFiles(directory)
     if RETRIEVAL in architectures:
-        parts = _load_retrieval(config, files, dtype)
+        parts = _load_retrieval(config, files, dtype, image_size)
     elif GENERATION in architectures:
-        parts = _load_generation(config, files, dtype)
+        parts = _load_generation(config, files, dtype, image_size)
     else:
         raise CheckpointError(
             f"{path} is of architecture {architectures}; {GENERATION} and {RETRIEVAL} can be loaded"
@@ -61,10 +63,12 @@ def load_hub(directory: Path, *, dtype: torch.dtype) -> LoadedParts:
     return LoadedParts(parts, (files.sha256(), path.read_text(encoding="utf-8")))
 
 
-def _load_generation(config: Blip2Config, files: TensorFiles, dtype: torch.dtype) -> Blip2Parts:
+def _load_generation(
+    config: Blip2Config, files: TensorFiles, dtype: torch.dtype, image_size: int | None
+) -> Blip2Parts:
     directory = files.directory
     language_model = _load_language_model(config, files, dtype)
-    vision_model = _load_vision_model(config, files, dtype)
+    vision_model = _load_vision_model(config, files, dtype, image_size)
     with torch.device("meta"):
         branch = QueryBranch(
             _qformer_config(config),
@@ -84,9 +88,11 @@ def _load_generation(config: Blip2Config, files: TensorFiles, dtype: torch.dtype
     )
 
 
-def _load_retrieval(config: Blip2Config, files: TensorFiles, dtype: torch.dtype) -> Blip2Parts:
+def _load_retrieval(
+    config: Blip2Config, files: TensorFiles, dtype: torch.dtype, image_size: int | None
+) -> Blip2Parts:
     directory = files.directory
-    vision_model = _load_vision_model(config, files, dtype)
+    vision_model = _load_vision_model(config, files, dtype, image_size)
     tokenizer = load_tokenizer(directory)
     with torch.device("meta"):
         matcher = Matcher(
@@ -120,9 +126,12 @@ def _load_language_model(config: Blip2Config, files: TensorFiles, dtype: torch.d
     return freeze(LanguageModel(llm, tokenizer, image_token_id=config.image_token_index))
 
 
-def _load_vision_model(config: Blip2Config, files: TensorFiles, dtype: torch.dtype) -> VisionEncoder:
+def _load_vision_model(
+    config: Blip2Config, files: TensorFiles, dtype: torch.dtype, image_size: int | None
+) -> VisionEncoder:
     tensors = files.read(VISION, skip=(VISION + FINAL_NORM,), dtype=dtype)
-    return assemble_vision_model(config.vision_config, tensors, source=files.path)
+    encoder = assemble_vision_model(config.vision_config, tensors, source=files.path)
+    return resize_vision_model(encoder, image_size, source=files.path)
 
 
 def _others(files: TensorFiles) -> dict[str, Tensor]:

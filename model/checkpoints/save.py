@@ -48,6 +48,7 @@ def save_generation_adapter(
         image=_image_config(parts.preprocess),
         prompts=parts.prompts,
         retrieval_model=None if retrieval_directory is None else _relative(retrieval_directory, directory),
+        feature_layer=parts.vision_model.feature_layer,
     )
     with _replacing(directory) as staging:
         _save_tensors(query_branch_tensors(parts), staging, dtype)
@@ -60,15 +61,20 @@ def save_retrieval_adapter(
     preprocess: ImagePreprocessor,
     *,
     vision_directory: Path,
+    feature_layer: int = -1,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes what stage 1 trained: config.json, adapter.safetensors and the text side's tokenizer."""
+    """Writes what stage 1 trained: config.json, adapter.safetensors and the text side's tokenizer.
+
+    feature_layer: that of the vision encoder in use.
+    """
     config = AdapterConfig(
         kind="retrieval",
         vision_model=_frozen_part(vision_directory, directory),
         qformer=matcher.config,
         image=_image_config(preprocess),
         max_text_tokens=matcher.max_text_tokens,
+        feature_layer=feature_layer,
     )
     tensors = matcher.state_dict()
     tensors.pop(TIED_HEAD, None)

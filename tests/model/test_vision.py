@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from transformers import Blip2VisionModel
+from transformers import Blip2VisionModel, CLIPVisionConfig, CLIPVisionModel
 
 from model.vision import VisionEncoder, build_vision_encoder
-from tests.builders import IMAGE_SIZE, build_vision_config, random_pixels
+from tests.builders import IMAGE_SIZE, build_tower, build_vision_config, random_pixels
+
+FAMILIES = ["blip_2_vision_model", "clip_vision_model", "siglip_vision_model", "vit", "dinov2"]
 
 
 @torch.inference_mode()
@@ -41,3 +43,69 @@ def test_sizes_are_those_of_the_tower() -> None:
 def test_pixels_are_cast_to_the_type_of_the_weights(dtype: torch.dtype) -> None:
     encoder = build_vision_encoder(build_vision_config()).to(dtype)
     assert encoder(random_pixels(1)).dtype == encoder.dtype == dtype
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_features_are_the_hidden_states_of_their_layer(family: str, layer: int) -> None:
+    tower = build_tower(family)
+    outputs: list[torch.Tensor] = []  # hidden_states[-1] is behind the final norm in some families
+    layers = next(part for part in tower.modules() if isinstance(part, torch.nn.ModuleList))
+    for each in layers:
+        each.register_forward_hook(lambda _, __, output: outputs.append(output))
+    tower(pixel_values=random_pixels(2))
+    expected = outputs[layer][0] if isinstance(outputs[layer], tuple) else outputs[layer]
+    torch.testing.assert_close(VisionEncoder(tower, feature_layer=layer)(random_pixels(2)), expected)
+
+
+@torch.inference_mode()
+def test_a_clip_vit_l_without_its_last_layer_is_the_second_last_layer_of_transformers() -> None:
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(  # ViT-L/14 but for its width, heads and the number of its layers
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=14,
+        initializer_factor=20.0,
+    )
+    tower = CLIPVisionModel(config).eval()
+    assert tower.config.hidden_act == "quick_gelu"
+    pixels = torch.randn(2, 3, 56, 56)
+    expected = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(VisionEncoder(tower, feature_layer=-2)(pixels), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_a_resized_encoder_reads_larger_images_as_transformers_does(family: str) -> None:
+    tower = build_tower(family)
+    pixels = torch.randn(2, 3, 48, 48)
+    options = {} if family == "dinov2" else {"interpolate_pos_encoding": True}
+    expected = tower(pixel_values=pixels, output_hidden_states=True, **options).hidden_states[-2]
+    encoder = VisionEncoder(tower, feature_layer=-2)
+    num_image_tokens = encoder.num_image_tokens
+    encoder.resize(48)
+    assert (encoder.image_size, encoder.num_image_tokens) == (48, num_image_tokens + 36 - 16)
+    features = encoder(pixels)
+    if family == "clip_vision_model":  # the authors of BLIP-2 align the corners of CLIP's grid
+        assert not torch.allclose(features, expected, atol=1e-3)
+    else:
+        torch.testing.assert_close(features, expected)
+
+
+def test_corners_of_a_clip_grid_stay_what_they_were() -> None:
+    encoder = VisionEncoder(build_tower("clip_vision_model"))
+    before = encoder.tower.state_dict()["embeddings.position_embedding.weight"]
+    encoder.resize(64)
+    after = encoder.tower.state_dict()["embeddings.position_embedding.weight"]
+    for row in (0, 1, -1):  # class token, first and last corner
+        torch.testing.assert_close(after[row], before[row])
+
+
+def test_a_size_that_is_no_multiple_of_the_patch_size_is_refused() -> None:
+    encoder = VisionEncoder(build_tower("vit"))
+    with pytest.raises(ValueError, match=r"image size 45 is no multiple of the patch size 8; .* 48"):
+        encoder.resize(45)

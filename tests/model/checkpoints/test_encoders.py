@@ -1,0 +1,90 @@
+"""Adapters on image encoders of any kind, and encoders resized when they are loaded."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel
+
+from model import Blip2
+from model.checkpoints import load_vision_model, save_generation_adapter
+from model.errors import CheckpointError
+from model.vision import VisionEncoder
+from tests.builders import build_parts, build_tower, random_pixels
+from tests.model.checkpoints.damage import edit_tensors
+
+FAMILIES = ["blip_2_vision_model", "clip_vision_model", "siglip_vision_model", "vit", "dinov2"]
+
+
+def save_adapter_on(directory: Path, family: str, root: Path) -> Path:
+    """An adapter that reads the second-last layer of a new encoder of this family."""
+    build_tower(family).save_pretrained(directory / "encoder")
+    encoder = VisionEncoder(build_tower(family), feature_layer=-2)
+    save_generation_adapter(
+        directory / "adapter",
+        dataclasses.replace(build_parts(), vision_model=encoder),
+        vision_directory=directory / "encoder",
+        language_directory=root / "language_model",
+    )
+    return directory / "adapter"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_an_adapter_reads_its_layer_of_any_encoder(family: str, checkpoint: Path, tmp_path: Path) -> None:
+    blip2 = Blip2.from_pretrained(str(save_adapter_on(tmp_path, family, checkpoint.parent)))
+    expected = VisionEncoder(build_tower(family), feature_layer=-2)(random_pixels(2))
+    torch.testing.assert_close(blip2.encode_images(random_pixels(2)), expected, rtol=0, atol=0)
+    assert not any(weight.requires_grad for weight in blip2.vision_model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_a_checkpoint_is_loaded_for_images_of_another_size(
+    family: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    adapter = str(save_adapter_on(tmp_path, family, checkpoint.parent))
+    blip2 = Blip2.from_pretrained(adapter, image_size=48)
+    encoder = VisionEncoder(build_tower(family), feature_layer=-2)
+    encoder.resize(48)
+    pixels = torch.randn(2, 3, 48, 48)
+    assert blip2.image_size == blip2.preprocess.image_size == 48
+    torch.testing.assert_close(blip2.encode_images(pixels), encoder(pixels), rtol=0, atol=0)
+    assert blip2.fingerprint != Blip2.from_pretrained(adapter).fingerprint
+
+
+@torch.inference_mode()
+def test_of_a_model_with_two_towers_the_image_side_is_read(tmp_path: Path) -> None:
+    tower = build_tower("clip_vision_model")
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    clip = CLIPModel(CLIPConfig(vision_config=tower.config.to_dict(), text_config=text)).eval()
+    clip.save_pretrained(tmp_path)
+    expected = clip.vision_model(pixel_values=random_pixels(1)).last_hidden_state
+    torch.testing.assert_close(load_vision_model(tmp_path)(random_pixels(1)), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_missing_tensor_is_named(family: str, tmp_path: Path) -> None:
+    build_tower(family).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    lost = next(name for name in load_file(weights) if "fc1" in name or "intermediate" in name)
+    edit_tensors(weights, lambda tensors: tensors.pop(lost))
+    with pytest.raises(CheckpointError, match=r"lacks the tensor '.*(fc1|intermediate).*' "):
+        load_vision_model(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tensor_of_another_shape_is_refused(family: str, tmp_path: Path) -> None:
+    build_tower(family).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    cut = next(name for name in load_file(weights) if "fc1.weight" in name or "intermediate" in name)
+    edit_tensors(weights, lambda tensors: tensors.update({cut: tensors[cut][:-1].clone()}))
+    with pytest.raises(CheckpointError, match=r"shape|size"):
+        load_vision_model(tmp_path)
+
+
+def test_a_size_the_patches_do_not_divide_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="image size 50 is no multiple of the patch size 8"):
+        Blip2.from_pretrained(str(checkpoint), image_size=50)
