@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
-    Blip2VisionConfig,
     Blip2VisionModel,
     CLIPVisionModel,
     Dinov2Model,
+    PreTrainedConfig,
     PreTrainedModel,
     SiglipVisionModel,
     ViTModel,
@@ -74,6 +74,11 @@ class VisionEncoder(nn.Module):
         return next(self.tower.parameters()).dtype
 
     @property
+    def body(self) -> nn.Module:
+        """The module that holds embeddings, layers and final norm: some releases wrap it once more."""
+        return _body(self.tower)
+
+    @property
     def num_image_tokens(self) -> int:
         _, positions = _position_table(_embeddings(self.tower))
         return positions.shape[-2]
@@ -106,19 +111,27 @@ class VisionEncoder(nn.Module):
         resized = type(embeddings)(config)
         resized.load_state_dict(tensors, assign=True)
         resized.train(self.tower.training).requires_grad_(positions.requires_grad)
-        _body(self.tower).embeddings = resized
+        self.body.embeddings = resized
 
 
-def build_vision_encoder(config: Blip2VisionConfig, *, attn_implementation: str = "sdpa") -> VisionEncoder:
-    """Builds a tower with fresh weights.
+def build_vision_encoder(config: PreTrainedConfig, *, attn_implementation: str = "sdpa") -> VisionEncoder:
+    """Builds a tower with fresh weights, of the family that `config` belongs to.
 
     attn_implementation: "sdpa", or "eager", which is the faster one for training in bfloat16 on a CPU.
     """
-    return VisionEncoder(Blip2VisionModel._from_config(config, attn_implementation=attn_implementation))
+    tower_class = FAMILIES[config.model_type].tower_class
+    return VisionEncoder(tower_class._from_config(config, attn_implementation=attn_implementation))
+
+
+def build_empty_encoder(config: PreTrainedConfig, *, attn_implementation: str = "sdpa") -> VisionEncoder:
+    """Builds a tower to put weights into: on "meta", but for the embeddings, which hold a buffer too."""
+    with torch.device("meta"):
+        encoder = build_vision_encoder(config, attn_implementation=attn_implementation)
+    encoder.body.embeddings = type(_embeddings(encoder.tower))(config)
+    return encoder
 
 
 def _body(tower: PreTrainedModel) -> nn.Module:
-    """The module that holds embeddings, layers and final norm: some releases wrap it once more."""
     body: nn.Module = getattr(tower, "vision_model", tower)
     return body
 

@@ -1,4 +1,4 @@
-"""Checkpoints: our adapters and the Hub's format, read strictly and never by running code from them."""
+"""Checkpoints: our adapters, the Hub's format and LAVIS', read strictly, never by running code of theirs."""
 
 from pathlib import Path
 
@@ -8,9 +8,10 @@ from model.checkpoints.adapter import load_adapter
 from model.checkpoints.adapter_config import FORMAT
 from model.checkpoints.frozen import load_language_model, load_vision_model
 from model.checkpoints.hub import load_hub
+from model.checkpoints.lavis import load_lavis
 from model.checkpoints.loaded import LoadedParts
+from model.checkpoints.records import read_json
 from model.checkpoints.save import save_generation_adapter, save_hub, save_retrieval_adapter
-from model.checkpoints.tensors import read_json
 from model.errors import CheckpointError
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
@@ -25,6 +26,8 @@ def load_blip2(name_or_path: str, *, dtype: torch.dtype, image_size: int | None 
     checkpoint, or it is damaged or of a kind that is not supported.
     """
     directory = EMBEDDED.get(name_or_path, Path(name_or_path))
+    if directory.suffix == ".pth" and directory.is_file():
+        return load_lavis(directory, dtype=dtype, image_size=image_size)
     if not directory.is_dir():
         raise CheckpointError(f"there is no checkpoint {name_or_path!r} ({directory}); give {_accepted()}")
     fields = read_json(directory / "config.json")
@@ -37,7 +40,10 @@ def load_blip2(name_or_path: str, *, dtype: torch.dtype, image_size: int | None 
 
 def _accepted() -> str:
     present = sorted(name for name, directory in EMBEDDED.items() if directory.is_dir())
-    return f"a directory with an adapter or a model in the Hub's format, or one of {present}"
+    return (
+        "a directory with an adapter or a model in the Hub's format, the .pth file of a model of LAVIS, or "
+        f"one of {present}"
+    )
 
 
 __all__ = [
@@ -46,6 +52,7 @@ __all__ = [
     "load_blip2",
     "load_hub",
     "load_language_model",
+    "load_lavis",
     "load_vision_model",
     "save_generation_adapter",
     "save_hub",

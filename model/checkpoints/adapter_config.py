@@ -2,21 +2,18 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from model.checkpoints.tensors import read_json
+from model.checkpoints.records import build_record, read_json
 from model.config import QFormerConfig
-from model.errors import CheckpointError, InvalidPromptError
+from model.errors import CheckpointError
 from model.preprocess import ImagePreprocessor
 from model.prompts import PromptTemplates
 
 FORMAT = "blip2-adapter"
 VERSION = 1
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +76,8 @@ class AdapterConfig:
         }
         for key, part in parts.items():
             if key in fields:
-                fields[key] = _build(part, fields[key], where=f"{path}: {key!r}")
-        config = _build(cls, fields, where=str(path))
+                fields[key] = build_record(part, fields[key], where=f"{path}: {key!r}")
+        config = build_record(cls, fields, where=str(path))
         config._check(path)
         return config
 
@@ -99,18 +96,3 @@ class AdapterConfig:
             )
         if self.kind == "generation" and self.language_model is None:
             raise CheckpointError(f"{path}: a generation adapter must name its 'language_model'")
-
-
-def _build(record: type[T], fields: object, *, where: str) -> T:
-    if not isinstance(fields, Mapping):
-        raise CheckpointError(f"{where} must be a JSON object, it is {fields!r}")
-    known = {known.name: known for known in dataclasses.fields(record)}  # type: ignore[arg-type]
-    if unknown := sorted(fields.keys() - known.keys()):
-        raise CheckpointError(
-            f"{where} has the unknown key {unknown[0]!r}; the known ones are {sorted(known)}"
-        )
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    try:
-        return record(**values)
-    except (TypeError, ValueError, InvalidPromptError) as error:
-        raise CheckpointError(f"{where} is not valid: {error}") from error

@@ -8,24 +8,34 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
-    Blip2VisionConfig,
+    Blip2Config,
+    CLIPConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    SiglipConfig,
 )
 from transformers.utils import logging
 
 from model.checkpoints.llm import find_format, load_llm
-from model.checkpoints.tensors import TensorFiles, load_strictly, read_json
+from model.checkpoints.records import read_json
+from model.checkpoints.tensors import TensorFiles, TensorSource, load_strictly
 from model.errors import CheckpointError
 from model.language import LanguageModel
-from model.vision import FAMILIES, VisionEncoder, VisionFamily, build_vision_encoder
+from model.vision import FAMILIES, VisionEncoder, VisionFamily, build_empty_encoder
 
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
 BLIP2_VISION = "blip_2_vision_model"
 FINAL_NORM = "post_layernorm."
-_TWO_TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+VISION = "vision_model."
+LANGUAGE = "language_model."
+_WHOLE_MODELS: Mapping[str, type[PreTrainedConfig]] = {
+    "blip-2": Blip2Config,
+    "clip": CLIPConfig,
+    "siglip": SiglipConfig,
+}
 
 
 def load_vision_model(
@@ -38,36 +48,50 @@ def load_vision_model(
 ) -> VisionEncoder:
     """Loads an image encoder of one of `model.vision.FAMILIES`, frozen, on the CPU.
 
-    Of a CLIP or SigLIP directory that holds both towers, the image side. A final norm and poolers are left
+    Of a directory with a whole CLIP, SigLIP or BLIP-2, its image side. A final norm and poolers are left
     unread. image_size: to resize it to, unless None. feature_layer: see `VisionEncoder`.
     Raises CheckpointError where a file is absent, damaged or of another model, or the size does not fit.
     """
-    path = directory / "config.json"
-    fields: dict[str, Any] = read_json(path)
-    model_type = str(fields.get("model_type"))
-    if model_type == BLIP2_VISION:
+    config = read_vision_config(directory)
+    if config.model_type == BLIP2_VISION:
         files = TensorFiles(directory)
+        is_inside = read_json(directory / "config.json").get("model_type") == Blip2Config.model_type
+        prefix = VISION if is_inside else ""
         encoder = assemble_vision_model(
-            build_config(Blip2VisionConfig, path, fields),
-            files.read(skip=(FINAL_NORM,), dtype=dtype),
+            config,
+            files.read(prefix, skip=(prefix + FINAL_NORM,), dtype=dtype),
             source=files.path,
             feature_layer=feature_layer,
             attn_implementation=attn_implementation,
         )
     else:
-        family = FAMILIES.get(_TWO_TOWERS.get(model_type, model_type))
-        if family is None:
-            raise CheckpointError(
-                f"{path} is of model type {model_type!r}; image encoders of "
-                f"{sorted([*FAMILIES, *_TWO_TOWERS])} can be loaded"
-            )
-        tower = _load_tower(family, directory, dtype, attn_implementation)
+        tower = _load_tower(FAMILIES[config.model_type], directory, dtype, attn_implementation)
         encoder = freeze(VisionEncoder(tower, feature_layer=feature_layer))
-    return resize_vision_model(encoder, image_size, source=path)
+    return resize_vision_model(encoder, image_size, source=directory)
+
+
+def read_vision_config(directory: Path) -> PreTrainedConfig:
+    """Reads the configuration of the image encoder in a directory, or of the one inside its model.
+
+    Raises CheckpointError where there is none of a kind that can be loaded.
+    """
+    path = directory / "config.json"
+    fields = read_json(path)
+    model_type = fields.get("model_type")
+    if model_type in _WHOLE_MODELS:
+        whole = build_config(_WHOLE_MODELS[str(model_type)], path, fields)
+        config: PreTrainedConfig = whole.vision_config
+        return config
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{path} is of model type {model_type!r}; image encoders of "
+            f"{sorted([*FAMILIES, *_WHOLE_MODELS])} can be loaded"
+        )
+    return build_config(FAMILIES[str(model_type)].tower_class.config_class, path, fields)
 
 
 def assemble_vision_model(
-    config: Blip2VisionConfig,
+    config: PreTrainedConfig,
     tensors: Mapping[str, Tensor],
     *,
     source: Path,
@@ -75,9 +99,8 @@ def assemble_vision_model(
     attn_implementation: str = "sdpa",
 ) -> VisionEncoder:
     """Builds the encoder around the tensors of its tower; nothing is initialised only to be overwritten."""
-    with torch.device("meta"):
-        encoder = build_vision_encoder(config, attn_implementation=attn_implementation)
-    load_strictly(encoder.tower, tensors, source=source)
+    encoder = build_empty_encoder(config, attn_implementation=attn_implementation)
+    load_strictly(encoder.body, tensors, source=source)
     return freeze(VisionEncoder(encoder.tower, feature_layer=feature_layer))
 
 
@@ -126,17 +149,33 @@ def _is_unread(name: str, family: VisionFamily) -> bool:
     return bool({family.final_norm, "pooler", "head", "mask_token"} & set(parts))
 
 
-def load_language_model(directory: Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """Loads an OPTForCausalLM or T5ForConditionalGeneration directory with its tokenizer, frozen, on the CPU.
+def load_language_model(
+    directory: Path, *, dtype: torch.dtype = torch.float32, tensors: TensorSource | None = None
+) -> LanguageModel:
+    """Loads an OPT or T5 directory with its tokenizer, frozen, on the CPU; or that of a whole BLIP-2.
 
+    tensors: its weights, as "language_model.*", where not those of the directory.
     Raises CheckpointError where a file is absent, damaged or of another model, and for a T5 in float16.
     """
     path = directory / "config.json"
-    fields = read_json(path)
-    config = build_config(find_format(fields.get("model_type"), path).config_class, path, fields)
-    has_own_head = fields.get("tie_word_embeddings") is False
-    llm = load_llm(config, TensorFiles(directory), path=path, dtype=dtype, has_own_head=has_own_head)
-    return freeze(LanguageModel(llm, load_tokenizer(directory)))
+    fields: dict[str, Any] = read_json(path)
+    is_inside = fields.get("model_type") == Blip2Config.model_type
+    image_token_id = None
+    if is_inside:
+        whole = build_config(Blip2Config, path, fields)
+        config, image_token_id = whole.text_config, whole.image_token_index
+        fields = fields.get("text_config") or {}
+    else:
+        config = build_config(find_format(fields.get("model_type"), path).config_class, path, fields)
+    llm = load_llm(
+        config,
+        tensors or TensorFiles(directory),
+        path=path,
+        dtype=dtype,
+        prefix=LANGUAGE if is_inside or tensors is not None else "",
+        has_own_head=fields.get("tie_word_embeddings") is False,
+    )
+    return freeze(LanguageModel(llm, load_tokenizer(directory), image_token_id=image_token_id))
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:

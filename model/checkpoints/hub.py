@@ -16,29 +16,26 @@ from transformers import Blip2Config
 
 from model.checkpoints.frozen import (
     FINAL_NORM,
-    assemble_vision_model,
+    LANGUAGE,
+    VISION,
     build_config,
-    freeze,
+    load_language_model,
     load_tokenizer,
-    resize_vision_model,
+    load_vision_model,
 )
-from model.checkpoints.llm import load_llm
 from model.checkpoints.loaded import LoadedParts
 from model.checkpoints.query_branch import QueryBranch
-from model.checkpoints.tensors import TensorFiles, load_strictly, read_json
+from model.checkpoints.records import read_json
+from model.checkpoints.tensors import TensorFiles, load_strictly
 from model.config import QFormerConfig
 from model.errors import CheckpointError
-from model.language import LanguageModel
 from model.matching import INITIAL_TEMPERATURE, Matcher
 from model.parts import Blip2Parts
 from model.preprocess import CLIP_MEAN, CLIP_STD, ImagePreprocessor
 from model.prompts import PromptTemplates
-from model.vision import VisionEncoder
 
 GENERATION = "Blip2ForConditionalGeneration"
 RETRIEVAL = "Blip2ForImageTextRetrieval"
-VISION = "vision_model."
-LANGUAGE = "language_model."
 
 
 def load_hub(directory: Path, *, dtype: torch.dtype, image_size: int | None = None) -> LoadedParts:
@@ -67,8 +64,8 @@ def _load_generation(
     config: Blip2Config, files: TensorFiles, dtype: torch.dtype, image_size: int | None
 ) -> Blip2Parts:
     directory = files.directory
-    language_model = _load_language_model(config, files, dtype)
-    vision_model = _load_vision_model(config, files, dtype, image_size)
+    language_model = load_language_model(directory, dtype=dtype)
+    vision_model = load_vision_model(directory, dtype=dtype, image_size=image_size)
     with torch.device("meta"):
         branch = QueryBranch(
             _qformer_config(config),
@@ -92,7 +89,7 @@ def _load_retrieval(
     config: Blip2Config, files: TensorFiles, dtype: torch.dtype, image_size: int | None
 ) -> Blip2Parts:
     directory = files.directory
-    vision_model = _load_vision_model(config, files, dtype, image_size)
+    vision_model = load_vision_model(directory, dtype=dtype, image_size=image_size)
     tokenizer = load_tokenizer(directory)
     with torch.device("meta"):
         matcher = Matcher(
@@ -109,29 +106,6 @@ def _load_retrieval(
         qformer=matcher.qformer,
         matcher=matcher,
     )
-
-
-def _load_language_model(config: Blip2Config, files: TensorFiles, dtype: torch.dtype) -> LanguageModel:
-    path = files.directory / "config.json"
-    fields = read_json(path).get("text_config")
-    llm = load_llm(
-        config.text_config,
-        files,
-        path=path,
-        dtype=dtype,
-        prefix=LANGUAGE,
-        has_own_head=isinstance(fields, dict) and fields.get("tie_word_embeddings") is False,
-    )
-    tokenizer = load_tokenizer(files.directory)
-    return freeze(LanguageModel(llm, tokenizer, image_token_id=config.image_token_index))
-
-
-def _load_vision_model(
-    config: Blip2Config, files: TensorFiles, dtype: torch.dtype, image_size: int | None
-) -> VisionEncoder:
-    tensors = files.read(VISION, skip=(VISION + FINAL_NORM,), dtype=dtype)
-    encoder = assemble_vision_model(config.vision_config, tensors, source=files.path)
-    return resize_vision_model(encoder, image_size, source=files.path)
 
 
 def _others(files: TensorFiles) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from model.checkpoints.tensors import TensorFiles, load_strictly
+from model.checkpoints.tensors import TensorSource, load_strictly
 from model.errors import CheckpointError
 
 HEAD = "lm_head.weight"
@@ -66,7 +66,7 @@ def find_format(model_type: object, path: Path) -> LlmFormat:
 
 def load_llm(
     config: PreTrainedConfig,
-    files: TensorFiles,
+    files: TensorSource,
     *,
     path: Path,
     dtype: torch.dtype,

@@ -16,8 +16,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration
 
 from model.checkpoints.adapter import ADAPTER, TIED_HEAD
 from model.checkpoints.adapter_config import AdapterConfig, FrozenPart, ImageConfig
-from model.checkpoints.frozen import FINAL_NORM
-from model.checkpoints.hub import LANGUAGE, VISION
+from model.checkpoints.frozen import FINAL_NORM, LANGUAGE, VISION
 from model.checkpoints.query_branch import query_branch_tensors
 from model.checkpoints.tensors import TensorFiles
 from model.language import LanguageModel

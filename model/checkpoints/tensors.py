@@ -1,18 +1,52 @@
 """Reads the weights of a directory, strictly: a tensor too many or too few is an error that names it."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from model.checkpoints.records import read_json
 from model.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+
+class TensorSource(Protocol):
+    """Named tensors, wherever they are. `path` is named in messages."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def read(
+        self, prefix: str = "", *, skip: tuple[str, ...] = (), dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Gives the tensors whose name begins with `prefix` and with none of `skip`, under the rest of it.
+
+        Floating tensors are cast to `dtype` one by one, so that a model never lies in memory twice.
+        """
+        ...
+
+
+class MemoryTensors:
+    """The tensors of a file that was read as a whole."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        self.tensors = tensors
+        self.path = path
+
+    def read(
+        self, prefix: str = "", *, skip: tuple[str, ...] = (), dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        return {
+            name.removeprefix(prefix): _cast(tensor, dtype)
+            for name, tensor in self.tensors.items()
+            if name.startswith(prefix) and not name.startswith(skip)
+        }
 
 
 class TensorFiles:
@@ -30,10 +64,7 @@ class TensorFiles:
     def read(
         self, prefix: str = "", *, skip: tuple[str, ...] = (), dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        """Gives the tensors whose name begins with `prefix` and with none of `skip`, under the rest of it.
-
-        Floating tensors are cast to `dtype` one by one, so that a model never lies in memory twice.
-        """
+        """See `TensorSource`."""
         found: dict[str, Tensor] = {}
         for path in self._files:
             with _open(path) as tensors:
@@ -44,7 +75,7 @@ class TensorFiles:
 
     def sha256(self) -> str:
         """Gives the hash of the weights: the file's own, or that of the shards' hashes in order of name."""
-        hashes = [_hash_file(path) for path in sorted(self._files)]
+        hashes = [hash_file(path) for path in sorted(self._files)]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
@@ -76,21 +107,6 @@ def load_strictly(
     module.load_state_dict(dict(tensors), strict=False, assign=True)
 
 
-def read_json(path: Path) -> dict[str, object]:
-    """Gives the object in a JSON file. Raises CheckpointError where it is absent or not JSON."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read {path} ({error.strerror}); give a whole checkpoint directory"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); save the checkpoint again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; save the checkpoint again")
-    return content
-
-
 def _file_names(directory: Path, file_name: str) -> list[str]:
     if (directory / file_name).is_file() or not (directory / INDEX).is_file():
         return [file_name]
@@ -113,6 +129,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Gives the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

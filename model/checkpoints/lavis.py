@@ -1,0 +1,249 @@
+"""LAVIS' format: a .pth file that holds what was trained, and often not the frozen parts.
+
+Beside <name>.pth stands <name>.json, which says what the file alone does not:
+
+    arch            "blip2" (stage 1: retrieval), "blip2_opt" or "blip2_t5" (stage 2: generation)
+    image_size      of the images to read, in pixels
+    vision_model    "eva_clip_g" or "clip_L", whose weights the .pth then holds; or an encoder's directory
+    language_model  the directory of an OPT or T5 with its tokenizer; its weights unless the .pth holds them
+    tokenizer       the directory of BERT's tokenizer with "[DEC]" as its bos token; of "blip2"
+    num_attention_heads  of the Q-Former; BERT's heads, 64 wide, unless given
+
+Directories are relative to the .json. A directory may be a whole checkpoint in the Hub's format, of which the
+part that is needed is read.
+"""
+
+import copy
+import math
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+from transformers import Blip2VisionConfig, CLIPVisionConfig, PreTrainedConfig
+
+from model.checkpoints.adapter import TIED_HEAD
+from model.checkpoints.frozen import (
+    LANGUAGE,
+    VISION,
+    assemble_vision_model,
+    load_language_model,
+    load_tokenizer,
+    load_vision_model,
+    read_vision_config,
+    resize_vision_model,
+)
+from model.checkpoints.lavis_names import from_lavis
+from model.checkpoints.loaded import LoadedParts
+from model.checkpoints.query_branch import QueryBranch
+from model.checkpoints.records import build_record, read_json
+from model.checkpoints.tensors import MemoryTensors, hash_file, load_strictly
+from model.config import QFormerConfig
+from model.errors import CheckpointError
+from model.matching import Matcher
+from model.parts import Blip2Parts
+from model.preprocess import ImagePreprocessor
+from model.prompts import PromptTemplates
+from model.vision import VisionEncoder
+
+_BERT_HEAD_SIZE = 64
+ENCODERS: Mapping[str, PreTrainedConfig] = {
+    "eva_clip_g": Blip2VisionConfig(
+        hidden_size=1408,
+        intermediate_size=6144,
+        num_hidden_layers=39,
+        num_attention_heads=16,
+        patch_size=14,
+        layer_norm_eps=1e-6,
+    ),
+    "clip_L": CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=23,
+        num_attention_heads=16,
+        patch_size=14,
+        layer_norm_eps=1e-5,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LavisConfig:
+    """What <name>.json says; see above."""
+
+    arch: Literal["blip2", "blip2_opt", "blip2_t5"]
+    image_size: int
+    vision_model: str
+    language_model: str | None = None
+    tokenizer: str | None = None
+    num_attention_heads: int | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "LavisConfig":
+        """Raises CheckpointError naming the key that is unknown, missing or wrong."""
+        config = build_record(cls, read_json(path), where=str(path))
+        if config.arch not in (archs := get_args(get_type_hints(cls)["arch"])):
+            raise CheckpointError(f"{path}: arch is {config.arch!r}; it must be one of {list(archs)}")
+        needed = "tokenizer" if config.arch == "blip2" else "language_model"
+        if getattr(config, needed) is None:
+            raise CheckpointError(f"{path}: {config.arch!r} needs a {needed!r}, the directory of one")
+        return config
+
+
+def load_lavis(path: Path, *, dtype: torch.dtype, image_size: int | None = None) -> LoadedParts:
+    """Loads a .pth file and what its .json names, on the CPU: frozen parts in `dtype`, the rest in float32.
+
+    image_size: of the images to read, where not those of the .json. Raises CheckpointError where a file is
+    absent, damaged or of another model, and where the .pth holds anything but tensors.
+    """
+    description = path.with_suffix(".json")
+    config = LavisConfig.read(description)
+    tensors = MemoryTensors(from_lavis(read_pickle(path), source=path), path)
+    vision_model = _load_vision_model(config, tensors, dtype, image_size or config.image_size)
+    build = _build_retrieval_parts if config.arch == "blip2" else _build_generation_parts
+    parts = build(config, tensors, vision_model, dtype)
+    sources = (hash_file(path), description.read_text(encoding="utf-8"), *_named_sources(config, path))
+    return LoadedParts(parts, sources)
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """Reads the tensors of a .pth file; never runs what else a pickle may hold. Raises CheckpointError."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read {path} ({error}); it was cut or damaged: copy it again"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors and would run code when it is read, so it is refused; save its "
+            "state dict alone, with torch.save(model.state_dict(), path)"
+        ) from error
+    tensors = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(each, Tensor) for each in tensors.values()):
+        raise CheckpointError(f"{path} holds no state dict, neither itself nor as 'model'; save it again")
+    return tensors
+
+
+def _load_vision_model(
+    config: LavisConfig, tensors: MemoryTensors, dtype: torch.dtype, image_size: int
+) -> VisionEncoder:
+    directory = tensors.path.parent / config.vision_model
+    own = tensors.read(VISION, dtype=dtype)
+    if not own:
+        if config.vision_model in ENCODERS:
+            raise CheckpointError(
+                f"{tensors.path} holds no image encoder (visual_encoder.*); name the directory of one as "
+                f"'vision_model' in {tensors.path.with_suffix('.json')}, it says {config.vision_model!r}"
+            )
+        return load_vision_model(directory, dtype=dtype, image_size=image_size)
+    named = ENCODERS.get(config.vision_model)
+    vision_config = read_vision_config(directory) if named is None else copy.deepcopy(named)
+    vision_config.image_size = _trained_image_size(own, vision_config)
+    encoder = assemble_vision_model(vision_config, own, source=tensors.path)
+    return resize_vision_model(encoder, image_size, source=tensors.path)
+
+
+def _trained_image_size(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> int:
+    """The size of the images that the position table in a file was made for."""
+    table = next(tensor for name, tensor in tensors.items() if "position_embedding" in name)  # [.., P, V]
+    rows: int = math.isqrt(table.shape[-2] - 1)
+    patch_size: int = config.patch_size
+    return rows * patch_size
+
+
+def _build_generation_parts(
+    config: LavisConfig, tensors: MemoryTensors, vision_model: VisionEncoder, dtype: torch.dtype
+) -> Blip2Parts:
+    assert config.language_model is not None, "the configuration was checked when it was read"
+    language_model = load_language_model(
+        tensors.path.parent / config.language_model,
+        dtype=dtype,
+        tensors=tensors if tensors.read(LANGUAGE) else None,
+    )
+    own = tensors.read(skip=(VISION, LANGUAGE), dtype=torch.float32)
+    with torch.device("meta"):
+        branch = QueryBranch(
+            _qformer_config(config, own, vision_model, tensors.path),
+            language_model_size=language_model.hidden_size,
+            layer_norm_eps=vision_model.layer_norm_eps,
+        )
+    load_strictly(branch, own, source=tensors.path)
+    return Blip2Parts(
+        vision_model=vision_model,
+        preprocess=ImagePreprocessor(vision_model.image_size),
+        ln_vision=branch.ln_vision,
+        query_tokens=branch.query_tokens,
+        qformer=branch.qformer,
+        language_projection=branch.language_projection,
+        language_model=language_model,
+        prompts=PromptTemplates(question=language_model.question_template),
+    )
+
+
+def _build_retrieval_parts(
+    config: LavisConfig, tensors: MemoryTensors, vision_model: VisionEncoder, _: torch.dtype
+) -> Blip2Parts:
+    assert config.tokenizer is not None, "the configuration was checked when it was read"
+    own = tensors.read(skip=(VISION,), dtype=torch.float32)
+    with torch.device("meta"):
+        matcher = Matcher(
+            _qformer_config(config, own, vision_model, tensors.path),
+            load_tokenizer(tensors.path.parent / config.tokenizer),
+            vision_layer_norm_eps=vision_model.layer_norm_eps,
+        )
+    load_strictly(matcher, own, source=tensors.path, tied=[TIED_HEAD])
+    matcher.tie_text_head()
+    return Blip2Parts(
+        vision_model=vision_model,
+        preprocess=ImagePreprocessor(vision_model.image_size),
+        ln_vision=matcher.ln_vision,
+        query_tokens=matcher.query_tokens,
+        qformer=matcher.qformer,
+        matcher=matcher,
+    )
+
+
+def _qformer_config(
+    config: LavisConfig, tensors: Mapping[str, Tensor], vision_model: VisionEncoder, path: Path
+) -> QFormerConfig:
+    """Reads the sizes of a Q-Former off its tensors; LAVIS' has BERT's heads, dropout and epsilon."""
+    try:
+        _, num_query_tokens, hidden_size = tensors["query_tokens"].shape
+        intermediate_size = len(tensors["qformer.encoder.layer.0.intermediate_query.dense.weight"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} holds no Q-Former ({error} is not there); give a .pth file that BLIP-2 of LAVIS saved"
+        ) from error
+    depth = 1 + max(int(name.split(".")[3]) for name in tensors if name.startswith("qformer.encoder.layer."))
+    words = tensors.get("embeddings.word_embeddings.weight", torch.empty(30523, 0))
+    positions = tensors.get("embeddings.position_embeddings.weight", torch.empty(512, 0))
+    joint = tensors.get("text_projection.weight", torch.empty(256, 0))
+    try:
+        return QFormerConfig(
+            hidden_size=hidden_size,
+            num_hidden_layers=depth,
+            num_attention_heads=config.num_attention_heads or max(1, hidden_size // _BERT_HEAD_SIZE),
+            intermediate_size=intermediate_size,
+            encoder_hidden_size=vision_model.hidden_size,
+            num_query_tokens=num_query_tokens,
+            vocab_size=len(words),
+            max_position_embeddings=len(positions),
+            joint_size=len(joint),
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _named_sources(config: LavisConfig, path: Path) -> tuple[str, ...]:
+    """Gives what identifies the directories that a .json names: hashes of weights, text of configurations."""
+    found: list[str] = []
+    for name in (config.vision_model, config.language_model):
+        files = sorted((path.parent / name).glob("model*.safetensors")) if name else []
+        found += [hash_file(file) for file in files]
+        if name and (configuration := path.parent / name / "config.json").is_file():
+            found.append(configuration.read_text(encoding="utf-8"))
+    return tuple(found)
