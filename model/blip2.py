@@ -60,6 +60,17 @@ class Blip2(nn.Module):
         blip2 = cls(loaded.parts, name=name_or_path, fingerprint=loaded.fingerprint(dtype))
         return blip2.to(device).eval()
 
+    def share_vision_model(self, other: "Blip2") -> bool:
+        """Has both models use one image encoder where theirs are equal, so that one is held and run once.
+
+        Each keeps its own `ln_vision`, which is trained with the Q-Former. Gives whether they are equal.
+        """
+        if self.vision_model is not other.vision_model:
+            if not self.vision_model.computes_as(other.vision_model):
+                return False
+            other.vision_model = self.vision_model
+        return self.preprocess.makes_same_pixels(other.preprocess)
+
     @property
     def image_size(self) -> int:
         return self.vision_model.image_size

@@ -32,6 +32,8 @@ class VisionFamily:
     align_corners: bool = False
 
 
+_PROVENANCE = ("_name_or_path", "architectures", "dtype", "initializer_range", "transformers_version")
+
 FAMILIES: Mapping[str, VisionFamily] = {
     "blip_2_vision_model": VisionFamily(tower_class=Blip2VisionModel, final_norm="post_layernorm"),
     "clip_vision_model": VisionFamily(
@@ -88,6 +90,16 @@ class VisionEncoder(nn.Module):
         image_features: Tensor = self.tower(pixel_values=pixel_values.to(self.dtype)).last_hidden_state
         return image_features  # [B, P, V]
 
+    def computes_as(self, other: "VisionEncoder") -> bool:
+        """Whether both give the same features: of one kind and configuration, with equal weights."""
+        if self.dtype != other.dtype or not _same_config(self.tower.config, other.tower.config):
+            return False
+        theirs = other.tower.state_dict()
+        ours = self.tower.state_dict()
+        return ours.keys() == theirs.keys() and all(
+            torch.equal(tensor, theirs[name].to(tensor.device)) for name, tensor in ours.items()
+        )
+
     def resize(self, image_size: int) -> None:
         """Makes the tower read images of another size: its position table is interpolated, bicubically.
 
@@ -129,6 +141,15 @@ def build_empty_encoder(config: PreTrainedConfig, *, attn_implementation: str = 
         encoder = build_vision_encoder(config, attn_implementation=attn_implementation)
     encoder.body.embeddings = type(_embeddings(encoder.tower))(config)
     return encoder
+
+
+def _same_config(config: PreTrainedConfig, other: PreTrainedConfig) -> bool:
+    """Whether all agrees that decides what a tower computes, whoever saved it."""
+    ours, theirs = (
+        {key: value for key, value in each.to_dict().items() if key not in _PROVENANCE}
+        for each in (config, other)
+    )
+    return ours == theirs
 
 
 def _body(tower: PreTrainedModel) -> nn.Module:

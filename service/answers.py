@@ -163,6 +163,7 @@ class VersionResponse(Part):
 
     version: str
     model: str | None = None
+    retrieval_model: str | None = None
     fingerprint: str | None = None
     device: str | None = None
     dtype: str | None = None

@@ -74,7 +74,8 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Parts:
         device_memory_bytes=lambda: _device_memory_bytes(backend.device),
     )
     inference = Inference(backend, desk, cache, line)
-    return Parts(backend, desk, redis, line, engine, inference, Replies(backend.name, metrics))
+    replies = Replies(backend.name, backend.matching_name, metrics)
+    return Parts(backend, desk, redis, line, engine, inference, replies)
 
 
 def _open_redis(settings: Settings) -> RedisTier | None:

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import DecodeJob, Generation, GenerationParams
-from service.jobs import Kind
+from service.jobs import Kind, Tower
 
 
 class StepDecoder(Protocol):
@@ -30,6 +30,14 @@ class Backend(Protocol):
     def name(self) -> str: ...
 
     @property
+    def matching_name(self) -> str:
+        """The name of the model that answers /retrieve."""
+
+    @property
+    def matching_tower(self) -> Tower:
+        """Which tower encodes the images that are matched."""
+
+    @property
     def fingerprint(self) -> str: ...
 
     @property
@@ -44,8 +52,8 @@ class Backend(Protocol):
     @property
     def can_match(self) -> bool: ...
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Turns an image into [3, S, S] pixel_values on the CPU."""
+    def preprocess(self, image: Image.Image, tower: Tower) -> Tensor:
+        """Turns an image into the [3, S, S] pixel_values that a tower reads, on the CPU."""
 
     def caption_prompt(self) -> str: ...
 
@@ -61,8 +69,8 @@ class Backend(Protocol):
     def synchronize(self) -> None:
         """Waits until the device has done all it was given, so that clocks tell the truth."""
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Turns [B, 3, S, S] into [B, P, V] image_features."""
+    def encode_images(self, pixel_values: Tensor, tower: Tower) -> Tensor:
+        """Turns [B, 3, S, S] into the [B, P, V] image_features of a tower."""
 
     def encode_kind(self, kind: Kind, image_features: Tensor) -> Tensor:
         """Turns [B, P, V] image_features into [B, ...] of the kind asked for."""

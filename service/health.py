@@ -68,6 +68,7 @@ class HealthRoutes:
         return VersionResponse(
             version=version(DISTRIBUTION),
             model=backend.name,
+            retrieval_model=backend.matching_name if backend.can_match else None,
             fingerprint=backend.fingerprint,
             device=backend.device,
             dtype=backend.dtype,

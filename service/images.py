@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from service.errors import ImageTooLargeError, InvalidImageError, UnsupportedImageError
+from service.jobs import Tower
 
 # Raised by one when the same file or the same pixels would be turned into other pixel_values than before.
 PREPROCESS_VERSION: Final = "1"
@@ -56,11 +57,11 @@ class ImageFile:
 
 
 class ImageDesk:
-    """preprocess: turns an image into pixel_values; called in `num_threads` threads."""
+    """preprocess: turns an image into pixel_values for a tower; called in `num_threads` threads."""
 
     def __init__(
         self,
-        preprocess: Callable[[Image.Image], Tensor],
+        preprocess: Callable[[Image.Image, Tower], Tensor],
         *,
         max_bytes: int,
         max_pixels: int,
@@ -80,9 +81,9 @@ class ImageDesk:
         """
         return await self._in_thread(self._read, source)
 
-    async def prepare(self, file: ImageFile) -> Tensor:
-        """Decodes the pixels and gives [3, S, S]. Raises InvalidImageError where the file is damaged."""
-        return await self._in_thread(self._prepare, file)
+    async def prepare(self, file: ImageFile, tower: Tower) -> Tensor:
+        """Gives the [3, S, S] pixels a tower reads. Raises InvalidImageError where the file is damaged."""
+        return await self._in_thread(self._prepare, file, tower)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -97,9 +98,9 @@ class ImageDesk:
         check_header(source, self._max_pixels)
         return ImageFile(source, hashlib.sha256(source).hexdigest())
 
-    def _prepare(self, file: ImageFile) -> Tensor:
+    def _prepare(self, file: ImageFile, tower: Tower) -> Tensor:
         try:
-            return self._preprocess(decode_image(file.data))
+            return self._preprocess(decode_image(file.data), tower)
         except InvalidImageError:
             raise
         except _DAMAGE as exc:

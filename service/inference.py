@@ -28,6 +28,7 @@ from service.jobs import (
     MatchJob,
     Mode,
     Ticket,
+    Tower,
     match_needs,
 )
 from service.scheduler import Line, Place
@@ -110,7 +111,7 @@ class Inference:
             started = time.monotonic()
             sides = [query, *candidates]
             uploads = [side for side in sides if isinstance(side, Upload)]
-            images = iter(await self._take_in(uploads, match_needs(mode)))
+            images = iter(await self._take_in(uploads, match_needs(mode), self._backend.matching_tower))
             inputs = [side if isinstance(side, str) else next(images) for side in sides]
             ticket: Ticket[Matches] = Ticket(deadline)
             job = MatchJob(inputs[0], tuple(inputs[1:]), mode, rerank_k, top_k, ticket)
@@ -129,7 +130,7 @@ class Inference:
         deadline: float | None,
     ) -> Served[Generations]:
         started = time.monotonic()
-        (taken,) = await self._take_in([image], GENERATE_NEEDS)
+        (taken,) = await self._take_in([image], GENERATE_NEEDS, Tower.MAIN)
         ticket: Ticket[Generations] = Ticket(deadline)
         place.put(GenerateJob(taken, prompts, params, ticket))
         return await self._served(ticket, time.monotonic() - started)
@@ -139,17 +140,26 @@ class Inference:
         self._cache.store(answer.fresh)
         return Served(answer, preprocess_s)
 
-    async def _take_in(self, images: Sequence[Upload], needs: frozenset[Kind]) -> list[ImageInput]:
+    async def _take_in(
+        self, images: Sequence[Upload], needs: frozenset[Kind], tower: Tower
+    ) -> list[ImageInput]:
         files = await _all(_blamed(image.field, self._desk.read(image.source)) for image in images)
-        known = await self._cache.lookup([file.digest for file in files], needs)
+        known = await self._cache.lookup([_digest_for(file, tower) for file in files], needs)
         return await _all(
-            _blamed(image.field, self._to_input(file, known[file.digest], needs))
+            _blamed(image.field, self._to_input(file, known[_digest_for(file, tower)], needs, tower))
             for image, file in zip(images, files, strict=True)
         )
 
-    async def _to_input(self, file: ImageFile, known: Encodings, needs: frozenset[Kind]) -> ImageInput:
+    async def _to_input(
+        self, file: ImageFile, known: Encodings, needs: frozenset[Kind], tower: Tower
+    ) -> ImageInput:
         suffices = needs <= known.keys() or Kind.IMAGE_FEATURES in known
-        return ImageInput(file.digest, None if suffices else await self._desk.prepare(file), known)
+        pixel_values = None if suffices else await self._desk.prepare(file, tower)
+        return ImageInput(_digest_for(file, tower), pixel_values, known, tower)
+
+
+def _digest_for(file: ImageFile, tower: Tower) -> str:
+    return file.digest if tower is Tower.MAIN else f"{file.digest}:{tower}"
 
 
 def _outcome_of_one(outcome: Served[Generations] | BaseException) -> Served[Generations] | ServiceError:

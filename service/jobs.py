@@ -24,6 +24,13 @@ class Kind(StrEnum):
     IMAGE_FEATURES = "image_features"  # [P, V], before ln_vision; the others can be made of them
 
 
+class Tower(StrEnum):
+    """An image encoder: the model's, or that of a retrieval model which does not share it."""
+
+    MAIN = "main"
+    MATCHING = "matching"
+
+
 class Mode(StrEnum):
     """How candidates are scored: by cosine, by the matching head, or the best of the first by the second."""
 
@@ -39,13 +46,15 @@ Encodings = Mapping[Kind, Tensor]
 class ImageInput:
     """One image on its way to the device.
 
-    digest: SHA-256 of the file. pixel_values: [3, S, S]; None where `encodings`, which come from the cache,
-    suffice without the vision tower.
+    digest: SHA-256 of the file, marked with its tower unless that is the main one: what names the image's
+    encodings. pixel_values: [3, S, S]; None where `encodings`, which come from the cache, suffice without the
+    vision tower. tower: which encodes it.
     """
 
     digest: str
     pixel_values: Tensor | None
     encodings: Encodings
+    tower: Tower = Tower.MAIN
 
 
 @dataclass(frozen=True, slots=True, eq=False)

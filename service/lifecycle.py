@@ -111,7 +111,7 @@ class Lifecycle:
         if task not in tasks_of(self._parts.backend):
             raise TaskUnavailableError(
                 f"the checkpoint {self._parts.backend.name!r} has no weights for {task}; "
-                "set BLIP2_MODEL to one that has"
+                f"set {'BLIP2_RETRIEVAL_MODEL' if task == 'retrieve' else 'BLIP2_MODEL'} to one that has"
             )
         return self._parts
 

@@ -1,5 +1,6 @@
 """Loads the checkpoint that the settings name, and answers for it as a `Backend`."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from model import Blip2, DecodeJob, Decoder, GenerationParams
 from model.language import LanguageModel
 from model.matching import Matcher
 from service.backend import StepDecoder
-from service.jobs import Kind
+from service.jobs import Kind, Tower
 from service.settings import Settings, SettingsError
 
 
@@ -25,22 +26,41 @@ def load_backend(settings: Settings) -> "Blip2Backend":
         torch.set_num_threads(settings.num_threads)
     dtype = _pick_dtype(settings.dtype, device)
     blip2 = Blip2.from_pretrained(settings.model, device=device, dtype=dtype, image_size=settings.image_size)
-    return Blip2Backend(blip2)
+    if settings.retrieval_model is None:
+        return Blip2Backend(blip2)
+    matching = Blip2.from_pretrained(settings.retrieval_model, device=device, dtype=dtype)
+    if matching.matcher is None:
+        raise SettingsError(
+            f"BLIP2_RETRIEVAL_MODEL is {settings.retrieval_model!r}, which has no ITC and ITM heads; "
+            "set it to a retrieval checkpoint"
+        )
+    return Blip2Backend(blip2, matching)
 
 
 class Blip2Backend:
-    """A `Backend` over a BLIP-2 model."""
+    """A `Backend` over a BLIP-2 model, and over a second one that matches, unless the first does.
 
-    def __init__(self, blip2: Blip2) -> None:
+    Where their image encoders are equal, one is held, and one pass of it serves both.
+    """
+
+    def __init__(self, blip2: Blip2, matching: Blip2 | None = None) -> None:
         self._blip2 = blip2
+        self._matching = matching or blip2
+        self.matching_tower = Tower.MAIN if self._blip2.share_vision_model(self._matching) else Tower.MATCHING
 
     @property
     def name(self) -> str:
         return self._blip2.name
 
     @property
+    def matching_name(self) -> str:
+        return self._matching.name
+
+    @property
     def fingerprint(self) -> str:
-        return self._blip2.fingerprint
+        if self._matching is self._blip2:
+            return self._blip2.fingerprint
+        return hashlib.sha256(f"{self._blip2.fingerprint} {self._matching.fingerprint}".encode()).hexdigest()
 
     @property
     def device(self) -> str:
@@ -56,10 +76,10 @@ class Blip2Backend:
 
     @property
     def can_match(self) -> bool:
-        return self._blip2.matcher is not None
+        return self._matching.matcher is not None
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        return self._blip2.preprocess(image)
+    def preprocess(self, image: Image.Image, tower: Tower) -> Tensor:
+        return self._of(tower).preprocess(image)
 
     def caption_prompt(self) -> str:
         return self._blip2.prompts.caption_prompt()
@@ -84,8 +104,8 @@ class Blip2Backend:
         if self._blip2.device.type == "cuda":
             torch.cuda.synchronize(self._blip2.device)
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
-        return self._blip2.encode_images(pixel_values)
+    def encode_images(self, pixel_values: Tensor, tower: Tower) -> Tensor:
+        return self._of(tower).encode_images(pixel_values)
 
     def encode_kind(self, kind: Kind, image_features: Tensor) -> Tensor:
         if kind is Kind.QUERY_OUTPUT:
@@ -110,6 +130,9 @@ class Blip2Backend:
     def match_logits(self, image_features: Tensor, texts: Sequence[str]) -> Tensor:
         return self._matcher.match_logits(image_features, *self._matcher.tokenize(texts))
 
+    def _of(self, tower: Tower) -> Blip2:
+        return self._blip2 if tower is Tower.MAIN else self._matching
+
     @property
     def _language_model(self) -> LanguageModel:
         assert self._blip2.language_model is not None, "asked to generate without a language model"
@@ -117,8 +140,8 @@ class Blip2Backend:
 
     @property
     def _matcher(self) -> Matcher:
-        assert self._blip2.matcher is not None, "asked to match without a matcher"
-        return self._blip2.matcher
+        assert self._matching.matcher is not None, "asked to match without a matcher"
+        return self._matching.matcher
 
 
 def _pick_device(wanted: str) -> str:

@@ -26,10 +26,11 @@ from service.metrics import Metrics
 
 
 class Replies:
-    """model: the name that every answer carries."""
+    """model, matching_model: the names that answers carry."""
 
-    def __init__(self, model: str, metrics: Metrics) -> None:
+    def __init__(self, model: str, matching_model: str, metrics: Metrics) -> None:
         self._model = model
+        self._matching_model = matching_model
         self._metrics = metrics
 
     def caption(self, served: Served[Generations], context: RequestContext) -> CaptionResponse:
@@ -78,7 +79,7 @@ class Replies:
 
     def retrieve(self, mode: Mode, served: Served[Matches], context: RequestContext) -> RetrieveResponse:
         return RetrieveResponse(
-            model=self._model,
+            model=self._matching_model,
             mode=mode,
             results=[
                 RetrieveResult(

@@ -21,6 +21,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
     model: str = Field(default="tiny", min_length=1, description='"tiny", or the directory of a checkpoint')
+    retrieval_model: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="a checkpoint whose heads answer /retrieve; unset: the model's own"
+    )
     image_size: Annotated[int, Field(ge=16, le=2048)] | None = Field(
         default=None,
         description="side of the images the encoder reads, to which its positions are interpolated; unset: "

@@ -9,7 +9,7 @@ from PIL import Image
 from model import GenerationParams
 from service.backend import Backend
 from service.errors import ServiceError
-from service.jobs import GenerateJob, ImageInput, Job, MatchJob, Mode, Ticket
+from service.jobs import GenerateJob, ImageInput, Job, MatchJob, Mode, Ticket, Tower
 from service.scheduler import Line
 from service.stages.encode import MAX_IMAGES_PER_TURN
 
@@ -25,9 +25,10 @@ async def warm_up(backend: Backend, line: Line, start_engine: Callable[[], None]
 
     Raises SelfTestError where the model fails, or gives a score that is not finite.
     """
-    images = [_warm_image(backend, index) for index in range(MAX_IMAGES_PER_TURN)]
-    captions = _caption_jobs(backend, images) if backend.can_generate else []
-    jobs: list[Job] = [*captions, *([_match_job(images)] if backend.can_match else [])]
+    captions = _caption_jobs(backend, _warm_images(backend, Tower.MAIN)) if backend.can_generate else []
+    jobs: list[Job] = list(captions)
+    if backend.can_match:
+        jobs.append(_match_job(_warm_images(backend, backend.matching_tower)))
     for job in jobs:
         (place,) = line.reserve(0)  # whatever the limit of the line is
         place.put(job)
@@ -40,10 +41,13 @@ async def warm_up(backend: Backend, line: Line, start_engine: Callable[[], None]
         logger.warning("the self-test gave an empty caption")
 
 
-def _warm_image(backend: Backend, index: int) -> ImageInput:
-    shade = 255 * index // MAX_IMAGES_PER_TURN
-    pixel_values = backend.preprocess(Image.new("RGB", (64, 64), (shade, 128, 255 - shade)))
-    return ImageInput(f"warm-up-{index}", pixel_values, {})
+def _warm_images(backend: Backend, tower: Tower) -> list[ImageInput]:
+    shades = [255 * index // MAX_IMAGES_PER_TURN for index in range(MAX_IMAGES_PER_TURN)]
+    pictures = [Image.new("RGB", (64, 64), (shade, 128, 255 - shade)) for shade in shades]
+    return [
+        ImageInput(f"warm-up-{tower}-{index}", backend.preprocess(picture, tower), {}, tower)
+        for index, picture in enumerate(pictures)
+    ]
 
 
 def _caption_jobs(backend: Backend, images: Sequence[ImageInput]) -> list[GenerateJob]:

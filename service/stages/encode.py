@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from service.backend import Backend
-from service.jobs import FreshEncoding, ImageInput, Kind
+from service.jobs import FreshEncoding, ImageInput, Kind, Tower
 
 MAX_IMAGES_PER_TURN = 8  # bounds the turn, and with it the wait of those who are decoding
 
@@ -39,6 +39,7 @@ class ImageSlot:
     """An image on the device, shared by all running jobs that brought it."""
 
     digest: str
+    tower: Tower
     pixel_values: Tensor | None = None
     needs: set[Kind] = field(default_factory=set)
     have: dict[Kind, Tensor] = field(default_factory=dict)
@@ -85,7 +86,7 @@ class EncodeStage:
         """Gives the slot of this image, with all that is known of it already in place."""
         slot = self._slots.get(image.digest)
         if slot is None or slot.error is not None:
-            slot = self._slots[image.digest] = ImageSlot(image.digest)
+            slot = self._slots[image.digest] = ImageSlot(image.digest, image.tower)
         slot.needs |= needs
         if slot.pixel_values is None:
             slot.pixel_values = image.pixel_values
@@ -126,7 +127,7 @@ class EncodeStage:
         if not slots:
             return
         pixel_values = torch.stack([_pixels_of(slot) for slot in slots])  # [B, 3, S, S]
-        image_features = self._backend.encode_images(self._backend.to_device(pixel_values))
+        image_features = self._backend.encode_images(self._backend.to_device(pixel_values), slots[0].tower)
         self._backend.synchronize()  # one sync per vision batch: its time is in every answer
         batch.vision_s = time.monotonic() - batch.started
         self._rows_seen("vision", len(slots))
@@ -167,7 +168,8 @@ def _next_batch(waiting: Sequence[Sequence[ImageSlot]]) -> list[ImageSlot]:
     slots = list(dict.fromkeys(slot for slot in rounds if slot is not None and slot.error is None))
     if slots and slots[0].suspect:
         return slots[:1]
-    return [slot for slot in slots if not slot.suspect][:MAX_IMAGES_PER_TURN]
+    usual = [slot for slot in slots if not slot.suspect and slot.tower is slots[0].tower]
+    return usual[:MAX_IMAGES_PER_TURN]
 
 
 def _pixels_of(slot: ImageSlot) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model import DecodeJob, Generation, GenerationParams
 from model.errors import InvalidPromptError
-from service.jobs import Kind
+from service.jobs import Kind, Tower
 
 POISON_RED = 13  # an image of this red makes every batch it is in fail
 POISON_WORD = "poison"  # so does a prompt with this word, in the decoder
@@ -90,6 +90,8 @@ class FakeBackend:
     can_generate: bool = True
     can_match: bool = True
     name: str = "fake"
+    matching_name: str = "fake"
+    matching_tower: Tower = Tower.MAIN
     fingerprint: str = "f" * 64
     device: str = "cpu"
     dtype: str = "float32"
@@ -107,7 +109,7 @@ class FakeBackend:
         self.encode_gate.set()
         self.decode_gate.set()
 
-    def preprocess(self, image: Image.Image) -> Tensor:
+    def preprocess(self, image: Image.Image, tower: Tower) -> Tensor:
         self.num_preprocessed += 1
         red, _, _ = image.convert("RGB").getpixel((0, 0))  # type: ignore[misc]
         return pixels(red)
@@ -145,7 +147,7 @@ class FakeBackend:
     def synchronize(self) -> None:
         pass
 
-    def encode_images(self, pixel_values: Tensor) -> Tensor:
+    def encode_images(self, pixel_values: Tensor, tower: Tower) -> Tensor:
         self.encode_gate.wait(TIMEOUT_S)
         reds = [round(image.mean().item() * 255) for image in pixel_values]
         self.vision_batches.append(reds)

@@ -169,7 +169,8 @@ async def test_a_bad_candidate_is_named() -> None:
 async def test_a_task_the_checkpoint_lacks_is_404(backend: FakeBackend, path: str) -> None:
     async with site(backend) as running:
         problem = assert_problem(await running.client.post(path, json={}), 404, "task_unavailable")
-        assert "BLIP2_MODEL" in problem["detail"]
+        setting = "BLIP2_RETRIEVAL_MODEL" if path == "/retrieve" else "BLIP2_MODEL"
+        assert f"set {setting} to one that has" in problem["detail"]
         assert (await running.client.get("/readyz")).status_code == 200
 
 

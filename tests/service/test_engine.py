@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model import GenerationParams
 from service.errors import DeadlineExceededError, InferenceFailedError, NotReadyError
-from service.jobs import ImageInput, Kind, Mode
+from service.jobs import ImageInput, Kind, Mode, Tower
 from tests.service.fakes import DEADLY_WORD, NAN_WORD, POISON_RED, POISON_WORD, TIMEOUT_S, FakeBackend, pixels
 from tests.service.running import text_of, until, workshop
 
@@ -68,7 +68,7 @@ def test_a_known_image_skips_the_vision_tower_and_says_so() -> None:
 
 def test_cached_image_features_suffice_without_pixels() -> None:
     with workshop(cache_bytes=0) as shop:
-        features = shop.backend.encode_images(pixels(8)[None])[0]
+        features = shop.backend.encode_images(pixels(8)[None], Tower.MAIN)[0]
         shop.backend.vision_batches.clear()
         image = ImageInput("other", None, {Kind.IMAGE_FEATURES: features})
         job = shop.caption(0, "hello", image=image)

@@ -16,8 +16,13 @@ from torch import Tensor
 from model.preprocess import ImagePreprocessor
 from service.errors import ImageTooLargeError, InvalidImageError, ServiceError, UnsupportedImageError
 from service.images import ImageDesk, decode_image
+from service.jobs import Tower
 
 SIZE = 16
+
+
+def preprocess(image: Image.Image, tower: Tower) -> Tensor:
+    return ImagePreprocessor(SIZE)(image)
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -43,13 +48,13 @@ def bomb(width: int, height: int) -> bytes:
 
 @pytest.fixture
 async def desk() -> AsyncIterator[ImageDesk]:
-    made = ImageDesk(ImagePreprocessor(SIZE), max_bytes=100_000, max_pixels=40_000_000, num_threads=1)
+    made = ImageDesk(preprocess, max_bytes=100_000, max_pixels=40_000_000, num_threads=1)
     yield made
     made.close()
 
 
 async def pixels_of(desk: ImageDesk, source: str | bytes) -> Tensor:
-    return await desk.prepare(await desk.read(source))
+    return await desk.prepare(await desk.read(source), Tower.MAIN)
 
 
 async def status_of(desk: ImageDesk, source: bytes) -> int:
