@@ -66,7 +66,6 @@ class VisionEncoder(nn.Module):
         setattr(_body(tower), family.final_norm, nn.Identity())
         _drop_layers(tower, behind=feature_layer)
         self.tower = tower
-        self.feature_layer = feature_layer
         self.image_size: int = tower.config.image_size
         self.hidden_size: int = tower.config.hidden_size
         self.layer_norm_eps: float = tower.config.layer_norm_eps

@@ -11,7 +11,8 @@ from model.checkpoints.hub import load_hub
 from model.checkpoints.lavis import load_lavis
 from model.checkpoints.loaded import LoadedParts
 from model.checkpoints.records import read_json
-from model.checkpoints.save import save_generation_adapter, save_hub, save_retrieval_adapter
+from model.checkpoints.save import save_generation_adapter, save_retrieval_adapter
+from model.checkpoints.save_hub import save_hub
 from model.errors import CheckpointError
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"

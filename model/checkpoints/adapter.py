@@ -125,6 +125,8 @@ def _load_matcher(directory: Path, config: AdapterConfig, vision_model: VisionEn
             max_text_tokens=config.max_text_tokens,
             vision_layer_norm_eps=vision_model.layer_norm_eps,
         )
+    if not config.has_text_head:
+        matcher.text_head = None
     tensors = TensorFiles(directory, ADAPTER).read(dtype=torch.float32)
     load_strictly(matcher, tensors, source=directory / ADAPTER, tied=[TIED_HEAD])
     matcher.tie_text_head()

@@ -43,6 +43,7 @@ class AdapterConfig:
     kind: "generation" (stage 2: language_projection) or "retrieval" (stage 1: the whole Matcher).
     prompts: None for those that the language model answers best to.
     retrieval_model: the directory of a retrieval adapter on the same encoder, relative to this one.
+    has_text_head: false for a retrieval adapter made of a checkpoint that lacks it, as the Hub's do.
     feature_layer: of the vision model, counted from the end; see `model.vision.VisionEncoder`.
     """
 
@@ -55,6 +56,7 @@ class AdapterConfig:
     max_text_tokens: int = 32
     retrieval_model: str | None = None
     feature_layer: int = -1
+    has_text_head: bool = True
 
     @classmethod
     def read(cls, directory: Path) -> "AdapterConfig":

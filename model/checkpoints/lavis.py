@@ -195,6 +195,8 @@ def _build_retrieval_parts(
             load_tokenizer(tensors.path.parent / config.tokenizer),
             vision_layer_norm_eps=vision_model.layer_norm_eps,
         )
+    if not any(name.startswith("text_head.") for name in own):  # converted from the Hub's format
+        matcher.text_head = None
     load_strictly(matcher, own, source=tensors.path, tied=[TIED_HEAD])
     matcher.tie_text_head()
     return Blip2Parts(

@@ -1,7 +1,9 @@
 """Reads the weights of a directory, strictly: a tensor too many or too few is an error that names it."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +16,24 @@ from model.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """A tensor without its values; `dtype` as safetensors names it, "F32", "BF16" and so on."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> "TensorHeader":
+        return cls(name, tuple(tensor.shape), _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)))
+
+    @property
+    def num_parameters(self) -> int:
+        return math.prod(self.shape)
 
 
 class TensorSource(Protocol):
@@ -71,6 +91,16 @@ class TensorFiles:
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     if name.startswith(prefix) and not name.startswith(skip):
                         found[name.removeprefix(prefix)] = _cast(tensors.get_tensor(name), dtype)
+        return found
+
+    def headers(self) -> list[TensorHeader]:
+        """Gives what the files say of their tensors; reads no weights."""
+        found = []
+        for path in self._files:
+            with _open(path) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    part = tensors.get_slice(name)
+                    found.append(TensorHeader(name, tuple(part.get_shape()), part.get_dtype()))
         return found
 
     def sha256(self) -> str:

@@ -27,6 +27,7 @@ def save_adapter_on(directory: Path, family: str, root: Path) -> Path:
         dataclasses.replace(build_parts(), vision_model=encoder),
         vision_directory=directory / "encoder",
         language_directory=root / "language_model",
+        feature_layer=-2,
     )
     return directory / "adapter"
 

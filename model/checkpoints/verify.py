@@ -1,0 +1,134 @@
+"""Compares a checkpoint with `transformers`' BLIP-2 on images, part by part."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    BlipImageProcessor,
+    PreTrainedModel,
+)
+
+from model.blip2 import Blip2
+from model.checkpoints.save_hub import save_hub
+from model.decoding import GenerationParams
+from model.language import LanguageModel
+from model.matching import Matcher
+
+PARAMS = GenerationParams(num_beams=5, max_new_tokens=20)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The largest difference of one part from the reference, and how large it may be."""
+
+    part: str
+    largest: float
+    tolerance: float
+
+    @property
+    def is_within(self) -> bool:
+        return self.largest <= self.tolerance
+
+
+@torch.inference_mode()
+def verify(blip2: Blip2, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Difference]:
+    """Runs both implementations on the same weights, in float32 on the CPU.
+
+    texts: prompts of a generation model (the empty one is added), or captions that a retrieval model scores.
+    A checkpoint of another kind is written in the Hub's format first, into a temporary folder. Raises
+    CheckpointError where that format cannot hold it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_hub(Path(folder), blip2.parts)
+        processor = BlipImageProcessor.from_pretrained(folder)
+        reference_class = (
+            Blip2ForConditionalGeneration if blip2.language_model is not None else Blip2ForImageTextRetrieval
+        )
+        reference = reference_class.from_pretrained(folder, dtype=torch.float32).eval()
+        pixel_values = torch.stack([blip2.preprocess(image) for image in images])
+        expected = processor(list(images), return_tensors="pt").pixel_values
+        found = [_difference("pixels", pixel_values, expected, 0.0)]
+        features = blip2.encode_images(pixel_values)
+        normed = reference.vision_model(pixel_values=pixel_values).last_hidden_state
+        found.append(_difference("image encoder, ln_vision", blip2.ln_vision(features), normed, 1e-4))
+        if blip2.language_model is not None:
+            found += _compare_generation(blip2, blip2.language_model, reference, pixel_values, ["", *texts])
+        else:
+            assert blip2.matcher is not None
+            found += _compare_retrieval(blip2.matcher, reference, features, pixel_values, texts)
+    return found
+
+
+def _compare_generation(
+    blip2: Blip2,
+    language_model: LanguageModel,
+    reference: PreTrainedModel,
+    pixel_values: Tensor,
+    prompts: Sequence[str],
+) -> list[Difference]:
+    inputs = blip2.project_queries(blip2.encode_queries(blip2.encode_images(pixel_values)))
+    expected = reference.get_image_features(pixel_values=pixel_values, return_dict=True).pooler_output
+    found = [_difference("Q-Former, projection", inputs, expected, 1e-4)]
+    differing = 0
+    largest = 0.0
+    image_tokens = [language_model.image_token_id] * inputs.shape[1]
+    for prompt in prompts:
+        prompt_ids = torch.tensor([[*image_tokens, *language_model.tokenize(prompt)]])
+        logits, _ = language_model.prefill([inputs[0]], [language_model.tokenize(prompt)])
+        answers = blip2.generate(inputs, [prompt] * len(inputs), PARAMS)
+        for index, (answer, *_) in enumerate(answers):
+            generated = reference.generate(
+                pixel_values=pixel_values[index : index + 1],
+                input_ids=prompt_ids,
+                attention_mask=torch.ones_like(prompt_ids),
+                num_beams=PARAMS.num_beams,
+                max_new_tokens=PARAMS.max_new_tokens,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            start = 1 if reference.config.text_config.is_encoder_decoder else prompt_ids.shape[1]
+            tokens = generated.sequences[0, start:].tolist()
+            differing += list(answer.token_ids) != tokens[: len(answer.token_ids)]
+            if index == 0:
+                largest = max(largest, _largest(logits[0], generated.logits[0][0].float()))
+    return [
+        *found,
+        Difference("logits of the first token", largest, 1e-3),
+        Difference(f"answers that differ, of {len(prompts) * len(inputs)}, beam 5", differing, 0),
+    ]
+
+
+def _compare_retrieval(
+    matcher: Matcher,
+    reference: PreTrainedModel,
+    features: Tensor,
+    pixel_values: Tensor,
+    texts: Sequence[str],
+) -> list[Difference]:
+    image_embeds = matcher.image_embeds(matcher.encode_image_queries(features).query_output)
+    itc, itm = 0.0, 0.0
+    for text in texts:
+        input_ids, mask = (each.expand(len(features), -1) for each in matcher.tokenize([text]))
+        options = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": mask}
+        cosines = reference(**options, use_image_text_matching_head=False).logits_per_image
+        logits = reference(**options, use_image_text_matching_head=True).logits_per_image
+        ours = matcher.itc_scores(image_embeds, matcher.text_embeds(input_ids, mask))
+        itc = max(itc, _largest(ours, cosines))
+        probabilities = matcher.match_logits(features, input_ids, mask).softmax(dim=1)
+        itm = max(itm, _largest(probabilities, logits.softmax(dim=1)))
+    return [Difference("ITC cosines", itc, 1e-5), Difference("ITM probabilities", itm, 1e-5)]
+
+
+def _difference(part: str, ours: Tensor, theirs: Tensor, tolerance: float) -> Difference:
+    return Difference(part, _largest(ours, theirs), tolerance)
+
+
+def _largest(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.float() - theirs.float()).abs().max())

@@ -1,0 +1,227 @@
+"""Conversion between the three kinds, and what a checkpoint is said to hold."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model import Blip2
+from model.checkpoints import load_blip2, save_hub
+from model.checkpoints.__main__ import main
+from model.checkpoints.convert import Format, convert
+from model.checkpoints.inspect import inspect
+from model.checkpoints.lavis import read_pickle
+from model.checkpoints.query_branch import query_branch_tensors
+from model.errors import CheckpointError
+from model.parts import Blip2Parts
+from tests.builders import build_matcher, build_parts, build_vision_model
+from tests.builders_t5 import build_t5_parts
+from tests.model.checkpoints.damage import edit_tensors
+from tests.model.checkpoints.test_lavis import Folder, build_tensors, of_stage1, of_stage2
+
+FORMATS: tuple[Format, ...] = ("hub", "lavis", "adapter")
+
+
+def with_eva_biases(parts: Blip2Parts) -> Blip2Parts:
+    """As EVA's encoder is, so that every format can hold it: no bias of the keys, but of all else."""
+    with torch.no_grad():
+        for layer in parts.vision_model.tower.encoder.layers:
+            layer.self_attn.qkv.bias.normal_()[48:96] = 0
+    return parts
+
+
+def build_generation(family: str) -> Blip2Parts:
+    return with_eva_biases(build_parts(seed=4) if family == "opt" else build_t5_parts("untied", seed=4))
+
+
+def build_retrieval() -> Blip2Parts:
+    vision_model, matcher = build_vision_model(seed=4), build_matcher(seed=4)
+    parts = Blip2Parts(
+        vision_model=vision_model,
+        preprocess=build_parts().preprocess,
+        ln_vision=matcher.ln_vision,
+        query_tokens=matcher.query_tokens,
+        qformer=matcher.qformer,
+        matcher=matcher,
+    )
+    return with_eva_biases(parts)
+
+
+def tensors_of(parts: Blip2Parts) -> dict[str, Tensor]:
+    """All weights of a model, by our names."""
+    tensors = {f"vision_model.{name}": each for name, each in parts.vision_model.body.state_dict().items()}
+    if parts.language_model is not None:
+        tensors |= query_branch_tensors(parts)
+        tensors |= {f"llm.{name}": each for name, each in parts.language_model.llm.state_dict().items()}
+    if parts.matcher is not None:
+        tensors |= {f"matcher.{name}": each for name, each in parts.matcher.state_dict().items()}
+    return tensors
+
+
+def path_for(root: Path, target_format: Format, number: int) -> Path:
+    return root / (f"{number}.pth" if target_format == "lavis" else str(number))
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])] == []
+
+
+@pytest.mark.parametrize("first", FORMATS)
+@pytest.mark.parametrize("second", FORMATS)
+@pytest.mark.parametrize("family", ["opt", "t5"])
+def test_a_generation_model_comes_back_bit_for_bit(
+    first: Format, second: Format, family: str, tmp_path: Path
+) -> None:
+    parts = build_generation(family)
+    expected = {name: tensor.clone() for name, tensor in tensors_of(parts).items()}
+    for number, target_format in enumerate((first, second)):
+        target = path_for(tmp_path, target_format, number)
+        convert(parts, target, target_format)
+        parts = load_blip2(str(target), dtype=torch.float32).parts
+    assert_equal(tensors_of(parts), expected)
+    assert parts.qformer.config.num_attention_heads == 4
+
+
+@pytest.mark.parametrize("first", FORMATS)
+@pytest.mark.parametrize("second", FORMATS)
+def test_a_retrieval_model_comes_back_bit_for_bit_but_for_what_the_hub_drops(
+    first: Format, second: Format, tmp_path: Path
+) -> None:
+    parts = build_retrieval()
+    expected = {name: tensor.clone() for name, tensor in tensors_of(parts).items()}
+    for number, target_format in enumerate((first, second)):
+        target = path_for(tmp_path, target_format, number)
+        left_out = convert(parts, target, target_format)
+        if target_format == "hub" and "hub" not in (first, second)[:number]:
+            assert "the tensor temperature" in left_out
+            assert "the tensor text_head.bias" in left_out
+        parts = load_blip2(str(target), dtype=torch.float32).parts
+    found = tensors_of(parts)
+    if "hub" in (first, second):
+        expected = {name: each for name, each in expected.items() if "text_head" not in name}
+        found["matcher.temperature"] = expected["matcher.temperature"]
+        found = {name: each for name, each in found.items() if "text_head" not in name}
+    assert_equal(found, expected)
+
+
+def test_a_file_of_lavis_comes_back_with_its_own_names(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    stage1, stage2 = of_stage1(build_tensors()), of_stage2(build_tensors())
+    for number, (tensors, save) in enumerate([(stage1, folder.save_stage1), (stage2, folder.save)]):
+        parts = load_blip2(save(tensors), dtype=torch.float32).parts
+        convert(parts, tmp_path / f"again-{number}.pth", "lavis")
+        tensors.pop("Qformer.bert.embeddings.position_ids", None)  # a buffer
+        assert_equal(read_pickle(tmp_path / f"again-{number}.pth"), tensors)
+
+
+def test_an_adapter_keeps_its_retrieval_model(checkpoint: Path, tmp_path: Path) -> None:
+    parts = load_blip2(str(checkpoint), dtype=torch.float32).parts
+    assert convert(parts, tmp_path / "copy", "adapter") == []
+    assert_equal(tensors_of(load_blip2(str(tmp_path / "copy"), dtype=torch.float32).parts), tensors_of(parts))
+    assert any("the retrieval model" in line for line in convert(parts, tmp_path / "hub", "hub"))
+
+
+def test_types_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = build_generation("opt")
+    parts.vision_model.to(torch.bfloat16)
+    assert parts.language_model is not None
+    parts.language_model.to(torch.bfloat16)
+    save_hub(tmp_path / "hub", parts)
+    assert main(["convert", str(tmp_path / "hub"), str(tmp_path / "adapter"), "--to", "adapter"]) == 0
+    found = {part.name: part.dtypes for part in inspect(tmp_path / "adapter").parts}
+    assert found["image encoder"] == found["language model"] == ("BF16",)
+    assert found["Q-Former"] == ("F32",)
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_an_encoder_that_a_format_lacks_is_refused(tmp_path: Path) -> None:
+    parts = build_parts(seed=4)
+    with torch.no_grad():
+        parts.vision_model.tower.encoder.layers[1].self_attn.qkv.bias[50] = 0.1  # of the keys
+    with pytest.raises(CheckpointError, match=r"the key bias in .* is not zero"):
+        convert(parts, tmp_path / "blip2.pth", "lavis")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(
+    hub_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    assert main(["convert", str(hub_directory), str(tmp_path / "there"), "--to", "hub"]) == 2
+    assert f"{tmp_path / 'there'} exists" in capsys.readouterr().err
+
+
+def test_inspect_counts_parameters_and_names_what_is_missing(hub_directory: Path, checkpoint: Path) -> None:
+    hub, adapter = inspect(hub_directory), inspect(checkpoint)
+    assert hub.kind == "Hub, Blip2ForConditionalGeneration"
+    assert hub.missing["/retrieve by ITM"] == ("Q-Former, text branch", "ITM head")
+    assert "/caption and /vqa" not in hub.missing
+    assert adapter.missing == {}
+    blip2 = Blip2.from_pretrained(str(checkpoint))
+    assert blip2.language_model is not None
+    assert blip2.matcher is not None
+    counts = {part.name: part.num_parameters for part in adapter.parts}
+    assert counts["image encoder"] == sum(each.numel() for each in blip2.vision_model.parameters())
+    assert counts["language model"] == sum(each.numel() for each in blip2.language_model.llm.parameters())
+    assert counts["queries"] == blip2.query_tokens.numel()
+    text_branch = sum(
+        each.numel()
+        for layer in blip2.matcher.qformer.layers
+        for part in (layer.intermediate, layer.output)
+        if part is not None
+        for each in part.parameters()
+    )
+    assert counts["Q-Former, text branch"] == text_branch
+
+
+def test_inspect_prints_a_table(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(checkpoint)]) == 0
+    printed = capsys.readouterr().out
+    assert "adapter, generation" in printed
+    assert "language model" in printed
+    assert main(["inspect", "nowhere"]) == 2
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    Image.effect_noise((50, 40), 80).convert("RGB").save(tmp_path / "picture.png")
+    return str(tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize("family", ["opt", "t5"])
+def test_a_generation_model_is_verified_against_transformers(
+    family: str, picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(build_generation(family), tmp_path / "model.pth", "lavis")
+    assert main(["verify", str(tmp_path / "model.pth"), picture, "--text", "a photo of"]) == 0
+    printed = capsys.readouterr().out
+    assert "answers that differ, of 2" in printed
+    assert "TOO LARGE" not in printed
+
+
+def test_a_retrieval_model_is_verified_against_transformers(
+    picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(build_retrieval(), tmp_path / "model", "adapter")
+    assert main(["verify", str(tmp_path / "model"), picture, "--text", "a red circle"]) == 0
+    assert "ITM probabilities" in capsys.readouterr().out
+
+
+def test_a_difference_from_transformers_is_found(
+    picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(build_generation("opt"), tmp_path / "model", "hub")
+    original = Blip2.project_queries
+    monkeypatch.setattr(Blip2, "project_queries", lambda self, output: original(self, output) * 1.01)
+    assert main(["verify", str(tmp_path / "model"), picture]) == 1
+    assert "TOO LARGE" in capsys.readouterr().out
+
+
+def test_a_damaged_target_is_no_secret(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_tensors(checkpoint / "adapter.safetensors", lambda tensors: tensors.pop("query_tokens"))
+    assert main(["verify", str(checkpoint), "no.png"]) == 2
+    assert "verify: " in capsys.readouterr().err
