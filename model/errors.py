@@ -9,6 +9,10 @@ class CheckpointError(ModelError):
     """A checkpoint is absent, incomplete, damaged, or of a kind that is not read."""
 
 
+class InvalidPixelsError(ModelError):
+    """An image holds samples of which nothing says what they mean."""
+
+
 class InvalidPromptError(ModelError):
     """A prompt cannot be given to the language model, for instance because it is too long."""
 

@@ -1,14 +1,26 @@
 """Turns an image into the pixels a vision encoder was trained on."""
 
+import contextlib
+import struct
+import zlib
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+
+from model.errors import InvalidPixelsError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# What Pillow's readers raise on damaged files, in their own words.
+DAMAGE: Final = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError,
+    AttributeError, NotImplementedError, MemoryError, struct.error, zlib.error,
+)  # fmt: skip
+_32_BIT_MODES: Final = ("I", "F")
 
 
 class ImagePreprocessor:
@@ -43,6 +55,23 @@ class ImagePreprocessor:
         pixels = np.asarray(_to_rgb(image).resize(size, Image.Resampling.BICUBIC))  # [S, S, 3]
         channels = [table[pixels[..., index]] for index, table in enumerate(self._normalised)]
         return torch.from_numpy(np.stack(channels))
+
+
+def make_upright(image: Image.Image) -> Image.Image:
+    """Turns an opened image as its EXIF says, with at most 8 bits per channel, in whatever mode it then has.
+
+    Raises InvalidPixelsError for samples of 32 bits, and what Pillow raises on a damaged file.
+    """
+    image.load()
+    if image.mode in _32_BIT_MODES:
+        raise InvalidPixelsError(
+            "the image has 32 bits per sample, and nothing says which range they use; convert it to 8 bits"
+        )
+    with contextlib.suppress(*DAMAGE):  # damaged EXIF: the pixels are still good
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -8,21 +8,19 @@ orientation in EXIF is applied; transparency turns white.
 
 import asyncio
 import binascii
-import contextlib
 import hashlib
 import io
 import re
-import struct
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from model.errors import InvalidPixelsError
+from model.preprocess import DAMAGE, make_upright
 from service.errors import ImageTooLargeError, InvalidImageError, UnsupportedImageError
 from service.jobs import Tower
 
@@ -38,13 +36,6 @@ _SIGNATURES: Final = {
     "BMP": (b"BM",),
 }
 _DATA_URI: Final = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]+)*?;base64,", re.ASCII)
-# What Pillow's readers raise on damaged files, in their own words.
-_DAMAGE: Final = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError,
-    AttributeError, NotImplementedError, MemoryError, struct.error, zlib.error,
-)  # fmt: skip
-_32_BIT_MODES: Final = ("I", "F")
-
 T = TypeVar("T")
 
 
@@ -103,7 +94,7 @@ class ImageDesk:
             return self._preprocess(decode_image(file.data), tower)
         except InvalidImageError:
             raise
-        except _DAMAGE as exc:
+        except DAMAGE as exc:
             raise InvalidImageError(f"the image is damaged ({exc}); send the file whole") from exc
 
     def _decode_base64(self, source: str) -> bytes:
@@ -144,7 +135,7 @@ def check_header(data: bytes, max_pixels: int) -> None:
     try:
         with Image.open(io.BytesIO(data), formats=(name,)) as image:
             width, height = image.size
-    except _DAMAGE as exc:
+    except DAMAGE as exc:
         raise InvalidImageError(
             f"the file begins as {name}, but its header is damaged; send it whole"
         ) from exc
@@ -161,17 +152,10 @@ def decode_image(data: bytes) -> Image.Image:
     Raises what Pillow raises on a damaged file, and InvalidImageError for samples of 32 bits.
     """
     with Image.open(io.BytesIO(data), formats=tuple(_SIGNATURES)) as image:
-        image.load()
-        if image.mode in _32_BIT_MODES:
-            raise InvalidImageError(
-                "the image has 32 bits per sample, and nothing says which range they use; "
-                "convert it to 8 bits"
-            )
-        with contextlib.suppress(*_DAMAGE):  # damaged EXIF: the pixels are still good
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I;16"):
-            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image
+        try:
+            return make_upright(image)
+        except InvalidPixelsError as exc:
+            raise InvalidImageError(str(exc)) from exc
 
 
 def _sniff(data: bytes) -> str | None:

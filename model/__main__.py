@@ -1,0 +1,73 @@
+"""`python -m model caption|ask|match IMAGES…`: answers on the command line, without a server."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from model.blip2 import Blip2
+from model.bulk import Work, answer_work, caption_work, find_images, match_work, run_bulk
+from model.decoding import GenerationParams
+from model.errors import ModelError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Gives the exit status: 0, 1 where an image could not be read, 2 for an error, told in one line."""
+    arguments = _parse(argv)
+    try:
+        images = find_images(arguments.images)
+        blip2 = Blip2.from_pretrained(
+            arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype)
+        )
+        work = _work_of(arguments, blip2)
+        written, failed = run_bulk(blip2, images, work, arguments.out, batch_size=arguments.batch_size)
+    except (ModelError, OSError) as error:
+        print(f"{arguments.command}: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{arguments.out}: {written} images written, {len(images) - written} were there, {failed} unreadable",
+        file=sys.stderr,
+    )
+    return 1 if failed else 0
+
+
+def _work_of(arguments: argparse.Namespace, blip2: Blip2) -> Work:
+    if arguments.command == "match":
+        return match_work(blip2, arguments.text)
+    if arguments.command == "ask":
+        params = GenerationParams(num_beams=arguments.beams, max_new_tokens=10, length_penalty=-1.0)
+        return answer_work(blip2, arguments.question, params)
+    params = GenerationParams(num_beams=arguments.beams, max_new_tokens=30)
+    return caption_work(blip2, arguments.prompt, params)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m model")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("images", type=Path, nargs="+", help="files, or directories of them")
+    shared.add_argument("--model", default="tiny", help="as BLIP2_MODEL (default: tiny)")
+    shared.add_argument(
+        "--out", type=Path, required=True, help="JSON lines; images that have one are left out"
+    )
+    shared.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps (default: cpu)")
+    shared.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    shared.add_argument("--batch-size", type=int, default=8, help="images at once (default: 8)")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    captioning = commands.add_parser("caption", parents=[shared], help="a caption of each image")
+    captioning.add_argument("--prompt", help="its beginning (default: the checkpoint's)")
+    captioning.add_argument("--beams", type=int, default=5)
+
+    asking = commands.add_parser("ask", parents=[shared], help="answers to questions about each image")
+    asking.add_argument("--question", action="append", required=True, help="may be given several times")
+    asking.add_argument("--beams", type=int, default=5)
+
+    matching = commands.add_parser("match", parents=[shared], help="how well texts fit each image")
+    matching.add_argument("--text", action="append", required=True, help="may be given several times")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

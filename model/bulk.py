@@ -1,0 +1,167 @@
+"""Captions, answers and matches of many images, written line by line; a run that was cut off goes on."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from model.blip2 import Blip2
+from model.decoding import DecodeJob, GenerationParams, run_jobs
+from model.errors import InvalidPixelsError, ModelError, TaskUnavailableError
+from model.language import LanguageModel
+from model.matching import Matcher
+from model.preprocess import DAMAGE, make_upright
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"})
+Work = Callable[[Tensor], list[dict[str, Any]]]  # [B, P, V] image features → what is said of each image
+T = TypeVar("T")
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Gives files as they are named, and the images below directories in order of name.
+
+    Raises ModelError where a path is not there.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise ModelError(f"{path} is not there; name image files, or directories of them")
+        below = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES)
+        found += below if path.is_dir() else [path]
+    return list(dict.fromkeys(found))
+
+
+def caption_work(blip2: Blip2, prompt: str | None, params: GenerationParams) -> Work:
+    """Says what `params.num_return_sequences` captions each image has, best first."""
+    language_model = _language_model(blip2)
+    prompt_ids = language_model.tokenize(blip2.prompts.caption_prompt() if prompt is None else prompt)
+
+    def work(image_features: Tensor) -> list[dict[str, Any]]:
+        inputs = blip2.project_queries(blip2.encode_queries(image_features))
+        answers = run_jobs(language_model, [DecodeJob(each, prompt_ids, params) for each in inputs])
+        return [
+            {"captions": [{"text": one.text, "score": one.score} for one in captions]} for captions in answers
+        ]
+
+    return work
+
+
+def answer_work(blip2: Blip2, questions: Sequence[str], params: GenerationParams) -> Work:
+    """Answers every question about each image, in the prompt that the language model answers best to."""
+    language_model = _language_model(blip2)
+    prompts = [language_model.tokenize(blip2.prompts.question_prompt(question)) for question in questions]
+
+    def work(image_features: Tensor) -> list[dict[str, Any]]:
+        inputs = blip2.project_queries(blip2.encode_queries(image_features))
+        jobs = [DecodeJob(each, prompt_ids, params) for each in inputs for prompt_ids in prompts]
+        best = (answers[0] for answers in run_jobs(language_model, jobs))
+        return [
+            {
+                "answers": [
+                    {"question": question, "answer": one.text, "score": one.score}
+                    for question, one in zip(questions, islice(best, len(questions)), strict=True)
+                ]
+            }
+            for _ in inputs
+        ]
+
+    return work
+
+
+def match_work(blip2: Blip2, texts: Sequence[str]) -> Work:
+    """Scores every text against each image: cosine (ITC), and the probability that they belong together."""
+    if blip2.matcher is None:
+        raise TaskUnavailableError(
+            f"the checkpoint {blip2.name!r} has no ITC and ITM heads; load one with them"
+        )
+    matcher: Matcher = blip2.matcher
+    input_ids, attention_mask = matcher.tokenize(texts)
+
+    def work(image_features: Tensor) -> list[dict[str, Any]]:
+        image_embeds = matcher.image_embeds(matcher.encode_image_queries(image_features).query_output)
+        cosines = matcher.itc_scores(image_embeds, matcher.text_embeds(input_ids, attention_mask))  # [B, M]
+        found = []
+        for features, row in zip(image_features, cosines.tolist(), strict=True):
+            pairs = features.expand(len(texts), -1, -1)
+            logits = matcher.match_logits(pairs, input_ids, attention_mask)
+            probabilities = logits.softmax(dim=1)[:, 1].tolist()
+            scored = zip(texts, row, probabilities, strict=True)
+            found.append(
+                {"matches": [{"text": t, "itc": itc, "itm_probability": itm} for t, itc, itm in scored]}
+            )
+        return found
+
+    return work
+
+
+def run_bulk(
+    blip2: Blip2, images: Sequence[Path], work: Work, out: Path, *, batch_size: int = 8
+) -> tuple[int, int]:
+    """Writes one JSON line for each image that `out` has no line of yet; gives how many, and how many failed.
+
+    A line is {"image": path, …} in the words of `work`, or {"image": path, "error": why} where the file
+    cannot be read. A batch is written as a whole and flushed, so that a run cut off at any moment goes on
+    where it stopped; half a line at the end is taken away first.
+    """
+    done = _lines_of(out)
+    todo = [path for path in images if str(path) not in done]
+    failed = 0
+    with out.open("a", encoding="utf-8") as file, tqdm(total=len(todo), unit="image") as progress:
+        for paths in _batches(todo, batch_size):
+            lines = _run_batch(blip2, paths, work)
+            failed += sum("error" in line for line in lines)
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.flush()
+            progress.update(len(paths))
+    return len(todo), failed
+
+
+@torch.inference_mode()
+def _run_batch(blip2: Blip2, paths: Sequence[Path], work: Work) -> list[dict[str, Any]]:
+    pixels: dict[Path, Tensor] = {}
+    errors: dict[Path, str] = {}
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                pixels[path] = blip2.preprocess(make_upright(image))
+        except (*DAMAGE, InvalidPixelsError) as error:
+            errors[path] = str(error)
+    said = iter(work(blip2.encode_images(torch.stack(list(pixels.values())))) if pixels else ())
+    return [
+        {"image": str(path), **({"error": errors[path]} if path in errors else next(said))} for path in paths
+    ]
+
+
+def _lines_of(out: Path) -> set[str]:
+    """Gives the images that have a line; cuts off half a line at the end."""
+    if not out.exists():
+        return set()
+    content = out.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with out.open("r+b") as file:
+            file.truncate(len(whole))
+    try:
+        return {str(json.loads(line)["image"]) for line in whole.splitlines()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{out} holds lines that this command did not write ({error!r}); name another file"
+        ) from error
+
+
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _language_model(blip2: Blip2) -> LanguageModel:
+    if blip2.language_model is None:
+        raise TaskUnavailableError(f"the checkpoint {blip2.name!r} has no language model; load one that has")
+    return blip2.language_model

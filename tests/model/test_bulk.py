@@ -1,0 +1,152 @@
+"""Bulk work without a server: right, line by line, and able to go on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from model import Blip2, GenerationParams, bulk
+from model.__main__ import main
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Five pictures in a directory and one below it; the third is damaged, one is turned by its EXIF."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for index in range(5):
+        path = (folder / "more" if index == 4 else folder) / f"{index}.png"
+        picture = Image.effect_noise((40, 30), 30 * index + 20).convert("RGB")
+        exif = picture.getexif()
+        exif[0x0112] = 6 if index == 1 else 1
+        picture.save(path, exif=exif)
+    damaged = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(damaged[: len(damaged) // 2])
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@torch.inference_mode()
+def inputs_of(blip2: Blip2, path: Path) -> torch.Tensor:
+    with Image.open(path) as image:
+        pixels = blip2.preprocess(image.transpose(Image.Transpose.ROTATE_270) if path.stem == "1" else image)
+    return blip2.project_queries(blip2.encode_queries(blip2.encode_images(pixels[None])))
+
+
+@torch.inference_mode()
+def test_every_image_gets_its_own_caption_and_a_damaged_one_an_error(
+    random_checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "captions.jsonl"
+    options = ["--model", str(random_checkpoint), "--out", str(out), "--batch-size", "2"]
+    assert main(["caption", str(pictures), "--prompt", "a photo of", *options]) == 1
+    blip2 = Blip2.from_pretrained(str(random_checkpoint))
+    found = {Path(line["image"]).stem: line for line in lines(out)}
+    assert list(found) == ["0", "1", "2", "3", "4"]
+    assert "truncated" in found["2"].pop("error")
+    for name in ("0", "1", "3", "4"):
+        path = Path(found[name]["image"])
+        (expected,) = blip2.generate(
+            inputs_of(blip2, path), ["a photo of"], GenerationParams(max_new_tokens=30)
+        )
+        (caption,) = found[name]["captions"]
+        assert caption["text"] == expected[0].text
+        assert caption["score"] == pytest.approx(expected[0].score, abs=1e-5)
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_stopped(
+    random_checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["caption", str(pictures), "--model", str(random_checkpoint), "--batch-size", "1"]
+    assert main([*command, "--out", str(tmp_path / "whole.jsonl")]) == 1
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    cut = tmp_path / "cut.jsonl"
+    cut.write_bytes(whole[: len(whole) - 30])  # in the middle of the last line
+    encoded: list[int] = []
+    original = Blip2.encode_images
+
+    def count(self: Blip2, pixel_values: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(pixel_values))
+        return original(self, pixel_values)
+
+    monkeypatch.setattr(Blip2, "encode_images", count)
+    assert main([*command, "--out", str(cut)]) == 0
+    assert cut.read_bytes() == whole
+    assert encoded == [1]
+    assert main([*command, "--out", str(cut)]) == 0
+    assert cut.read_bytes() == whole
+
+
+def test_questions_are_answered_in_their_order(
+    random_checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "answers.jsonl"
+    asked = ["how many stars", "what color is the circle"]
+    questions = [each for question in asked for each in ("--question", question)]
+    image = str(pictures / "0.png")
+    assert main(["ask", image, *questions, "--model", str(random_checkpoint), "--out", str(out)]) == 0
+    (line,) = lines(out)
+    blip2 = Blip2.from_pretrained(str(random_checkpoint))
+    params = GenerationParams(num_beams=5, max_new_tokens=10, length_penalty=-1.0)
+    for answer, question in zip(line["answers"], asked, strict=True):
+        inputs = inputs_of(blip2, pictures / "0.png")
+        (expected,) = blip2.generate(inputs, [blip2.prompts.question_prompt(question)], params)
+        assert (answer["question"], answer["answer"]) == (question, expected[0].text)
+
+
+@torch.inference_mode()
+def test_texts_are_scored_against_every_image(
+    random_checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "matches.jsonl"
+    texts = ["a red circle", "two blue stars above a cross"]
+    options = [each for text in texts for each in ("--text", text)]
+    images = [str(pictures / "0.png"), str(pictures / "3.png")]
+    assert main(["match", *images, *options, "--model", str(random_checkpoint), "--out", str(out)]) == 0
+    blip2 = Blip2.from_pretrained(str(random_checkpoint))
+    assert blip2.matcher is not None
+    tokens = blip2.matcher.tokenize(texts)
+    for line, path in zip(lines(out), images, strict=True):
+        with Image.open(path) as image:
+            features = blip2.encode_images(blip2.preprocess(image)[None])
+        probabilities = blip2.matcher.match_logits(features.expand(2, -1, -1), *tokens).softmax(1)[:, 1]
+        assert [match["text"] for match in line["matches"]] == texts
+        found = [match["itm_probability"] for match in line["matches"]]
+        assert found == pytest.approx(probabilities.tolist(), abs=1e-5)
+
+
+def test_a_file_of_another_kind_is_not_written_to(
+    random_checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "notes.txt"
+    out.write_text("my notes\n")
+    assert main(["caption", str(pictures), "--model", str(random_checkpoint), "--out", str(out)]) == 2
+    assert "lines that this command did not write" in capsys.readouterr().err
+    assert out.read_text() == "my notes\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["caption", "nowhere"], "nowhere is not there"),
+        (["caption", ".", "--model", "no-such-model"], "there is no checkpoint 'no-such-model'"),
+    ],
+)
+def test_errors_are_told_in_one_line(
+    arguments: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--out", str(tmp_path / "out.jsonl")]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_the_part_is_refused(random_checkpoint: Path) -> None:
+    blip2 = Blip2.from_pretrained(str(random_checkpoint.parent / "stage1"))
+    with pytest.raises(bulk.TaskUnavailableError, match="has no language model"):
+        bulk.caption_work(blip2, None, GenerationParams())
