@@ -3,7 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -204,6 +206,12 @@ def build_retrieval_reference(matcher: Matcher, vision_model: VisionEncoder) -> 
             tensors[name.replace("ln_vision.", "vision_model.post_layernorm.")] = value
     reference.load_state_dict(tensors)
     return reference.eval()
+
+
+def random_picture(seed: int, *, width: int = 40, height: int = 30) -> Image.Image:
+    """Gives an RGB image of noise."""
+    levels = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
+    return Image.fromarray(levels)
 
 
 def random_pixels(num_images: int, *, seed: int = 0) -> torch.Tensor:

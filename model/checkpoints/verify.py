@@ -90,6 +90,7 @@ def _compare_generation(
                 attention_mask=torch.ones_like(prompt_ids),
                 num_beams=PARAMS.num_beams,
                 max_new_tokens=PARAMS.max_new_tokens,
+                min_new_tokens=PARAMS.min_new_tokens,
                 output_logits=True,
                 return_dict_in_generate=True,
             )

@@ -10,6 +10,7 @@ from PIL import Image
 
 from model import Blip2, GenerationParams, bulk
 from model.__main__ import main
+from tests.builders import random_picture
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def pictures(tmp_path: Path) -> Path:
     (folder / "more").mkdir(parents=True)
     for index in range(5):
         path = (folder / "more" if index == 4 else folder) / f"{index}.png"
-        picture = Image.effect_noise((40, 30), 30 * index + 20).convert("RGB")
+        picture = random_picture(index)
         exif = picture.getexif()
         exif[0x0112] = 6 if index == 1 else 1
         picture.save(path, exif=exif)

@@ -4,19 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from model import Blip2, GenerationParams
 from model.checkpoints import save_hub, save_retrieval_adapter
 from service.jobs import GenerateJob, ImageInput, MatchJob, Mode, Ticket, Tower
 from service.loading import Blip2Backend, load_backend
 from service.settings import Settings, SettingsError
-from tests.builders import build_matcher, build_parts, build_vision_model
+from tests.builders import build_matcher, build_parts, build_vision_model, random_picture
 from tests.service.fakes import TIMEOUT_S, FakeBackend, pixels, png
 from tests.service.running import site, text_of, workshop
 from tests.service.test_loading import serve
 
-PICTURES = [Image.effect_noise((40, 40), sigma).convert("RGB") for sigma in (20, 60, 100)]
+PICTURES = [random_picture(seed) for seed in range(3)]
 GREEDY = GenerationParams(num_beams=1, max_new_tokens=8)
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from model import Blip2
@@ -16,7 +15,7 @@ from model.checkpoints.lavis import read_pickle
 from model.checkpoints.query_branch import query_branch_tensors
 from model.errors import CheckpointError
 from model.parts import Blip2Parts
-from tests.builders import build_matcher, build_parts, build_vision_model
+from tests.builders import build_matcher, build_parts, build_vision_model, random_picture
 from tests.builders_t5 import build_t5_parts
 from tests.model.checkpoints.damage import edit_tensors
 from tests.model.checkpoints.test_lavis import Folder, build_tensors, of_stage1, of_stage2
@@ -188,7 +187,7 @@ def test_inspect_prints_a_table(checkpoint: Path, capsys: pytest.CaptureFixture[
 
 @pytest.fixture
 def picture(tmp_path: Path) -> str:
-    Image.effect_noise((50, 40), 80).convert("RGB").save(tmp_path / "picture.png")
+    random_picture(0).save(tmp_path / "picture.png")
     return str(tmp_path / "picture.png")
 
 
