@@ -117,9 +117,9 @@ def test_a_caption_of_the_text_head_ends_at_its_end_token_or_at_the_last_positio
     images = torch.randn(3, 17, 48)
     with torch.no_grad():
         matcher.text_head.bias[matcher.tokenizer.sep_token_id] = 1e4
-        assert caption_greedily(matcher, images) == ["", "", ""]
+        assert caption_greedily(matcher, images) == ["a", "a", "a"]
         matcher.text_head.bias[matcher.tokenizer.convert_tokens_to_ids("star")] = 2e4
-        longest = " ".join(["star"] * (matcher.max_text_tokens - 1))
+        longest = " ".join(["a", *["star"] * (matcher.max_text_tokens - 2)])
         assert caption_greedily(matcher, images) == [longest] * 3
 
 
