@@ -12,7 +12,7 @@ import torch
 from model.errors import ModelError
 from training.comparison import compare_stage1
 from training.config import CONFIG_DIR, ConfigError, load_tiny_config
-from training.evaluate import EvaluationError, Plan, ServerClient, evaluate
+from training.evaluate import TASKS, EvaluationError, Plan, ServerClient, evaluate
 from training.gates import (
     GATES,
     NUM_PROBE_SCENES,
@@ -98,6 +98,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--blind", metavar="CHECKPOINT", help="also ask its language model without an image"
     )
     evaluation.add_argument("--out", type=Path, help="write the figures here as JSON")
+    evaluation.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK")
     evaluation.set_defaults(run=_evaluate)
     return parser
 
@@ -203,6 +204,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         num_scenes=options.scenes,
         questions_per_scene=options.questions,
         num_reranked=options.reranked,
+        tasks=tuple(options.tasks),
     )
     with ServerClient(options.url, options.concurrency) as client:
         figures = evaluate(client, plan, blind_checkpoint=options.blind)

@@ -23,6 +23,7 @@ from training.metrics import Answered, Figures, caption_figures, common_answers,
 from training.questions import Question, sample_questions
 from training.scenes import Scene, Split, iter_scenes, render_scene
 
+TASKS = ("questions", "captions", "retrieval")
 _MAX_TRIES = 100
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -34,7 +35,10 @@ class EvaluationError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked: `num_scenes` scenes of a split, each with `questions_per_scene` questions."""
+    """What is asked: `num_scenes` scenes of a split, each with `questions_per_scene` questions.
+
+    tasks: those of `TASKS` that are measured.
+    """
 
     seed: int
     split: Split
@@ -42,6 +46,7 @@ class Plan:
     questions_per_scene: int
     num_reranked: int
     image_size: int = 96
+    tasks: tuple[str, ...] = TASKS
 
 
 class ServerClient:
@@ -95,11 +100,14 @@ def evaluate(client: ServerClient, plan: Plan, blind_checkpoint: str | None = No
     scenes = list(iter_scenes(plan.seed, plan.split, plan.num_scenes))
     images = [encode_image(scene, plan.image_size) for scene in scenes]
     blind = load_blind_speaker(blind_checkpoint) if blind_checkpoint is not None else None
-    return {
-        **_evaluate_questions(client, plan, scenes, images, blind),
-        **_evaluate_captions(client, scenes, images, blind),
-        **_evaluate_retrieval(client, plan),
-    }
+    figures: dict[str, Figures] = {}
+    if "questions" in plan.tasks:
+        figures |= _evaluate_questions(client, plan, scenes, images, blind)
+    if "captions" in plan.tasks:
+        figures |= _evaluate_captions(client, scenes, images, blind)
+    if "retrieval" in plan.tasks:
+        figures |= _evaluate_retrieval(client, plan)
+    return figures
 
 
 def _evaluate_questions(

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -98,6 +99,14 @@ def test_a_server_that_is_always_right_scores_one_everywhere() -> None:
     assert oracle.modes == {"itc", "rerank"}
     assert 0 < figures["questions, chance"]["overall"] < figures["questions"]["overall"]
     assert figures["retrieval, chance"] == pytest.approx({"R@1": 1 / 6, "R@5": 5 / 6, "R@10": 1.0})
+
+
+def test_only_the_tasks_that_are_asked_for_are_measured() -> None:
+    oracle = Oracle()
+    with serving(oracle) as url, ServerClient(url, concurrency=2) as client:
+        figures = evaluate(client, replace(PLAN, tasks=("captions",)))
+    assert set(figures) == {"captions"}
+    assert oracle.modes == set()
 
 
 def test_a_server_that_is_not_there_is_named() -> None:
