@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +20,19 @@ from model.matching import Matcher
 from model.preprocess import DAMAGE, make_upright
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"})
-Work = Callable[[Tensor], list[dict[str, Any]]]  # [B, P, V] image features → what is said of each image
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is asked of every image.
+
+    run: turns [B, P, V] image features into what is said of each. asked: what was asked, as it stands in
+    every line.
+    """
+
+    run: Callable[[Tensor], list[dict[str, Any]]]
+    asked: dict[str, Any]
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -33,6 +45,10 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         if not path.exists():
             raise ModelError(f"{path} is not there; name image files, or directories of them")
         below = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES)
+        if path.is_dir() and not below:
+            raise ModelError(
+                f"{path} holds no images ({', '.join(sorted(SUFFIXES))}); name another directory"
+            )
         found += below if path.is_dir() else [path]
     return list(dict.fromkeys(found))
 
@@ -40,7 +56,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 def caption_work(blip2: Blip2, prompt: str | None, params: GenerationParams) -> Work:
     """Says what `params.num_return_sequences` captions each image has, best first."""
     language_model = _language_model(blip2)
-    prompt_ids = language_model.tokenize(blip2.prompts.caption_prompt() if prompt is None else prompt)
+    prompt = blip2.prompts.caption_prompt() if prompt is None else prompt
+    prompt_ids = language_model.tokenize(prompt)
 
     def work(image_features: Tensor) -> list[dict[str, Any]]:
         inputs = blip2.project_queries(blip2.encode_queries(image_features))
@@ -49,7 +66,7 @@ def caption_work(blip2: Blip2, prompt: str | None, params: GenerationParams) -> 
             {"captions": [{"text": one.text, "score": one.score} for one in captions]} for captions in answers
         ]
 
-    return work
+    return Work(work, {"prompt": prompt})
 
 
 def answer_work(blip2: Blip2, questions: Sequence[str], params: GenerationParams) -> Work:
@@ -62,16 +79,11 @@ def answer_work(blip2: Blip2, questions: Sequence[str], params: GenerationParams
         jobs = [DecodeJob(each, prompt_ids, params) for each in inputs for prompt_ids in prompts]
         best = (answers[0] for answers in run_jobs(language_model, jobs))
         return [
-            {
-                "answers": [
-                    {"question": question, "answer": one.text, "score": one.score}
-                    for question, one in zip(questions, islice(best, len(questions)), strict=True)
-                ]
-            }
+            {"answers": [{"answer": one.text, "score": one.score} for one in islice(best, len(questions))]}
             for _ in inputs
         ]
 
-    return work
+    return Work(work, {"questions": list(questions)})
 
 
 def match_work(blip2: Blip2, texts: Sequence[str]) -> Work:
@@ -91,13 +103,11 @@ def match_work(blip2: Blip2, texts: Sequence[str]) -> Work:
             pairs = features.expand(len(texts), -1, -1)
             logits = matcher.match_logits(pairs, input_ids, attention_mask)
             probabilities = logits.softmax(dim=1)[:, 1].tolist()
-            scored = zip(texts, row, probabilities, strict=True)
-            found.append(
-                {"matches": [{"text": t, "itc": itc, "itm_probability": itm} for t, itc, itm in scored]}
-            )
+            scored = zip(row, probabilities, strict=True)
+            found.append({"matches": [{"itc": itc, "itm_probability": itm} for itc, itm in scored]})
         return found
 
-    return work
+    return Work(work, {"texts": list(texts)})
 
 
 def run_bulk(
@@ -105,11 +115,12 @@ def run_bulk(
 ) -> tuple[int, int]:
     """Writes one JSON line for each image that `out` has no line of yet; gives how many, and how many failed.
 
-    A line is {"image": path, …} in the words of `work`, or {"image": path, "error": why} where the file
-    cannot be read. A batch is written as a whole and flushed, so that a run cut off at any moment goes on
-    where it stopped; half a line at the end is taken away first.
+    A line is {"image": path} with what was asked and what is said, or with "error" where the file cannot be
+    read. A batch is written as a whole and flushed, so that a run cut off at any moment goes on
+    where it stopped; half a line at the end is taken away first. Raises ModelError where the lines that are
+    there answer something else.
     """
-    done = _lines_of(out)
+    done = _lines_of(out, work.asked)
     todo = [path for path in images if str(path) not in done]
     failed = 0
     with out.open("a", encoding="utf-8") as file, tqdm(total=len(todo), unit="image") as progress:
@@ -132,13 +143,14 @@ def _run_batch(blip2: Blip2, paths: Sequence[Path], work: Work) -> list[dict[str
                 pixels[path] = blip2.preprocess(make_upright(image))
         except (*DAMAGE, InvalidPixelsError) as error:
             errors[path] = str(error)
-    said = iter(work(blip2.encode_images(torch.stack(list(pixels.values())))) if pixels else ())
+    said = iter(work.run(blip2.encode_images(torch.stack(list(pixels.values())))) if pixels else ())
     return [
-        {"image": str(path), **({"error": errors[path]} if path in errors else next(said))} for path in paths
+        {"image": str(path), **work.asked, **({"error": errors[path]} if path in errors else next(said))}
+        for path in paths
     ]
 
 
-def _lines_of(out: Path) -> set[str]:
+def _lines_of(out: Path, asked: dict[str, Any]) -> set[str]:
     """Gives the images that have a line; cuts off half a line at the end."""
     if not out.exists():
         return set()
@@ -148,11 +160,16 @@ def _lines_of(out: Path) -> set[str]:
         with out.open("r+b") as file:
             file.truncate(len(whole))
     try:
-        return {str(json.loads(line)["image"]) for line in whole.splitlines()}
+        lines = [json.loads(line) for line in whole.splitlines()]
+        images = {str(line["image"]) for line in lines}
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{out} holds lines that this command did not write ({error!r}); name another file"
         ) from error
+    for line in lines:
+        if any(line.get(key) != value for key, value in asked.items()):
+            raise ModelError(f"{out} holds answers to something else than {asked}; name another file")
+    return images
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -43,7 +43,7 @@ def _accepted() -> str:
     present = sorted(name for name, directory in EMBEDDED.items() if directory.is_dir())
     return (
         "a directory with an adapter or a model in the Hub's format, the .pth file of a model of LAVIS, or "
-        f"one of {present}"
+        f"one of {present}; ids of the Hub are not downloaded: fetch one with 'hf download'"
     )
 
 

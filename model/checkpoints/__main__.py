@@ -42,6 +42,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for part in summary.parts:
         print(f"{part.name:24}{part.num_tensors:8}{part.num_parameters:16,}  {', '.join(part.dtypes)}")
     print(f"{'in all':24}{'':8}{sum(part.num_parameters for part in summary.parts):16,}")
+    if not summary.missing:
+        print("\nnothing is missing")
     for task, lacking in summary.missing.items():
         print(f"\nno {task}: without {', '.join(lacking)}")
     return 0

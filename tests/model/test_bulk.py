@@ -99,7 +99,8 @@ def test_questions_are_answered_in_their_order(
     for answer, question in zip(line["answers"], asked, strict=True):
         inputs = inputs_of(blip2, pictures / "0.png")
         (expected,) = blip2.generate(inputs, [blip2.prompts.question_prompt(question)], params)
-        assert (answer["question"], answer["answer"]) == (question, expected[0].text)
+        assert answer["answer"] == expected[0].text
+    assert line["questions"] == asked
 
 
 @torch.inference_mode()
@@ -118,9 +119,21 @@ def test_texts_are_scored_against_every_image(
         with Image.open(path) as image:
             features = blip2.encode_images(blip2.preprocess(image)[None])
         probabilities = blip2.matcher.match_logits(features.expand(2, -1, -1), *tokens).softmax(1)[:, 1]
-        assert [match["text"] for match in line["matches"]] == texts
+        assert line["texts"] == texts
         found = [match["itm_probability"] for match in line["matches"]]
         assert found == pytest.approx(probabilities.tolist(), abs=1e-5)
+
+
+def test_other_questions_do_not_go_into_the_same_file(
+    random_checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["ask", str(pictures / "0.png"), "--model", str(random_checkpoint)]
+    command += ["--out", str(tmp_path / "out.jsonl")]
+    assert main([*command, "--question", "how many stars"]) == 0
+    assert main([*command, "--question", "how many circle"]) == 2
+    assert (
+        "holds answers to something else than {'questions': ['how many circle']}" in capsys.readouterr().err
+    )
 
 
 def test_a_file_of_another_kind_is_not_written_to(
@@ -137,6 +150,7 @@ def test_a_file_of_another_kind_is_not_written_to(
     ("arguments", "complaint"),
     [
         (["caption", "nowhere"], "nowhere is not there"),
+        (["caption", str(Path(__file__).parent / "decoding")], "holds no images"),
         (["caption", ".", "--model", "no-such-model"], "there is no checkpoint 'no-such-model'"),
     ],
 )
