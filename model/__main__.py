@@ -53,7 +53,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     shared.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps (default: cpu)")
     shared.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    shared.add_argument("--batch-size", type=int, default=8, help="images at once (default: 8)")
+    shared.add_argument("--batch-size", type=_positive, default=8, help="images at once (default: 8)")
     commands = parser.add_subparsers(dest="command", required=True)
 
     captioning = commands.add_parser("caption", parents=[shared], help="a caption of each image")
@@ -67,6 +67,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     matching = commands.add_parser("match", parents=[shared], help="how well texts fit each image")
     matching.add_argument("--text", action="append", required=True, help="may be given several times")
     return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"it is {value}, and must be at least 1")
+    return value
 
 
 if __name__ == "__main__":

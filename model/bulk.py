@@ -20,6 +20,7 @@ from model.matching import Matcher
 from model.preprocess import DAMAGE, make_upright
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"})
+_LINE_START = b'{"image": '
 T = TypeVar("T")
 
 
@@ -127,7 +128,7 @@ def run_bulk(
         for paths in _batches(todo, batch_size):
             lines = _run_batch(blip2, paths, work)
             failed += sum("error" in line for line in lines)
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
             progress.update(len(paths))
     return len(todo), failed
@@ -141,7 +142,7 @@ def _run_batch(blip2: Blip2, paths: Sequence[Path], work: Work) -> list[dict[str
         try:
             with Image.open(path) as image:
                 pixels[path] = blip2.preprocess(make_upright(image))
-        except (*DAMAGE, InvalidPixelsError) as error:
+        except (*DAMAGE, InvalidPixelsError, Image.DecompressionBombError) as error:
             errors[path] = str(error)
     said = iter(work.run(blip2.encode_images(torch.stack(list(pixels.values())))) if pixels else ())
     return [
@@ -156,10 +157,10 @@ def _lines_of(out: Path, asked: dict[str, Any]) -> set[str]:
         return set()
     content = out.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with out.open("r+b") as file:
-            file.truncate(len(whole))
+    tail = content[len(whole) :]
     try:
+        if not (tail.startswith(_LINE_START) or _LINE_START.startswith(tail)):
+            raise ValueError(f"the last line begins with {tail[:20]!r}")
         lines = [json.loads(line) for line in whole.splitlines()]
         images = {str(line["image"]) for line in lines}
     except (ValueError, KeyError, TypeError) as error:
@@ -169,6 +170,9 @@ def _lines_of(out: Path, asked: dict[str, Any]) -> set[str]:
     for line in lines:
         if any(line.get(key) != value for key, value in asked.items()):
             raise ModelError(f"{out} holds answers to something else than {asked}; name another file")
+    if tail:
+        with out.open("r+b") as file:
+            file.truncate(len(whole))
     return images
 
 

@@ -144,11 +144,9 @@ def build_empty_encoder(config: PreTrainedConfig, *, attn_implementation: str = 
 
 def _same_config(config: PreTrainedConfig, other: PreTrainedConfig) -> bool:
     """Whether all agrees that decides what a tower computes, whoever saved it."""
-    ours, theirs = (
-        {key: value for key, value in each.to_dict().items() if key not in _PROVENANCE}
-        for each in (config, other)
-    )
-    return ours == theirs
+    known = type(config)().to_dict().keys() - set(_PROVENANCE)  # files carry leftovers of other models
+    ours, theirs = ({key: each.to_dict().get(key) for key in known} for each in (config, other))
+    return config.model_type == other.model_type and ours == theirs
 
 
 def _body(tower: PreTrainedModel) -> nn.Module:
@@ -164,6 +162,8 @@ def _embeddings(tower: PreTrainedModel) -> nn.Module:
 
 def _drop_layers(tower: PreTrainedModel, *, behind: int) -> None:
     count: int = tower.config.num_hidden_layers
+    if not -count <= behind <= -1:
+        raise ValueError(f"feature layer {behind} is not between {-count}, the first, and -1, the last")
     layers = next(part for part in tower.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
     del layers[count + 1 + behind :]
     tower.config.num_hidden_layers = len(layers)

@@ -28,7 +28,9 @@ def load_backend(settings: Settings) -> "Blip2Backend":
     blip2 = Blip2.from_pretrained(settings.model, device=device, dtype=dtype, image_size=settings.image_size)
     if settings.retrieval_model is None:
         return Blip2Backend(blip2)
-    matching = Blip2.from_pretrained(settings.retrieval_model, device=device, dtype=dtype)
+    matching = Blip2.from_pretrained(settings.retrieval_model, dtype=dtype, image_size=settings.image_size)
+    matching.language_model = matching.language_projection = None  # only matches here
+    matching.to(device)
     if matching.matcher is None:
         raise SettingsError(
             f"BLIP2_RETRIEVAL_MODEL is {settings.retrieval_model!r}, which has no ITC and ITM heads; "

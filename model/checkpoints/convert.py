@@ -19,8 +19,10 @@ def convert(parts: Blip2Parts, target: Path, target_format: Format) -> list[str]
     target: a directory, or for LAVIS a .pth file. Weights are written in the types they are held in.
     Raises CheckpointError where the target exists, or cannot hold the image encoder.
     """
-    if target.exists() and (target.is_file() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists; name a new one, for nothing is overwritten")
+    beside = target.parent.glob(f"{target.stem}.*") if target_format == "lavis" else [target]
+    for there in beside:
+        if there.is_file() or (there.is_dir() and any(there.iterdir())):
+            raise CheckpointError(f"{there} exists; name a new one, for nothing is overwritten")
     if target_format == "lavis" and target.suffix != ".pth":
         raise CheckpointError(f"a file of LAVIS ends in .pth, {target} does not; name it so")
     if target_format == "hub":

@@ -1,5 +1,6 @@
 """The frozen parts, each a directory as transformers' `save_pretrained` writes it."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,7 +67,7 @@ def load_vision_model(
         )
     else:
         tower = _load_tower(FAMILIES[config.model_type], directory, dtype, attn_implementation)
-        encoder = freeze(VisionEncoder(tower, feature_layer=feature_layer))
+        encoder = freeze(_cut(tower, feature_layer, source=directory))
     return resize_vision_model(encoder, image_size, source=directory)
 
 
@@ -101,7 +102,14 @@ def assemble_vision_model(
     """Builds the encoder around the tensors of its tower; nothing is initialised only to be overwritten."""
     encoder = build_empty_encoder(config, attn_implementation=attn_implementation)
     load_strictly(encoder.body, tensors, source=source)
-    return freeze(VisionEncoder(encoder.tower, feature_layer=feature_layer))
+    return freeze(_cut(encoder.tower, feature_layer, source=source))
+
+
+def _cut(tower: PreTrainedModel, feature_layer: int, *, source: Path) -> VisionEncoder:
+    try:
+        return VisionEncoder(tower, feature_layer=feature_layer)
+    except ValueError as error:
+        raise CheckpointError(f"the image encoder of {source}: {error}; correct 'feature_layer'") from error
 
 
 def resize_vision_model(encoder: VisionEncoder, image_size: int | None, *, source: Path) -> VisionEncoder:
@@ -118,6 +126,10 @@ def _load_tower(
 ) -> PreTrainedModel:
     """Lets transformers load a tower, whose tensors it has renamed from release to release."""
     TensorFiles(directory)  # whose errors say more
+    if "transformers_weights" in read_json(directory / "config.json"):
+        raise CheckpointError(
+            f"{directory / 'config.json'} names other weights as 'transformers_weights'; remove the key"
+        )
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else it lists the other tower of a pair, tensor by tensor
     try:
@@ -135,12 +147,21 @@ def _load_tower(
         ) from error
     finally:
         logging.set_verbosity(verbosity)
+    if unread := sorted(name for name in found["unexpected_keys"] if _is_layer_of_images(name)):
+        raise CheckpointError(
+            f"{directory} holds the tensor {unread[0]!r}, which its configuration has no place for "
+            f"({len(unread)} in all); use the config.json saved with it"
+        )
     if missing := sorted(name for name in found["missing_keys"] if not _is_unread(name, family)):
         raise CheckpointError(
             f"{directory} lacks the tensor {missing[0]!r} of its image encoder "
             f"({len(missing)} are missing in all); save it again"
         )
     return tower
+
+
+def _is_layer_of_images(name: str) -> bool:
+    return re.search(r"\blayers?\.\d+\.", name) is not None and not name.startswith("text_model.")
 
 
 def _is_unread(name: str, family: VisionFamily) -> bool:
@@ -183,7 +204,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     try:
         if (directory / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{directory} holds no tokenizer that can be read ({error}); put tokenizer.json and "

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from model.checkpoints.frozen import (
     read_vision_config,
     resize_vision_model,
 )
-from model.checkpoints.lavis_names import from_lavis
+from model.checkpoints.lavis_names import find_family, from_lavis
 from model.checkpoints.loaded import LoadedParts
 from model.checkpoints.query_branch import QueryBranch
 from model.checkpoints.records import build_record, read_json
@@ -101,7 +102,9 @@ def load_lavis(path: Path, *, dtype: torch.dtype, image_size: int | None = None)
     """
     description = path.with_suffix(".json")
     config = LavisConfig.read(description)
-    tensors = MemoryTensors(from_lavis(read_pickle(path), source=path), path)
+    theirs = read_pickle(path)
+    _check_arch(config, find_family(theirs), path)
+    tensors = MemoryTensors(from_lavis(theirs, source=path), path)
     vision_model = _load_vision_model(config, tensors, dtype, image_size or config.image_size)
     build = _build_retrieval_parts if config.arch == "blip2" else _build_generation_parts
     parts = build(config, tensors, vision_model, dtype)
@@ -109,10 +112,19 @@ def load_lavis(path: Path, *, dtype: torch.dtype, image_size: int | None = None)
     return LoadedParts(parts, sources)
 
 
+def _check_arch(config: LavisConfig, family: str | None, path: Path) -> None:
+    found = "blip2" if family is None else f"blip2_{family}"
+    if found != config.arch:
+        raise CheckpointError(
+            f"{path.with_suffix('.json')}: arch is {config.arch!r}, the tensors of {path} are those of "
+            f"{found!r}; correct the one or the other"
+        )
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Reads the tensors of a .pth file; never runs what else a pickle may hold. Raises CheckpointError."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(
             f"cannot read {path} ({error}); it was cut or damaged: copy it again"
@@ -149,7 +161,9 @@ def _load_vision_model(
 
 def _trained_image_size(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> int:
     """The size of the images that the position table in a file was made for."""
-    table = next(tensor for name, tensor in tensors.items() if "position_embedding" in name)  # [.., P, V]
+    table = next((each for name, each in tensors.items() if "position_embedding" in name), None)  # [.., P, V]
+    if table is None:
+        raise CheckpointError("the image encoder in the .pth file has no position embeddings; save it again")
     rows: int = math.isqrt(table.shape[-2] - 1)
     patch_size: int = config.patch_size
     return rows * patch_size
@@ -164,6 +178,11 @@ def _build_generation_parts(
         dtype=dtype,
         tensors=tensors if tensors.read(LANGUAGE) else None,
     )
+    if (found := language_model.llm.config.model_type) != config.arch.removeprefix("blip2_"):
+        raise CheckpointError(
+            f"{tensors.path.with_suffix('.json')}: arch is {config.arch!r}, and 'language_model' is of type "
+            f"{found!r}; name the one it was trained with"
+        )
     own = tensors.read(skip=(VISION, LANGUAGE), dtype=torch.float32)
     with torch.device("meta"):
         branch = QueryBranch(
@@ -197,6 +216,12 @@ def _build_retrieval_parts(
         )
     if not any(name.startswith("text_head.") for name in own):  # converted from the Hub's format
         matcher.text_head = None
+    head = own.pop(TIED_HEAD, None)
+    if head is not None and not torch.equal(head, own.get("embeddings.word_embeddings.weight", head)):
+        raise CheckpointError(
+            f"{tensors.path}: the output matrix of the text head differs from the word embeddings, and is "
+            "tied to them in BLIP-2; save it again"
+        )
     load_strictly(matcher, own, source=tensors.path, tied=[TIED_HEAD])
     matcher.tie_text_head()
     return Blip2Parts(

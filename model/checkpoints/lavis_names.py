@@ -88,7 +88,7 @@ def from_lavis(tensors: Mapping[str, Tensor], *, source: Path) -> dict[str, Tens
     rest = {name: tensor for name, tensor in tensors.items() if name not in _BUFFERS}
     _drop_second_head_bias(rest, source)
     ours = _join_eva_biases(rest, source) | _split_clip_projections(rest)
-    prefixes, inner = _pairs(find_encoder(rest), _find_family(rest))
+    prefixes, inner = _pairs(find_encoder(rest), find_family(rest))
     for name, tensor in rest.items():
         if not name.startswith(tuple(old for old, _ in prefixes)):
             raise CheckpointError(
@@ -122,7 +122,8 @@ def _pairs(encoder: Encoder | None, family: str | None) -> tuple[Pairs, Pairs]:
     return (*of_encoder[0], *of_language, *_PREFIXES), (*of_encoder[1], *_ATTENTION)
 
 
-def _find_family(names: Iterable[str]) -> str | None:
+def find_family(names: Iterable[str]) -> str | None:
+    """Tells whose language model LAVIS' tensors were trained with; None where it is a stage-1 file."""
     for family, pairs in _LANGUAGE_PREFIXES.items():
         if any(name.startswith(tuple(old for old, _ in pairs)) for name in names):
             return family

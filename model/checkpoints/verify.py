@@ -96,7 +96,8 @@ def _compare_generation(
             )
             start = 1 if reference.config.text_config.is_encoder_decoder else prompt_ids.shape[1]
             tokens = generated.sequences[0, start:].tolist()
-            differing += list(answer.token_ids) != tokens[: len(answer.token_ids)]
+            ends = [at for at, token in enumerate(tokens) if token in language_model.eos_token_ids]
+            differing += list(answer.token_ids) != tokens[: ends[0] + 1 if ends else None]
             if index == 0:
                 largest = max(largest, _largest(logits[0], generated.logits[0][0].float()))
     return [

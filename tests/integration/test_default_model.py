@@ -4,6 +4,8 @@ The same measurement at full size is `python -m training evaluate`; the model ca
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +51,16 @@ def test_pairs_of_color_and_shape_that_no_training_scene_has(client: ServerClien
     assert figures["captions"]["wholly_true"] >= 0.7
     for direction in ("image to text", "text to image"):
         assert figures[f"retrieval {direction}, itc"]["R@1"] >= 0.85
+
+
+@pytest.mark.slow
+def test_the_sibling_with_a_t5_answers_and_captions_too(tmp_path: Path) -> None:
+    with (
+        service(tmp_path, model="tiny-t5", dtype="float32") as server,
+        ServerClient(server.url, concurrency=8) as client,
+    ):
+        plan = Plan(7, "unseen", num_scenes=100, questions_per_scene=5, num_reranked=0)
+        figures = evaluate(client, replace(plan, tasks=("questions", "captions")))
+    assert figures["questions"]["overall"] >= 0.8
+    assert figures["captions"]["named_pairs_true"] >= 0.9
+    assert figures["captions"]["wholly_true"] >= 0.7

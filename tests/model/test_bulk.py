@@ -140,10 +140,11 @@ def test_a_file_of_another_kind_is_not_written_to(
     random_checkpoint: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "notes.txt"
-    out.write_text("my notes\n")
-    assert main(["caption", str(pictures), "--model", str(random_checkpoint), "--out", str(out)]) == 2
-    assert "lines that this command did not write" in capsys.readouterr().err
-    assert out.read_text() == "my notes\n"
+    for content in ("my notes\n", "my notes", '{"a": 1}', "one\ntwo"):
+        out.write_text(content)
+        assert main(["caption", str(pictures), "--model", str(random_checkpoint), "--out", str(out)]) == 2
+        assert "lines that this command did not write" in capsys.readouterr().err
+        assert out.read_text() == content
 
 
 @pytest.mark.parametrize(

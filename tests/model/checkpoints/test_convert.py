@@ -145,6 +145,13 @@ def test_an_encoder_that_a_format_lacks_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nothing_beside_a_file_of_lavis_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "blip2.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"blip2\.json exists"):
+        convert(build_generation("opt"), tmp_path / "blip2.pth", "lavis")
+    assert (tmp_path / "blip2.json").read_text() == "{}"
+
+
 def test_nothing_is_overwritten(
     hub_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from model.checkpoints import load_vision_model, save_generation_adapter
 from model.errors import CheckpointError
 from model.vision import VisionEncoder
 from tests.builders import build_parts, build_tower, random_pixels
-from tests.model.checkpoints.damage import edit_tensors
+from tests.model.checkpoints.damage import edit_config, edit_tensors
 
 FAMILIES = ["blip_2_vision_model", "clip_vision_model", "siglip_vision_model", "vit", "dinov2"]
 
@@ -84,6 +84,39 @@ def test_a_tensor_of_another_shape_is_refused(family: str, tmp_path: Path) -> No
     edit_tensors(weights, lambda tensors: tensors.update({cut: tensors[cut][:-1].clone()}))
     with pytest.raises(CheckpointError, match=r"shape|size"):
         load_vision_model(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["clip_vision_model", "siglip_vision_model", "vit"])
+def test_layers_that_the_configuration_forgets_are_refused(family: str, tmp_path: Path) -> None:
+    build_tower(family).save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda fields: fields.update(num_hidden_layers=2))
+    with pytest.raises(CheckpointError, match="which its configuration has no place for"):
+        load_vision_model(tmp_path)
+
+
+@pytest.mark.parametrize("layer", [0, 1, -4])
+def test_a_feature_layer_that_is_none_is_refused(layer: int, tmp_path: Path) -> None:
+    build_tower("vit").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"feature layer {layer} is not between -3"):
+        load_vision_model(tmp_path, feature_layer=layer)
+
+
+def test_a_configuration_that_names_other_weights_is_refused(tmp_path: Path) -> None:
+    build_tower("vit").save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda fields: fields.update(transformers_weights="other.safetensors"))
+    with pytest.raises(CheckpointError, match="transformers_weights"):
+        load_vision_model(tmp_path)
+
+
+def test_leftovers_in_a_configuration_make_no_other_encoder(tmp_path: Path) -> None:
+    tower = build_tower("blip_2_vision_model")
+    for name in ("one", "other"):
+        tower.save_pretrained(tmp_path / name)
+    edit_config(tmp_path / "other", lambda fields: fields.update(projection_dim=512, dropout=0.0))
+    one, other = (load_vision_model(tmp_path / name) for name in ("one", "other"))
+    assert one.computes_as(other)
+    edit_config(tmp_path / "other", lambda fields: fields.update(layer_norm_eps=1e-3))
+    assert not one.computes_as(load_vision_model(tmp_path / "other"))
 
 
 def test_a_size_the_patches_do_not_divide_is_refused(checkpoint: Path) -> None:

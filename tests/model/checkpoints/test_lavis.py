@@ -27,6 +27,7 @@ from tests.builders import (
     build_vision_config,
     random_pixels,
 )
+from tests.builders_t5 import build_t5, build_t5_tokenizer
 
 KEYS = [line.split() for line in (Path(__file__).parent / "lavis_keys.txt").read_text().splitlines()]
 NOT_IN_STAGE_2 = (
@@ -300,6 +301,7 @@ def test_a_truncated_file_is_refused(folder: Folder) -> None:
         ({"lanugage_model": "opt"}, "unknown key 'lanugage_model'"),
         ({"vision_model": "nowhere"}, "cannot read"),
         ({"image_size": 50}, "image size 50 is no multiple of the patch size 8"),
+        ({"arch": "blip2_t5"}, "arch is 'blip2_t5', the tensors of"),
         ({"num_attention_heads": 3}, "is not a multiple of num_attention_heads 3"),
     ],
 )
@@ -323,6 +325,7 @@ def test_a_wrong_entry_in_the_json_is_named(folder: Folder, fields: dict[str, An
         (lambda t: t.update({"ln_vision.bias": torch.zeros(3)}), "'ln_vision.bias' has shape [3]"),
         (lambda t: [t.pop(k) for k in list(t) if k.startswith("visual_")], "cannot read"),
         (lambda t: t.update(model=3), "holds no state dict"),
+        (lambda t: t.pop("visual_encoder.pos_embed"), "has no position embeddings"),
     ],
 )
 def test_wrong_tensors_are_named(
@@ -331,6 +334,27 @@ def test_wrong_tensors_are_named(
     tensors: dict[str, Any] = of_stage2(build_tensors())
     edit(tensors)
     assert complaint in refusal(folder.save(tensors))
+
+
+def test_a_text_head_that_is_not_tied_is_refused(folder: Folder) -> None:
+    tensors = of_stage1(build_tensors())
+    tensors["Qformer.cls.predictions.decoder.weight"] = torch.zeros_like(
+        tensors["Qformer.cls.predictions.decoder.weight"]
+    )
+    assert "differs from the word embeddings" in refusal(folder.save_stage1(tensors))
+
+
+def test_a_language_model_of_another_family_is_refused(folder: Folder) -> None:
+    build_t5("untied").save_pretrained(folder.path / "t5")
+    build_t5_tokenizer().save_pretrained(folder.path / "t5")
+    message = refusal(folder.save(of_stage2(build_tensors()), language_model="t5"))
+    assert "arch is 'blip2_opt', and 'language_model' is of type 't5'" in message
+
+
+def test_a_file_of_torchs_first_format_is_read(folder: Folder) -> None:
+    path = folder.save(of_stage2(build_tensors()))
+    torch.save(of_stage2(build_tensors()), path, _use_new_zipfile_serialization=False)
+    assert Blip2.from_pretrained(path).language_model is not None
 
 
 def test_a_file_without_its_json_says_what_is_needed(folder: Folder) -> None:
