@@ -20,6 +20,8 @@ from model.matching import Matcher
 from model.preprocess import DAMAGE, make_upright
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"})
+_MAX_JOBS = 32  # texts that are written at once
+_MAX_PAIRS = 32  # images and texts that are matched at once
 _LINE_START = b'{"image": '
 T = TypeVar("T")
 
@@ -78,7 +80,8 @@ def answer_work(blip2: Blip2, questions: Sequence[str], params: GenerationParams
     def work(image_features: Tensor) -> list[dict[str, Any]]:
         inputs = blip2.project_queries(blip2.encode_queries(image_features))
         jobs = [DecodeJob(each, prompt_ids, params) for each in inputs for prompt_ids in prompts]
-        best = (answers[0] for answers in run_jobs(language_model, jobs))
+        said = (run_jobs(language_model, some) for some in _batches(jobs, _MAX_JOBS))
+        best = (answers[0] for some in said for answers in some)
         return [
             {"answers": [{"answer": one.text, "score": one.score} for one in islice(best, len(questions))]}
             for _ in inputs
@@ -95,15 +98,24 @@ def match_work(blip2: Blip2, texts: Sequence[str]) -> Work:
         )
     matcher: Matcher = blip2.matcher
     input_ids, attention_mask = matcher.tokenize(texts)
+    with torch.inference_mode():
+        text_embeds = torch.cat(
+            [
+                matcher.text_embeds(input_ids[rows], attention_mask[rows])
+                for rows in torch.split(torch.arange(len(texts)), _MAX_PAIRS)
+            ]
+        )
 
     def work(image_features: Tensor) -> list[dict[str, Any]]:
         image_embeds = matcher.image_embeds(matcher.encode_image_queries(image_features).query_output)
-        cosines = matcher.itc_scores(image_embeds, matcher.text_embeds(input_ids, attention_mask))  # [B, M]
+        cosines = matcher.itc_scores(image_embeds, text_embeds)  # [B, M]
         found = []
         for features, row in zip(image_features, cosines.tolist(), strict=True):
-            pairs = features.expand(len(texts), -1, -1)
-            logits = matcher.match_logits(pairs, input_ids, attention_mask)
-            probabilities = logits.softmax(dim=1)[:, 1].tolist()
+            probabilities: list[float] = []
+            for rows in torch.split(torch.arange(len(texts)), _MAX_PAIRS):
+                pairs = features.expand(len(rows), -1, -1)
+                logits = matcher.match_logits(pairs, input_ids[rows], attention_mask[rows])
+                probabilities += logits.softmax(dim=1)[:, 1].tolist()
             scored = zip(row, probabilities, strict=True)
             found.append({"matches": [{"itc": itc, "itm_probability": itm} for itc, itm in scored]})
         return found

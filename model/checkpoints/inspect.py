@@ -73,8 +73,12 @@ def inspect(path: Path) -> Summary:
 def _read_headers(path: Path) -> tuple[str, list[TensorHeader]]:
     if path.suffix == ".pth":
         tensors = from_lavis(read_pickle(path), source=path)
-        own = [TensorHeader.of(name, tensor) for name, tensor in tensors.items()]
-        return f"LAVIS, {LavisConfig.read(path.with_suffix('.json')).arch}", own
+        lavis = LavisConfig.read(path.with_suffix(".json"))
+        headers = [TensorHeader.of(name, tensor) for name, tensor in tensors.items()]
+        for prefix, directory in ((VISION, lavis.vision_model), (LANGUAGE, lavis.language_model)):
+            if directory and not any(header.name.startswith(prefix) for header in headers):
+                headers += _headers_of_part(path.parent / directory, prefix)
+        return f"LAVIS, {lavis.arch}", headers
     fields = read_json(path / "config.json")
     if fields.get("format") == FORMAT:
         config = AdapterConfig.read(path)
@@ -90,6 +94,13 @@ def _read_headers(path: Path) -> tuple[str, list[TensorHeader]]:
         TensorHeader(header.name.replace(VISION + FINAL_NORM, "ln_vision."), header.shape, header.dtype)
         for header in TensorFiles(path).headers()
     ]
+
+
+def _headers_of_part(directory: Path, prefix: str) -> list[TensorHeader]:
+    """Those of a frozen part, alone in its directory or inside a whole model."""
+    headers = TensorFiles(directory).headers()
+    inside = [header for header in headers if header.name.startswith(prefix)]
+    return inside or _prefixed(prefix, headers)
 
 
 def _strings(value: object) -> list[str]:

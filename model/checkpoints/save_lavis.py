@@ -33,7 +33,7 @@ def save_lavis(path: Path, parts: Blip2Parts) -> None:
     if (sizes.cross_attention_frequency, sizes.layer_norm_eps) != (2, 1e-12):
         raise CheckpointError(
             f"the Q-Former attends to the image in every {sizes.cross_attention_frequency}. layer and has "
-            f"the epsilon {sizes.layer_norm_eps}; LAVIS' does so in every 2. with 1e-12: save an adapter instead"
+            f"the epsilon {sizes.layer_norm_eps}; LAVIS' does so in every 2., with 1e-12: save an adapter"
         )
     family = "opt" if parts.language_model is None else parts.language_model.llm.config.model_type
     tensors = to_lavis(_tensors(parts), encoder=_ENCODERS[model_type], family=family, source=path)

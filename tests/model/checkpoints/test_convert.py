@@ -184,6 +184,13 @@ def test_inspect_counts_parameters_and_names_what_is_missing(hub_directory: Path
     assert counts["Q-Former, text branch"] == text_branch
 
 
+def test_inspect_counts_the_frozen_parts_that_a_file_of_lavis_names(tmp_path: Path) -> None:
+    convert(build_generation("opt"), tmp_path / "blip2.pth", "lavis")
+    summary = inspect(tmp_path / "blip2.pth")
+    assert "/caption and /vqa" not in summary.missing
+    assert {"image encoder", "language model"} <= {part.name for part in summary.parts}
+
+
 def test_inspect_prints_a_table(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(checkpoint)]) == 0
     printed = capsys.readouterr().out
