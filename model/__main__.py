@@ -4,12 +4,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from model.blip2 import Blip2
 from model.bulk import Work, answer_work, caption_work, find_images, match_work, run_bulk
+from model.checkpoints import LoadOptions, Quantization
 from model.decoding import GenerationParams
+from model.devices import find_device
 from model.errors import ModelError
 
 
@@ -18,9 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         images = find_images(arguments.images)
-        blip2 = Blip2.from_pretrained(
-            arguments.model, device=arguments.device, dtype=getattr(torch, arguments.dtype)
+        options = LoadOptions(
+            device=find_device(arguments.device),
+            dtype=None if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
+            quantize=arguments.quantize,
         )
+        blip2 = Blip2.from_pretrained(arguments.model, options, revision=arguments.revision)
         work = _work_of(arguments, blip2)
         written, failed = run_bulk(blip2, images, work, arguments.out, batch_size=arguments.batch_size)
     except (ModelError, OSError) as error:
@@ -51,8 +57,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     shared.add_argument(
         "--out", type=Path, required=True, help="JSON lines; images that have one are left out"
     )
-    shared.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or mps (default: cpu)")
-    shared.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    shared.add_argument("--revision", help="branch, tag or commit of a model of the Hub")
+    shared.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    shared.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    shared.add_argument("--quantize", choices=get_args(Quantization), default="none")
     shared.add_argument("--batch-size", type=_positive, default=8, help="images at once (default: 8)")
     commands = parser.add_subparsers(dest="command", required=True)
 

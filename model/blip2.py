@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from model.checkpoints import load_blip2
+from model.checkpoints import IN_FLOAT32, LoadOptions, load_blip2
 from model.decoding import DecodeJob, Generation, GenerationParams, run_jobs
 from model.errors import TaskUnavailableError
 from model.parts import Blip2Parts
@@ -37,6 +37,7 @@ class Blip2(nn.Module):
         self.qformer = parts.qformer
         self.language_projection = parts.language_projection
         self.language_model = parts.language_model
+        self.question_reader = parts.question_reader
         self.matcher = parts.matcher
         self.prompts = parts.prompts
 
@@ -44,21 +45,19 @@ class Blip2(nn.Module):
     def from_pretrained(
         cls,
         name_or_path: str,
+        options: LoadOptions = IN_FLOAT32,
         *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        image_size: int | None = None,
+        revision: str | None = None,
     ) -> "Blip2":
         """Loads a checkpoint, ready to answer.
 
-        name_or_path: "tiny", the embedded default, or "tiny-t5", the same with a T5; or a directory with an
-        adapter or in the Hub's format. dtype: of the frozen parts. image_size: S of the images it reads, in
-        pixels; None: the checkpoint's. Raises CheckpointError where it cannot be loaded, which goes for a T5
-        in float16 too.
+        name_or_path: "tiny", the embedded default, or "tiny-t5", the same with a T5; the directory of an
+        adapter or of a model in the Hub's format; a .pth file of LAVIS; or an id on the Hub, "owner/name",
+        of which `revision` picks a branch, tag or commit. Raises CheckpointError where it cannot be loaded,
+        which goes for a T5 in float16 too.
         """
-        loaded = load_blip2(name_or_path, dtype=dtype, image_size=image_size)
-        blip2 = cls(loaded.parts, name=name_or_path, fingerprint=loaded.fingerprint(dtype))
-        return blip2.to(device).eval()
+        loaded = load_blip2(name_or_path, options, revision=revision)
+        return cls(loaded.parts, name=name_or_path, fingerprint=loaded.fingerprint()).eval()
 
     def share_vision_model(self, other: "Blip2") -> bool:
         """Has both models use one image encoder where theirs are equal, so that one is held and run once.
@@ -94,6 +93,7 @@ class Blip2(nn.Module):
             qformer=self.qformer,
             language_projection=self.language_projection,
             language_model=self.language_model,
+            question_reader=self.question_reader,
             matcher=self.matcher,
             prompts=self.prompts,
         )
@@ -102,11 +102,18 @@ class Blip2(nn.Module):
         """Turns [B, 3, S, S] normalised images into [B, P, V] image features, before `ln_vision`."""
         return self.vision_model(pixel_values.to(self.device))
 
-    def encode_queries(self, image_features: Tensor) -> Tensor:
-        """Reads [B, P, V] image features with the queries; gives [B, Q, D] query outputs, float32."""
+    def encode_queries(self, image_features: Tensor, questions: Sequence[str] | None = None) -> Tensor:
+        """Reads [B, P, V] image features with the queries; gives [B, Q, D] query outputs, float32.
+
+        questions: B texts that a question-conditioned Q-Former is shown; no other one looks at them.
+        """
         normed = self.ln_vision(image_features.float())
         query_tokens = self.query_tokens.expand(len(image_features), -1, -1)
-        return self.qformer.encode_queries(query_tokens, normed).query_output
+        if self.question_reader is None:
+            return self.qformer.encode_queries(query_tokens, normed).query_output
+        text_embeds, mask = self.question_reader(questions or [""] * len(image_features))
+        states = self.qformer.encode_pairs(query_tokens, text_embeds, mask, normed)
+        return states[:, : query_tokens.shape[1]]
 
     def project_queries(self, query_output: Tensor) -> Tensor:
         """Turns [B, Q, D] query outputs into [B, Q, L] soft tokens for the language model, float32.

@@ -9,6 +9,14 @@ class CheckpointError(ModelError):
     """A checkpoint is absent, incomplete, damaged, or of a kind that is not read."""
 
 
+class UnfitLanguageModelError(ModelError):
+    """A language model lacks what generating with it needs; the message goes on behind its name."""
+
+
+class DeviceUnavailableError(ModelError):
+    """The device that is wanted is not there."""
+
+
 class InvalidPixelsError(ModelError):
     """An image holds samples of which nothing says what they mean."""
 

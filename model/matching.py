@@ -15,21 +15,9 @@ from model.config import QFormerConfig
 from model.errors import TaskUnavailableError
 from model.qformer import QFormer, QueryStates, build_query_tokens, init_weights
 from model.qformer_layer import KeysValues
+from model.text import TextEmbeddings, tokenize_texts
 
 INITIAL_TEMPERATURE = 0.07
-
-
-class TextEmbeddings(nn.Module):
-    """Word plus absolute position embeddings; their LayerNorm is the Q-Former's."""
-
-    def __init__(self, config: QFormerConfig) -> None:
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        positions = self.position_embeddings.weight[: input_ids.shape[1]]
-        return self.word_embeddings(input_ids) + positions  # [M, T, D]
 
 
 class TextHeadTransform(nn.Module):
@@ -101,22 +89,8 @@ class Matcher(nn.Module):
             self.text_head.decoder.weight = self.embeddings.word_embeddings.weight
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Gives the input_ids and attention_mask, [M, T] each, of texts as [CLS] … [SEP].
-
-        A text longer than `max_text_tokens` loses its tail but never its [SEP]. Padded on the right to the
-        longest. On the CPU. May be called from several threads.
-        """
-        cls_id, sep_id = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        # Without the tokenizer's own truncation and padding, which are state shared by all its callers.
-        rows = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        rows = [[cls_id, *row[: self.max_text_tokens - 2], sep_id] for row in rows]
-        length = max((len(row) for row in rows), default=2)
-        input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for index, row in enumerate(rows):
-            input_ids[index, : len(row)] = torch.tensor(row)
-            attention_mask[index, : len(row)] = 1
-        return input_ids, attention_mask
+        """Gives the input_ids and attention_mask, [M, T] each; see `model.text.tokenize_texts`."""
+        return tokenize_texts(self.tokenizer, texts, max_text_tokens=self.max_text_tokens)
 
     def encode_image_queries(self, image_features: Tensor) -> QueryStates:
         """Reads [B, P, V] image features (as the vision encoder gives them) with the queries."""

@@ -9,6 +9,7 @@ from model.matching import Matcher
 from model.preprocess import ImagePreprocessor
 from model.prompts import PromptTemplates
 from model.qformer import QFormer
+from model.questions import QuestionReader
 from model.vision import VisionEncoder
 
 
@@ -19,6 +20,7 @@ class Blip2Parts:
     vision_model, preprocess: the frozen image encoder and what prepares its pixels.
     ln_vision, query_tokens, qformer: what reads the image; those of `matcher` in a retrieval-only model.
     language_projection, language_model, prompts: what puts it into words; the first two are None there.
+    question_reader: what shows the question to a Q-Former that was trained so, None for any other.
     matcher: what compares it with texts; None where the checkpoint names no retrieval model.
     """
 
@@ -29,5 +31,6 @@ class Blip2Parts:
     qformer: QFormer
     language_projection: nn.Linear | None = None
     language_model: LanguageModel | None = None
+    question_reader: QuestionReader | None = None
     matcher: Matcher | None = None
     prompts: PromptTemplates = field(default_factory=PromptTemplates)

@@ -1,5 +1,6 @@
 """The frozen image encoder: normalised pixels in, one feature per image token out."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,21 +24,26 @@ class VisionFamily:
 
     final_norm: the norm behind the last layer. num_class_tokens: tokens in front of the patches'.
     align_corners: how the position table is resized to another image size; as the authors of BLIP-2 do for
-    EVA's and CLIP's encoders, as `transformers` does for the others.
+    EVA's and CLIP's encoders, as `transformers` does for the others. half: the type of 16 bits that its
+    authors ran it in.
     """
 
     tower_class: type[PreTrainedModel]
     final_norm: str
     num_class_tokens: int = 1
     align_corners: bool = False
+    half: torch.dtype = torch.bfloat16
 
 
+_STAGES = ("stage_names", "out_features", "out_indices")
 _PROVENANCE = ("_name_or_path", "architectures", "dtype", "initializer_range", "transformers_version")
 
 FAMILIES: Mapping[str, VisionFamily] = {
-    "blip_2_vision_model": VisionFamily(tower_class=Blip2VisionModel, final_norm="post_layernorm"),
+    "blip_2_vision_model": VisionFamily(
+        tower_class=Blip2VisionModel, final_norm="post_layernorm", half=torch.float16
+    ),
     "clip_vision_model": VisionFamily(
-        tower_class=CLIPVisionModel, final_norm="post_layernorm", align_corners=True
+        tower_class=CLIPVisionModel, final_norm="post_layernorm", align_corners=True, half=torch.float16
     ),
     "siglip_vision_model": VisionFamily(
         tower_class=SiglipVisionModel, final_norm="post_layernorm", num_class_tokens=0
@@ -64,6 +70,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         family = FAMILIES[tower.config.model_type]
         setattr(_body(tower), family.final_norm, nn.Identity())
+        _drop_pooler(tower)
         _drop_layers(tower, behind=feature_layer)
         self.tower = tower
         self.image_size: int = tower.config.image_size
@@ -131,14 +138,15 @@ def build_vision_encoder(config: PreTrainedConfig, *, attn_implementation: str =
     attn_implementation: "sdpa", or "eager", which is the faster one for training in bfloat16 on a CPU.
     """
     tower_class = FAMILIES[config.model_type].tower_class
-    return VisionEncoder(tower_class._from_config(config, attn_implementation=attn_implementation))
+    own = copy.deepcopy(config)  # the encoder changes it
+    return VisionEncoder(tower_class._from_config(own, attn_implementation=attn_implementation))
 
 
 def build_empty_encoder(config: PreTrainedConfig, *, attn_implementation: str = "sdpa") -> VisionEncoder:
     """Builds a tower to put weights into: on "meta", but for the embeddings, which hold a buffer too."""
     with torch.device("meta"):
         encoder = build_vision_encoder(config, attn_implementation=attn_implementation)
-    encoder.body.embeddings = type(_embeddings(encoder.tower))(config)
+    encoder.body.embeddings = type(_embeddings(encoder.tower))(encoder.tower.config)
     return encoder
 
 
@@ -160,6 +168,17 @@ def _embeddings(tower: PreTrainedModel) -> nn.Module:
     return embeddings
 
 
+def _drop_pooler(tower: PreTrainedModel) -> None:
+    """Removes what makes one vector of an image behind the last layer, which nothing here reads."""
+    body = _body(tower)
+    if isinstance(getattr(body, "pooler", None), nn.Module):  # ViT
+        setattr(body, "pooler", None)  # noqa: B010 - torch knows no type for it
+    if isinstance(getattr(body, "head", None), nn.Module):  # SigLIP
+        del body.head
+        setattr(body, "use_head", False)  # noqa: B010
+        tower.config.vision_use_head = False
+
+
 def _drop_layers(tower: PreTrainedModel, *, behind: int) -> None:
     count: int = tower.config.num_hidden_layers
     if not -count <= behind <= -1:
@@ -167,6 +186,9 @@ def _drop_layers(tower: PreTrainedModel, *, behind: int) -> None:
     layers = next(part for part in tower.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
     del layers[count + 1 + behind :]
     tower.config.num_hidden_layers = len(layers)
+    if hasattr(tower.config, "stage_names"):  # a backbone's, whose stages are made of the number of layers
+        kept = {key: value for key, value in tower.config.to_dict().items() if key not in _STAGES}
+        tower.config = type(tower.config).from_dict(kept)
 
 
 def _position_table(embeddings: nn.Module) -> tuple[str, Tensor]:

@@ -9,6 +9,9 @@ from PIL import Image
 from torch import Tensor
 
 from model import Blip2, DecodeJob, Decoder, GenerationParams
+from model.checkpoints import LoadOptions, locate_retrieval_model
+from model.devices import find_device
+from model.errors import DeviceUnavailableError
 from model.language import LanguageModel
 from model.matching import Matcher
 from service.backend import StepDecoder
@@ -19,24 +22,38 @@ from service.settings import Settings, SettingsError
 def load_backend(settings: Settings) -> "Blip2Backend":
     """Loads model and weights; takes as long as that takes.
 
-    Raises CheckpointError where they cannot be loaded, SettingsError where the device is not there.
+    Raises CheckpointError where they cannot be loaded, SettingsError where the device is not there or the
+    second checkpoint cannot match.
     """
-    device = _pick_device(settings.device)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
-    dtype = _pick_dtype(settings.dtype, device)
-    blip2 = Blip2.from_pretrained(settings.model, device=device, dtype=dtype, image_size=settings.image_size)
+    try:
+        device = find_device(settings.device)
+    except DeviceUnavailableError as error:
+        raise SettingsError(f"BLIP2_DEVICE: {error}") from error
+    options = LoadOptions(
+        device=device,
+        dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
+        image_size=settings.image_size,
+        quantize=settings.quantize,
+        spread=settings.spread,
+    )
+    blip2 = Blip2.from_pretrained(settings.model, options, revision=settings.revision)
     if settings.retrieval_model is None:
         return Blip2Backend(blip2)
-    matching = Blip2.from_pretrained(settings.retrieval_model, dtype=dtype, image_size=settings.image_size)
-    matching.language_model = matching.language_projection = None  # only matches here
-    matching.to(device)
+    return Blip2Backend(blip2, _load_matching(settings.retrieval_model, settings.retrieval_revision, options))
+
+
+def _load_matching(name: str, revision: str | None, options: LoadOptions) -> Blip2:
+    path = locate_retrieval_model(name, revision=revision)
+    matching = Blip2.from_pretrained(str(path), options)
     if matching.matcher is None:
         raise SettingsError(
-            f"BLIP2_RETRIEVAL_MODEL is {settings.retrieval_model!r}, which has no ITC and ITM heads; "
+            f"BLIP2_RETRIEVAL_MODEL is {name!r}, which has no ITC and ITM heads; "
             "set it to a retrieval checkpoint"
         )
-    return Blip2Backend(blip2, matching)
+    matching.name = name
+    return matching
 
 
 class Blip2Backend:
@@ -144,33 +161,3 @@ class Blip2Backend:
     def _matcher(self) -> Matcher:
         assert self._matching.matcher is not None, "asked to match without a matcher"
         return self._matching.matcher
-
-
-def _pick_device(wanted: str) -> str:
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = wanted.partition(":")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise SettingsError(
-            f"BLIP2_DEVICE is {wanted!r}, and torch sees {torch.cuda.device_count()} CUDA devices; "
-            "set it to auto"
-        )
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise SettingsError("BLIP2_DEVICE is 'mps', and torch sees no such device; set it to auto")
-    return wanted
-
-
-def _pick_dtype(wanted: str, device: str) -> torch.dtype:
-    """Gives the fastest type that the device computes in, unless one is wanted."""
-    if wanted != "auto":
-        dtype: torch.dtype = getattr(torch, wanted)
-        return dtype
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if device == "cpu" and _has_amx() else torch.float32
-
-
-def _has_amx() -> bool:
-    # Without AMX, bfloat16 on a CPU is slower than float32. The probe is not public: absent means no.
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return probe is not None and bool(probe())

@@ -20,9 +20,17 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
-    model: str = Field(default="tiny", min_length=1, description='"tiny", or the directory of a checkpoint')
+    model: str = Field(
+        default="tiny", min_length=1, description='"tiny", a directory or .pth file, or an id of the Hub'
+    )
     retrieval_model: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="a checkpoint whose heads answer /retrieve; unset: the model's own"
+    )
+    revision: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="branch, tag or commit of a model of the Hub; unset: its main branch"
+    )
+    retrieval_revision: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="the same of BLIP2_RETRIEVAL_MODEL"
     )
     image_size: Annotated[int, Field(ge=16, le=2048)] | None = Field(
         default=None,
@@ -34,6 +42,10 @@ class Settings(BaseSettings):
         default="auto",
         description="of the image encoder and the language model; the Q-Former stays in float32",
     )
+    quantize: Literal["none", "int8"] = Field(
+        default="none", description="int8 holds the language model's linear layers in 8 bits (needs torchao)"
+    )
+    spread: bool = Field(default=False, description="lay the language model over all GPUs (needs accelerate)")
     num_threads: int = Field(
         default=0, ge=0, le=1024, description="torch's CPU threads; 0: torch's own choice"
     )

@@ -223,7 +223,7 @@ class TinyTraining:
 
     def load_stage1(self) -> Matcher:
         """The finished stage-1 model."""
-        matcher = load_adapter(self.result("stage1"), dtype=torch.float32).parts.matcher
+        matcher = load_adapter(self.result("stage1")).parts.matcher
         assert matcher is not None, "a stage-1 adapter holds a matcher"
         return matcher
 

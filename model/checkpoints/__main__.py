@@ -12,9 +12,10 @@ from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
 
 from model.blip2 import Blip2
-from model.checkpoints import EMBEDDED, load_blip2
+from model.checkpoints import LoadOptions, load_blip2, locate
 from model.checkpoints.convert import Format, convert
 from model.checkpoints.inspect import inspect
+from model.checkpoints.records import read_json
 from model.checkpoints.verify import verify
 from model.errors import ModelError
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    summary = inspect(EMBEDDED.get(arguments.checkpoint, Path(arguments.checkpoint)))
+    summary = inspect(locate(arguments.checkpoint, revision=arguments.revision))
     print(f"{arguments.checkpoint}: {summary.kind}\n")
     print(f"{'part':24}{'tensors':>8}{'parameters':>16}  dtype")
     for part in summary.parts:
@@ -50,11 +51,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    source = EMBEDDED.get(arguments.checkpoint, Path(arguments.checkpoint))
+    source = locate(arguments.checkpoint, revision=arguments.revision)
     frozen = [part for part in inspect(source).parts if part.name in ("image encoder", "language model")]
     dtypes = {_DTYPES.get(dtype, torch.float32) for part in frozen for dtype in part.dtypes}
     dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32  # the one that loses nothing
-    parts = load_blip2(arguments.checkpoint, dtype=dtype).parts
+    parts = load_blip2(str(source), LoadOptions(dtype=dtype)).parts
     left_out = convert(parts, arguments.target, arguments.to)
     print(f"wrote {arguments.target}")
     for line in left_out:
@@ -67,8 +68,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     for path in arguments.images:
         with Image.open(path) as image:
             images.append(image.convert("RGB"))
-    blip2 = Blip2.from_pretrained(arguments.checkpoint)
-    differences = verify(blip2, images, arguments.text or _TEXTS)
+    source = locate(arguments.checkpoint, revision=arguments.revision)
+    blip2 = Blip2.from_pretrained(str(source))
+    differences = verify(blip2, images, arguments.text or _TEXTS, hub_directory=_hub_directory(source))
     print(f"{'part':44}{'largest difference':>20}{'allowed':>10}")
     for found in differences:
         verdict = "" if found.is_within else "  TOO LARGE"
@@ -76,12 +78,20 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if all(found.is_within for found in differences) else 1
 
 
+def _hub_directory(source: Path) -> Path | None:
+    is_hub = source.is_dir() and read_json(source / "config.json").get("model_type") == "blip-2"
+    return source if is_hub else None
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m model.checkpoints")
     commands = parser.add_subparsers(dest="command", required=True)
 
     checkpoint = argparse.ArgumentParser(add_help=False)
-    checkpoint.add_argument("checkpoint", help="a directory, a .pth file, or an embedded model's name")
+    checkpoint.add_argument(
+        "checkpoint", help="a directory, a .pth file, an id of the Hub, or an embedded model's name"
+    )
+    checkpoint.add_argument("--revision", help="branch, tag or commit of a model of the Hub")
 
     looking = commands.add_parser(
         "inspect", parents=[checkpoint], help="what a checkpoint holds, part by part; reads headers only"

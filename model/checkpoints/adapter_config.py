@@ -9,7 +9,6 @@ from typing import Any, Literal
 from model.checkpoints.records import build_record, read_json
 from model.config import QFormerConfig
 from model.errors import CheckpointError
-from model.preprocess import ImagePreprocessor
 from model.prompts import PromptTemplates
 
 FORMAT = "blip2-adapter"
@@ -18,10 +17,15 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class FrozenPart:
-    """path: of the part's directory, relative to the adapter's. sha256: of its weights."""
+    """A part that is not in the adapter.
+
+    path: of its directory, relative to the adapter's; with a revision, a commit, its id on the Hub.
+    sha256: of its weights.
+    """
 
     path: str
     sha256: str
+    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +36,6 @@ class ImageConfig:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def build_preprocessor(self) -> ImagePreprocessor:
-        return ImagePreprocessor(self.size, self.mean, self.std)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
@@ -43,6 +44,8 @@ class AdapterConfig:
     kind: "generation" (stage 2: language_projection) or "retrieval" (stage 1: the whole Matcher).
     prompts: None for those that the language model answers best to.
     retrieval_model: the directory of a retrieval adapter on the same encoder, relative to this one.
+    question_conditioned: whether the Q-Former of a generation adapter is shown the question, which it then
+    has a text branch, text embeddings and a tokenizer for; `max_text_tokens` bounds it.
     has_text_head: false for a retrieval adapter made of a checkpoint that lacks it, as the Hub's do.
     feature_layer: of the vision model, counted from the end; see `model.vision.VisionEncoder`.
     """
@@ -57,6 +60,7 @@ class AdapterConfig:
     retrieval_model: str | None = None
     feature_layer: int = -1
     has_text_head: bool = True
+    question_conditioned: bool = False
 
     @classmethod
     def read(cls, directory: Path) -> "AdapterConfig":
@@ -91,7 +95,8 @@ class AdapterConfig:
     def _check(self, path: Path) -> None:
         if self.kind not in ("generation", "retrieval"):
             raise CheckpointError(f"{path}: kind is {self.kind!r}; it must be 'generation' or 'retrieval'")
-        if self.kind == "retrieval" and self.max_text_tokens > self.qformer.max_position_embeddings:
+        reads_text = self.kind == "retrieval" or self.question_conditioned
+        if reads_text and self.max_text_tokens > self.qformer.max_position_embeddings:
             raise CheckpointError(
                 f"{path}: max_text_tokens is {self.max_text_tokens}, the Q-Former has "
                 f"{self.qformer.max_position_embeddings} positions; lower the former"

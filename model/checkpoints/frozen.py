@@ -16,18 +16,21 @@ from transformers import (
     PreTrainedTokenizerFast,
     SiglipConfig,
 )
-from transformers.utils import logging
 
-from model.checkpoints.llm import find_format, load_llm
+from model.checkpoints.llm import find_llm_config, load_llm
+from model.checkpoints.options import LoadOptions
+from model.checkpoints.placement import place_llm
+from model.checkpoints.quiet import quiet
 from model.checkpoints.records import read_json
 from model.checkpoints.tensors import TensorFiles, TensorSource, load_strictly
-from model.errors import CheckpointError
+from model.errors import CheckpointError, UnfitLanguageModelError
 from model.language import LanguageModel
 from model.vision import FAMILIES, VisionEncoder, VisionFamily, build_empty_encoder
 
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
+IN_FLOAT32 = LoadOptions()
 BLIP2_VISION = "blip_2_vision_model"
 FINAL_NORM = "post_layernorm."
 VISION = "vision_model."
@@ -41,34 +44,39 @@ _WHOLE_MODELS: Mapping[str, type[PreTrainedConfig]] = {
 
 def load_vision_model(
     directory: Path,
+    options: LoadOptions = IN_FLOAT32,
     *,
-    dtype: torch.dtype = torch.float32,
-    image_size: int | None = None,
     feature_layer: int = -1,
     attn_implementation: str = "sdpa",
 ) -> VisionEncoder:
-    """Loads an image encoder of one of `model.vision.FAMILIES`, frozen, on the CPU.
+    """Loads an image encoder of one of `model.vision.FAMILIES`, frozen.
 
     Of a directory with a whole CLIP, SigLIP or BLIP-2, its image side. A final norm and poolers are left
-    unread. image_size: to resize it to, unless None. feature_layer: see `VisionEncoder`.
+    unread. feature_layer: see `VisionEncoder`.
     Raises CheckpointError where a file is absent, damaged or of another model, or the size does not fit.
     """
     config = read_vision_config(directory)
+    family = FAMILIES[config.model_type]
     if config.model_type == BLIP2_VISION:
         files = TensorFiles(directory)
         is_inside = read_json(directory / "config.json").get("model_type") == Blip2Config.model_type
         prefix = VISION if is_inside else ""
         encoder = assemble_vision_model(
             config,
-            files.read(prefix, skip=(prefix + FINAL_NORM,), dtype=dtype),
+            files.read(
+                prefix,
+                skip=(prefix + FINAL_NORM,),
+                dtype=options.pick_dtype(family.half),
+                device=options.device,
+            ),
             source=files.path,
             feature_layer=feature_layer,
             attn_implementation=attn_implementation,
         )
     else:
-        tower = _load_tower(FAMILIES[config.model_type], directory, dtype, attn_implementation)
+        tower = _load_tower(family, directory, options.pick_dtype(family.half), attn_implementation)
         encoder = freeze(_cut(tower, feature_layer, source=directory))
-    return resize_vision_model(encoder, image_size, source=directory)
+    return resize_vision_model(encoder, options.image_size, source=directory).to(options.device)
 
 
 def read_vision_config(directory: Path) -> PreTrainedConfig:
@@ -130,23 +138,20 @@ def _load_tower(
         raise CheckpointError(
             f"{directory / 'config.json'} names other weights as 'transformers_weights'; remove the key"
         )
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # else it lists the other tower of a pair, tensor by tensor
     try:
-        tower, found = family.tower_class.from_pretrained(
-            directory,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with quiet():  # else it lists the other tower of a pair, tensor by tensor
+            tower, found = family.tower_class.from_pretrained(
+                directory,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{directory} holds no image encoder that can be read ({error}); save it again"
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
     if unread := sorted(name for name in found["unexpected_keys"] if _is_layer_of_images(name)):
         raise CheckpointError(
             f"{directory} holds the tensor {unread[0]!r}, which its configuration has no place for "
@@ -171,9 +176,9 @@ def _is_unread(name: str, family: VisionFamily) -> bool:
 
 
 def load_language_model(
-    directory: Path, *, dtype: torch.dtype = torch.float32, tensors: TensorSource | None = None
+    directory: Path, options: LoadOptions = IN_FLOAT32, *, tensors: TensorSource | None = None
 ) -> LanguageModel:
-    """Loads an OPT or T5 directory with its tokenizer, frozen, on the CPU; or that of a whole BLIP-2.
+    """Loads a directory with a language model and its tokenizer, frozen; or that of a whole BLIP-2.
 
     tensors: its weights, as "language_model.*", where not those of the directory.
     Raises CheckpointError where a file is absent, damaged or of another model, and for a T5 in float16.
@@ -185,18 +190,31 @@ def load_language_model(
     if is_inside:
         whole = build_config(Blip2Config, path, fields)
         config, image_token_id = whole.text_config, whole.image_token_index
+        find_llm_config(config.model_type, path)
         fields = fields.get("text_config") or {}
     else:
-        config = build_config(find_format(fields.get("model_type"), path).config_class, path, fields)
+        config = build_config(find_llm_config(fields.get("model_type"), path), path, fields)
     llm = load_llm(
         config,
         tensors or TensorFiles(directory),
         path=path,
-        dtype=dtype,
+        options=options,
         prefix=LANGUAGE if is_inside or tensors is not None else "",
         has_own_head=fields.get("tie_word_embeddings") is False,
     )
-    return freeze(LanguageModel(llm, load_tokenizer(directory), image_token_id=image_token_id))
+    tokenizer = load_tokenizer(directory)
+    _read_end_tokens(llm, directory / "generation_config.json")
+    try:
+        return LanguageModel(place_llm(freeze(llm), options), tokenizer, image_token_id=image_token_id).eval()
+    except UnfitLanguageModelError as error:
+        raise CheckpointError(f"the language model of {directory} {error}") from error
+
+
+def _read_end_tokens(llm: PreTrainedModel, path: Path) -> None:
+    """Takes the tokens that end an answer from the file that tells them, where there is one."""
+    eos = read_json(path).get("eos_token_id") if path.is_file() else None
+    if eos is not None and llm.generation_config is not None:
+        llm.generation_config.eos_token_id = eos
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:

@@ -17,7 +17,7 @@ import copy
 import math
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 from zipfile import is_zipfile
@@ -28,6 +28,7 @@ from transformers import Blip2VisionConfig, CLIPVisionConfig, PreTrainedConfig
 
 from model.checkpoints.adapter import TIED_HEAD
 from model.checkpoints.frozen import (
+    IN_FLOAT32,
     LANGUAGE,
     VISION,
     assemble_vision_model,
@@ -39,7 +40,8 @@ from model.checkpoints.frozen import (
 )
 from model.checkpoints.lavis_names import find_family, from_lavis
 from model.checkpoints.loaded import LoadedParts
-from model.checkpoints.query_branch import QueryBranch
+from model.checkpoints.options import LoadOptions
+from model.checkpoints.query_branch import build_generation_parts, build_retrieval_parts
 from model.checkpoints.records import build_record, read_json
 from model.checkpoints.tensors import MemoryTensors, hash_file, load_strictly
 from model.config import QFormerConfig
@@ -47,8 +49,7 @@ from model.errors import CheckpointError
 from model.matching import Matcher
 from model.parts import Blip2Parts
 from model.preprocess import ImagePreprocessor
-from model.prompts import PromptTemplates
-from model.vision import VisionEncoder
+from model.vision import FAMILIES, VisionEncoder
 
 _BERT_HEAD_SIZE = 64
 ENCODERS: Mapping[str, PreTrainedConfig] = {
@@ -94,10 +95,10 @@ class LavisConfig:
         return config
 
 
-def load_lavis(path: Path, *, dtype: torch.dtype, image_size: int | None = None) -> LoadedParts:
-    """Loads a .pth file and what its .json names, on the CPU: frozen parts in `dtype`, the rest in float32.
+def load_lavis(path: Path, options: LoadOptions = IN_FLOAT32) -> LoadedParts:
+    """Loads a .pth file and what its .json names.
 
-    image_size: of the images to read, where not those of the .json. Raises CheckpointError where a file is
+    Raises CheckpointError where a file is
     absent, damaged or of another model, and where the .pth holds anything but tensors.
     """
     description = path.with_suffix(".json")
@@ -105,9 +106,10 @@ def load_lavis(path: Path, *, dtype: torch.dtype, image_size: int | None = None)
     theirs = read_pickle(path)
     _check_arch(config, find_family(theirs), path)
     tensors = MemoryTensors(from_lavis(theirs, source=path), path)
-    vision_model = _load_vision_model(config, tensors, dtype, image_size or config.image_size)
+    options = replace(options, image_size=options.image_size or config.image_size)
+    vision_model = _load_vision_model(config, tensors, options)
     build = _build_retrieval_parts if config.arch == "blip2" else _build_generation_parts
-    parts = build(config, tensors, vision_model, dtype)
+    parts = build(config, tensors, vision_model, options)
     sources = (hash_file(path), description.read_text(encoding="utf-8"), *_named_sources(config, path))
     return LoadedParts(parts, sources)
 
@@ -140,23 +142,22 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _load_vision_model(
-    config: LavisConfig, tensors: MemoryTensors, dtype: torch.dtype, image_size: int
-) -> VisionEncoder:
+def _load_vision_model(config: LavisConfig, tensors: MemoryTensors, options: LoadOptions) -> VisionEncoder:
     directory = tensors.path.parent / config.vision_model
-    own = tensors.read(VISION, dtype=dtype)
-    if not own:
+    if not tensors.has(VISION):
         if config.vision_model in ENCODERS:
             raise CheckpointError(
                 f"{tensors.path} holds no image encoder (visual_encoder.*); name the directory of one as "
                 f"'vision_model' in {tensors.path.with_suffix('.json')}, it says {config.vision_model!r}"
             )
-        return load_vision_model(directory, dtype=dtype, image_size=image_size)
+        return load_vision_model(directory, options)
     named = ENCODERS.get(config.vision_model)
     vision_config = read_vision_config(directory) if named is None else copy.deepcopy(named)
+    dtype = options.pick_dtype(FAMILIES[vision_config.model_type].half)
+    own = tensors.read(VISION, dtype=dtype, device=options.device)
     vision_config.image_size = _trained_image_size(own, vision_config)
     encoder = assemble_vision_model(vision_config, own, source=tensors.path)
-    return resize_vision_model(encoder, image_size, source=tensors.path)
+    return resize_vision_model(encoder, options.image_size, source=tensors.path).to(options.device)
 
 
 def _trained_image_size(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> int:
@@ -170,44 +171,35 @@ def _trained_image_size(tensors: Mapping[str, Tensor], config: PreTrainedConfig)
 
 
 def _build_generation_parts(
-    config: LavisConfig, tensors: MemoryTensors, vision_model: VisionEncoder, dtype: torch.dtype
+    config: LavisConfig, tensors: MemoryTensors, vision_model: VisionEncoder, options: LoadOptions
 ) -> Blip2Parts:
     assert config.language_model is not None, "the configuration was checked when it was read"
     language_model = load_language_model(
         tensors.path.parent / config.language_model,
-        dtype=dtype,
-        tensors=tensors if tensors.read(LANGUAGE) else None,
+        options,
+        tensors=tensors if tensors.has(LANGUAGE) else None,
     )
     if (found := language_model.llm.config.model_type) != config.arch.removeprefix("blip2_"):
         raise CheckpointError(
             f"{tensors.path.with_suffix('.json')}: arch is {config.arch!r}, and 'language_model' is of type "
             f"{found!r}; name the one it was trained with"
         )
-    own = tensors.read(skip=(VISION, LANGUAGE), dtype=torch.float32)
-    with torch.device("meta"):
-        branch = QueryBranch(
-            _qformer_config(config, own, vision_model, tensors.path),
-            language_model_size=language_model.hidden_size,
-            layer_norm_eps=vision_model.layer_norm_eps,
-        )
-    load_strictly(branch, own, source=tensors.path)
-    return Blip2Parts(
-        vision_model=vision_model,
+    own = tensors.read(skip=(VISION, LANGUAGE), dtype=torch.float32, device=options.device)
+    return build_generation_parts(
+        _qformer_config(config, own, vision_model, tensors.path),
+        own,
+        vision_model,
+        language_model,
         preprocess=ImagePreprocessor(vision_model.image_size),
-        ln_vision=branch.ln_vision,
-        query_tokens=branch.query_tokens,
-        qformer=branch.qformer,
-        language_projection=branch.language_projection,
-        language_model=language_model,
-        prompts=PromptTemplates(question=language_model.question_template),
+        source=tensors.path,
     )
 
 
 def _build_retrieval_parts(
-    config: LavisConfig, tensors: MemoryTensors, vision_model: VisionEncoder, _: torch.dtype
+    config: LavisConfig, tensors: MemoryTensors, vision_model: VisionEncoder, options: LoadOptions
 ) -> Blip2Parts:
     assert config.tokenizer is not None, "the configuration was checked when it was read"
-    own = tensors.read(skip=(VISION,), dtype=torch.float32)
+    own = tensors.read(skip=(VISION,), dtype=torch.float32, device=options.device)
     with torch.device("meta"):
         matcher = Matcher(
             _qformer_config(config, own, vision_model, tensors.path),
@@ -224,14 +216,7 @@ def _build_retrieval_parts(
         )
     load_strictly(matcher, own, source=tensors.path, tied=[TIED_HEAD])
     matcher.tie_text_head()
-    return Blip2Parts(
-        vision_model=vision_model,
-        preprocess=ImagePreprocessor(vision_model.image_size),
-        ln_vision=matcher.ln_vision,
-        query_tokens=matcher.query_tokens,
-        qformer=matcher.qformer,
-        matcher=matcher,
-    )
+    return build_retrieval_parts(matcher, vision_model, ImagePreprocessor(vision_model.image_size))
 
 
 def _qformer_config(

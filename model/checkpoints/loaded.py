@@ -3,24 +3,21 @@
 import hashlib
 from dataclasses import dataclass
 
-import torch
-
 from model.parts import Blip2Parts
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedParts:
-    """parts: on the CPU. sources: the hashes of all weight files and the text of all configurations."""
+    """sources: the hashes of all weight files and the text of all configurations."""
 
     parts: Blip2Parts
     sources: tuple[str, ...]
 
-    def fingerprint(self, dtype: torch.dtype) -> str:
+    def fingerprint(self) -> str:
         """Gives a sha256 that differs wherever the model may compute something else; a key for caches."""
-        preprocess = self.parts.preprocess
+        preprocess, language_model = self.parts.preprocess, self.parts.language_model
         pixels = f"{preprocess.image_size} {preprocess.mean} {preprocess.std}"
+        types = f"{self.parts.vision_model.dtype} {language_model.dtype if language_model else None}"
         # Each source is hashed first, so that no two lists of sources read the same when joined.
-        lines = [
-            hashlib.sha256(source.encode()).hexdigest() for source in (*self.sources, pixels, str(dtype))
-        ]
+        lines = [hashlib.sha256(source.encode()).hexdigest() for source in (*self.sources, pixels, types)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()

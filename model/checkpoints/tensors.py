@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from model.checkpoints.records import read_json
+from model.devices import CPU
 from model.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -43,11 +44,17 @@ class TensorSource(Protocol):
     def path(self) -> Path: ...
 
     def read(
-        self, prefix: str = "", *, skip: tuple[str, ...] = (), dtype: torch.dtype | None = None
+        self,
+        prefix: str = "",
+        *,
+        skip: tuple[str, ...] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device = CPU,
     ) -> dict[str, Tensor]:
         """Gives the tensors whose name begins with `prefix` and with none of `skip`, under the rest of it.
 
-        Floating tensors are cast to `dtype` one by one, so that a model never lies in memory twice.
+        Each is cast to `dtype`, if it is floating, and moved to `device` before the next is read, so that a
+        model never lies in memory twice. Where neither is needed, it stays a view of the file.
         """
         ...
 
@@ -59,11 +66,20 @@ class MemoryTensors:
         self.tensors = tensors
         self.path = path
 
+    def has(self, prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in self.tensors)
+
     def read(
-        self, prefix: str = "", *, skip: tuple[str, ...] = (), dtype: torch.dtype | None = None
+        self,
+        prefix: str = "",
+        *,
+        skip: tuple[str, ...] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device = CPU,
     ) -> dict[str, Tensor]:
+        """See `TensorSource`."""
         return {
-            name.removeprefix(prefix): _cast(tensor, dtype)
+            name.removeprefix(prefix): _put(tensor, dtype, device)
             for name, tensor in self.tensors.items()
             if name.startswith(prefix) and not name.startswith(skip)
         }
@@ -82,7 +98,12 @@ class TensorFiles:
                 pass
 
     def read(
-        self, prefix: str = "", *, skip: tuple[str, ...] = (), dtype: torch.dtype | None = None
+        self,
+        prefix: str = "",
+        *,
+        skip: tuple[str, ...] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device = CPU,
     ) -> dict[str, Tensor]:
         """See `TensorSource`."""
         found: dict[str, Tensor] = {}
@@ -90,7 +111,7 @@ class TensorFiles:
             with _open(path) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     if name.startswith(prefix) and not name.startswith(skip):
-                        found[name.removeprefix(prefix)] = _cast(tensors.get_tensor(name), dtype)
+                        found[name.removeprefix(prefix)] = _put(tensors.get_tensor(name), dtype, device)
         return found
 
     def headers(self) -> list[TensorHeader]:
@@ -155,8 +176,8 @@ def _open(path: Path) -> safe_open:
         ) from error
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+def _put(tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
 
 def hash_file(path: Path) -> str:

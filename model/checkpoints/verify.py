@@ -38,15 +38,20 @@ class Difference:
 
 
 @torch.inference_mode()
-def verify(blip2: Blip2, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Difference]:
+def verify(
+    blip2: Blip2, images: Sequence[Image.Image], texts: Sequence[str], *, hub_directory: Path | None = None
+) -> list[Difference]:
     """Runs both implementations on the same weights, in float32 on the CPU.
 
     texts: prompts of a generation model (the empty one is added), or captions that a retrieval model scores.
-    A checkpoint of another kind is written in the Hub's format first, into a temporary folder. Raises
-    CheckpointError where that format cannot hold it.
+    hub_directory: the checkpoint, where it is in the Hub's format, as transformers reads it. One of another
+    kind is written in that format first, into a temporary folder. Raises CheckpointError where that cannot
+    hold it.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        save_hub(Path(folder), blip2.parts)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = hub_directory or Path(temporary)
+        if hub_directory is None:
+            save_hub(folder, blip2.parts)
         processor = BlipImageProcessor.from_pretrained(folder)
         reference_class = (
             Blip2ForConditionalGeneration if blip2.language_model is not None else Blip2ForImageTextRetrieval

@@ -1,13 +1,16 @@
-"""Decoder-only language models (OPT): soft tokens, prompt and answer are one sequence."""
+"""Decoder-only language models (OPT, Llama): soft tokens, prompt and answer are one sequence."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Cache, OPTForCausalLM
+from transformers import Cache, PreTrainedModel
 
 from model.errors import InvalidPromptError
+from model.language.family import Frame
+
+UNLIMITED_POSITIONS = 2048  # where a model has no table of them and says no number
 
 
 class DecoderOnlyState:
@@ -18,7 +21,7 @@ class DecoderOnlyState:
     """
 
     def __init__(
-        self, llm: OPTForCausalLM, cache: Cache, attention_mask: Tensor | None, next_positions: Tensor
+        self, llm: PreTrainedModel, cache: Cache, attention_mask: Tensor | None, next_positions: Tensor
     ) -> None:
         self.cache = cache
         self.attention_mask = attention_mask
@@ -49,17 +52,14 @@ class DecoderOnlyState:
 
 
 class DecoderOnly:
-    """The family of OPT: a text begins with the beginning-of-text token, and an answer continues it."""
+    """The family of OPT and Llama: soft tokens, prompt and answer are one text."""
 
     question_template = "Question: {} Answer:"
 
-    def __init__(self, llm: OPTForCausalLM) -> None:
+    def __init__(self, llm: PreTrainedModel, frame: Frame) -> None:
         self._llm = llm
-        self._bos_token_id: int = llm.config.bos_token_id
-        self.max_positions: int = llm.config.max_position_embeddings
-
-    def frame_prompt(self, token_ids: Sequence[int]) -> tuple[int, ...]:
-        return (self._bos_token_id, *token_ids)
+        self.frame = frame
+        self.max_positions: int = getattr(llm.config, "max_position_embeddings", None) or UNLIMITED_POSITIONS
 
     def answer_context(self, prefix_ids: Sequence[int]) -> tuple[int, ...]:
         return tuple(prefix_ids)

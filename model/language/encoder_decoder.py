@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import EncoderDecoderCache, T5ForConditionalGeneration
+from transformers import EncoderDecoderCache, PreTrainedModel
 
-from model.errors import InvalidParamsError, InvalidPromptError
+from model.errors import InvalidParamsError, InvalidPromptError, UnfitLanguageModelError
+from model.language.family import Frame
 
 TRAINED_POSITIONS = 512  # of every released T5; its relative positions would allow any number
 
@@ -22,7 +23,7 @@ class EncoderDecoderState:
 
     def __init__(
         self,
-        llm: T5ForConditionalGeneration,
+        llm: PreTrainedModel,
         cache: EncoderDecoderCache,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None,
@@ -61,18 +62,23 @@ class EncoderDecoderState:
 
 
 class EncoderDecoder:
-    """The family of T5: a prompt ends with the end-of-text token, an answer begins with a start token."""
+    """The family of T5: the prompt is encoded, and an answer begins with a start token."""
 
     question_template = "Question: {} Short answer:"
 
-    def __init__(self, llm: T5ForConditionalGeneration, *, end_token_id: int) -> None:
+    def __init__(self, llm: PreTrainedModel, frame: Frame) -> None:
         self._llm = llm
-        self._end_token_id = end_token_id
+        self.frame = frame
+        if llm.config.decoder_start_token_id is None:
+            raise UnfitLanguageModelError(
+                "names no token that an answer begins with; set 'decoder_start_token_id' in its config.json"
+            )
         self._start_token_id: int = llm.config.decoder_start_token_id
-        self.max_positions: int = getattr(llm.config, "n_positions", None) or TRAINED_POSITIONS
-
-    def frame_prompt(self, token_ids: Sequence[int]) -> tuple[int, ...]:
-        return (*token_ids, self._end_token_id)
+        self.max_positions: int = (
+            getattr(llm.config, "n_positions", None)
+            or getattr(llm.config, "max_position_embeddings", None)
+            or TRAINED_POSITIONS
+        )
 
     def answer_context(self, _prefix_ids: Sequence[int]) -> tuple[int, ...]:
         return (self._start_token_id,)

@@ -5,6 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+Frame = tuple[tuple[int, ...], tuple[int, ...]]  # in front of it, behind it
+
 
 class DecodingState(Protocol):
     """What a language model remembers of a batch of R growing sequences."""
@@ -31,8 +33,9 @@ class Family(Protocol):
         """How many tokens, image tokens included, one sequence can hold."""
         ...
 
-    def frame_prompt(self, token_ids: Sequence[int]) -> tuple[int, ...]:
-        """Gives the ids of a prompt with the special token that belongs to it."""
+    @property
+    def frame(self) -> Frame:
+        """The special tokens around a prompt."""
         ...
 
     def answer_context(self, prefix_ids: Sequence[int], /) -> tuple[int, ...]:

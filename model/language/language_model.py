@@ -1,15 +1,15 @@
-"""A frozen language model of any family: tokens in, tokens out."""
+"""A frozen language model of either family: tokens in, tokens out."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import OPTForCausalLM, PreTrainedTokenizerFast, T5ForConditionalGeneration
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from model.errors import InvalidPromptError
+from model.errors import InvalidPromptError, UnfitLanguageModelError
 from model.language.decoder_only import DecoderOnly
 from model.language.encoder_decoder import EncoderDecoder
-from model.language.family import DecodingState, Family
+from model.language.family import DecodingState, Family, Frame
 
 IMAGE_TOKEN = "<image>"
 
@@ -17,17 +17,18 @@ IMAGE_TOKEN = "<image>"
 class LanguageModel(nn.Module):
     """A language model that answers to soft tokens followed by a prompt.
 
-    llm: transformers' model, decoder-only (OPT) or encoder-decoder (T5). tokenizer: its tokenizer.
+    llm: transformers' model, decoder-only (OPT, Llama, Qwen2) or encoder-decoder (T5). tokenizer: its own.
     hidden_size: L. eos_token_ids: those that end an answer (OPT of BLIP-2: the newline; T5: `</s>`).
     question_template: the prompt of a question that its family answers best to, with one `{}`.
     max_positions: how many tokens, image tokens included, one sequence can hold.
     image_token_id: the id that stands for a soft token where a sequence is looked at as ids, as
-    repetition penalties do; the tokenizer's "<image>", else padding, unless given.
+    repetition penalties do; the tokenizer's "<image>", else padding, else an end token, unless given.
+    Raises UnfitLanguageModelError for one that says not what its answers begin or end with.
     """
 
     def __init__(
         self,
-        llm: OPTForCausalLM | T5ForConditionalGeneration,
+        llm: PreTrainedModel,
         tokenizer: PreTrainedTokenizerFast,
         *,
         image_token_id: int | None = None,
@@ -36,16 +37,14 @@ class LanguageModel(nn.Module):
         self.llm = llm
         self.tokenizer = tokenizer
         config = llm.config
-        eos = config.eos_token_id
-        self.eos_token_ids: tuple[int, ...] = tuple(eos) if isinstance(eos, list) else (eos,)
+        self.eos_token_ids = _find_eos_token_ids(llm)
         self.hidden_size: int = config.hidden_size
         if image_token_id is None:
             image_token_id = tokenizer.get_vocab().get(IMAGE_TOKEN, config.pad_token_id)
-        self.image_token_id: int = image_token_id
+        self.image_token_id: int = self.eos_token_ids[0] if image_token_id is None else image_token_id
+        frame = _find_frame(llm, tokenizer)
         self._family: Family = (
-            EncoderDecoder(llm, end_token_id=self.eos_token_ids[0])
-            if config.is_encoder_decoder
-            else DecoderOnly(llm)
+            EncoderDecoder(llm, frame) if config.is_encoder_decoder else DecoderOnly(llm, frame)
         )
         self.question_template = self._family.question_template
         self.max_positions = self._family.max_positions
@@ -59,12 +58,14 @@ class LanguageModel(nn.Module):
         return self.llm.get_input_embeddings().weight.device
 
     def tokenize(self, prompt: str) -> tuple[int, ...]:
-        """Gives the ids of a prompt, framed as its family reads it, whatever the tokenizer adds itself.
+        """Gives the ids of a prompt with the special tokens that belong to it.
 
-        OPT: behind the beginning-of-text token. T5: before the end-of-text token. May be called from several
-        threads. Raises InvalidPromptError where the model has fewer positions.
+        OPT: behind the beginning-of-text token. T5: before the end-of-text token, whatever their tokenizers
+        add; any other: as its own does. May be called from several threads. Raises InvalidPromptError where
+        the model has fewer positions.
         """
-        token_ids = self._family.frame_prompt(self.tokenizer.encode(prompt, add_special_tokens=False))
+        first, last = self._family.frame
+        token_ids = (*first, *self.tokenizer.encode(prompt, add_special_tokens=False), *last)
         if len(token_ids) > self.max_positions:
             raise InvalidPromptError(
                 f"the prompt has {len(token_ids)} tokens, the limit is {self.max_positions}; shorten it"
@@ -108,7 +109,8 @@ class LanguageModel(nn.Module):
         They may be of unequal length; none depends on its neighbours. Gives the [J, N] float32 logits of the
         next token and the state from which `advance` goes on.
         """
-        token_ids = torch.tensor([token_id for prompt in prompts for token_id in prompt], device=self.device)
+        all_ids = [token_id for prompt in prompts for token_id in prompt]
+        token_ids = torch.tensor(all_ids, dtype=torch.long, device=self.device)
         prompt_embeds = torch.split(self.embed_tokens(token_ids), [len(prompt) for prompt in prompts])
         prefixes = [
             torch.cat([soft_tokens.to(embeds), embeds])  # [S_j, L]
@@ -119,3 +121,25 @@ class LanguageModel(nn.Module):
     def advance(self, state: DecodingState, tokens: Sequence[int]) -> Tensor:
         """Appends one token to each of the R rows of `state`; gives the [R, N] float32 logits of the next."""
         return state.advance(tokens)
+
+
+def _find_eos_token_ids(llm: PreTrainedModel) -> tuple[int, ...]:
+    eos = llm.generation_config.eos_token_id if llm.generation_config is not None else None
+    eos = llm.config.eos_token_id if eos is None else eos
+    if eos is None:
+        raise UnfitLanguageModelError(
+            "names no token that ends an answer; set 'eos_token_id' in its config.json"
+        )
+    return tuple(eos) if isinstance(eos, list) else (eos,)
+
+
+def _find_frame(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Frame:
+    """Gives the special tokens around a prompt."""
+    config = llm.config
+    if config.model_type == "opt":  # whose older tokenizers leave it out
+        return (config.bos_token_id,), ()
+    if config.model_type == "t5":
+        return (), (config.eos_token_id,)
+    bare, whole = (tokenizer.encode("a", add_special_tokens=framed) for framed in (False, True))
+    start = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return tuple(whole[:start]), tuple(whole[start + len(bare) :])

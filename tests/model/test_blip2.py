@@ -7,6 +7,7 @@ import torch
 from transformers import Blip2ForConditionalGeneration
 
 from model import Blip2, GenerationParams, InvalidPromptError, TaskUnavailableError
+from model.checkpoints import LoadOptions
 from tests.builders import IMAGE_SIZE, NUM_QUERY_TOKENS, build_parts, random_pixels
 
 PARAMS = GenerationParams(num_beams=2, max_new_tokens=6)
@@ -84,7 +85,7 @@ def test_the_matcher_sees_through_the_same_encoder_as_the_rest(blip2: Blip2) -> 
 
 @torch.inference_mode()
 def test_half_precision_holds_for_the_frozen_parts_only(random_checkpoint: Path) -> None:
-    blip2 = Blip2.from_pretrained(str(random_checkpoint), dtype=torch.bfloat16)
+    blip2 = Blip2.from_pretrained(str(random_checkpoint), LoadOptions(dtype=torch.bfloat16))
     assert blip2.language_model is not None
     image_features = blip2.encode_images(random_pixels(1))
     query_output = blip2.encode_queries(image_features)

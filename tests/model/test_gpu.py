@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model import Blip2, Generation, GenerationParams
+from model.checkpoints import LoadOptions
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +29,7 @@ def _full_precision() -> Iterator[None]:
 
 
 def answers(checkpoint: Path, device: str) -> list[tuple[Generation, ...]]:
-    blip2 = Blip2.from_pretrained(str(checkpoint), device=device)
+    blip2 = Blip2.from_pretrained(str(checkpoint), LoadOptions(device=torch.device(device)))
     torch.manual_seed(0)
     pixel_values = torch.randn(len(PROMPTS), 3, blip2.image_size, blip2.image_size)
     with torch.inference_mode():
@@ -50,7 +51,7 @@ def test_matching_on_a_gpu_gives_the_logits_of_a_cpu(random_checkpoint: Path) ->
     texts = ["a red circle", "a blue star and a big green cross"]
     logits = []
     for device in ("cpu", "cuda"):
-        blip2 = Blip2.from_pretrained(str(random_checkpoint), device=device)
+        blip2 = Blip2.from_pretrained(str(random_checkpoint), LoadOptions(device=torch.device(device)))
         assert blip2.matcher is not None
         torch.manual_seed(0)
         pixel_values = torch.randn(2, 3, blip2.image_size, blip2.image_size)

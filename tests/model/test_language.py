@@ -64,7 +64,7 @@ def test_image_tokens_are_counted_as_the_tokenizers_own_or_as_padding(language_m
 
 def test_several_end_tokens_are_all_known(language_model: LanguageModel) -> None:
     opt = build_opt()
-    opt.config.eos_token_id = [3, 2]
+    opt.generation_config.eos_token_id = [3, 2]
     assert LanguageModel(opt, language_model.tokenizer).eos_token_ids == (3, 2)
     assert language_model.eos_token_ids == (3,)
 

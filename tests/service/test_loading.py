@@ -134,5 +134,5 @@ def test_the_fingerprint_tells_types_apart(random_checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cuda:63", "mps"])
 def test_a_device_that_is_not_there_is_a_wrong_setting(random_checkpoint: Path, device: str) -> None:
-    with pytest.raises(SettingsError, match=f"BLIP2_DEVICE is '{device}'.*set it to auto"):
+    with pytest.raises(SettingsError, match=f"BLIP2_DEVICE: the device is '{device}'.*set it to auto"):
         load_backend(Settings(model=str(random_checkpoint), device=device))

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import Blip2
+from model.checkpoints import LoadOptions
 from model.matching import Matcher
 from training.captions import listing_caption
 from training.gallery import identified_scenes
@@ -71,7 +72,7 @@ def measure_retrieval(phase: str, plan: Plan) -> Measured:
 
 
 def _load(phase: str, plan: Plan) -> tuple[Blip2, Matcher]:
-    blip2 = Blip2.from_pretrained(str(plan.result(phase)), device=plan.device)
+    blip2 = Blip2.from_pretrained(str(plan.result(phase)), LoadOptions(device=torch.device(plan.device)))
     assert blip2.matcher is not None, "a stage-1 adapter holds a matcher"
     return blip2, blip2.matcher
 

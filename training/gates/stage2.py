@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from model import Blip2
+from model.checkpoints import LoadOptions
 from training.gates.findings import Bar, Measured
 from training.gates.plan import Plan, prepare_pixels
 from training.gates.speaking import PromptedSpeaker, Spoken, measure_speaker
@@ -21,7 +23,7 @@ _CAPTION_GAP = 0.20
 
 def measure_stage2(phase: str, plan: Plan) -> Measured:
     """Measures the model of a run, with either language model."""
-    blip2 = Blip2.from_pretrained(str(plan.result(phase)), device=plan.device)
+    blip2 = Blip2.from_pretrained(str(plan.result(phase)), LoadOptions(device=torch.device(plan.device)))
     assert blip2.language_model is not None, "a stage-2 adapter names a language model"
 
     def prefix(scenes: Sequence[Scene]) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from model import Blip2
-from model.checkpoints import save_generation_adapter, save_retrieval_adapter
+from model.checkpoints import LoadOptions, save_generation_adapter, save_retrieval_adapter
 from tests.builders import build_matcher, build_parts, random_pixels
 from tests.model.checkpoints.damage import ADAPTER, edit_config, edit_tensors
 
@@ -90,7 +90,7 @@ def test_an_opt_with_a_head_of_its_own_keeps_it(checkpoint: Path) -> None:
 
 def test_fingerprint_tells_weights_configuration_and_dtype_apart(checkpoint: Path) -> None:
     same = [Blip2.from_pretrained(str(checkpoint)).fingerprint for _ in range(2)]
-    other_dtype = Blip2.from_pretrained(str(checkpoint), dtype=torch.bfloat16).fingerprint
+    other_dtype = Blip2.from_pretrained(str(checkpoint), LoadOptions(dtype=torch.bfloat16)).fingerprint
     edit_config(checkpoint, lambda fields: fields["prompts"].update(caption="a photo of"))
     other_config = Blip2.from_pretrained(str(checkpoint)).fingerprint
     edit_tensors(checkpoint / ADAPTER, lambda tensors: tensors["query_tokens"].add_(1))

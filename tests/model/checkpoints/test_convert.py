@@ -79,7 +79,7 @@ def test_a_generation_model_comes_back_bit_for_bit(
     for number, target_format in enumerate((first, second)):
         target = path_for(tmp_path, target_format, number)
         convert(parts, target, target_format)
-        parts = load_blip2(str(target), dtype=torch.float32).parts
+        parts = load_blip2(str(target)).parts
     assert_equal(tensors_of(parts), expected)
     assert parts.qformer.config.num_attention_heads == 4
 
@@ -97,7 +97,7 @@ def test_a_retrieval_model_comes_back_bit_for_bit_but_for_what_the_hub_drops(
         if target_format == "hub" and "hub" not in (first, second)[:number]:
             assert "the tensor temperature" in left_out
             assert "the tensor text_head.bias" in left_out
-        parts = load_blip2(str(target), dtype=torch.float32).parts
+        parts = load_blip2(str(target)).parts
     found = tensors_of(parts)
     if "hub" in (first, second):
         expected = {name: each for name, each in expected.items() if "text_head" not in name}
@@ -110,16 +110,16 @@ def test_a_file_of_lavis_comes_back_with_its_own_names(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     stage1, stage2 = of_stage1(build_tensors()), of_stage2(build_tensors())
     for number, (tensors, save) in enumerate([(stage1, folder.save_stage1), (stage2, folder.save)]):
-        parts = load_blip2(save(tensors), dtype=torch.float32).parts
+        parts = load_blip2(save(tensors)).parts
         convert(parts, tmp_path / f"again-{number}.pth", "lavis")
         tensors.pop("Qformer.bert.embeddings.position_ids", None)  # a buffer
         assert_equal(read_pickle(tmp_path / f"again-{number}.pth"), tensors)
 
 
 def test_an_adapter_keeps_its_retrieval_model(checkpoint: Path, tmp_path: Path) -> None:
-    parts = load_blip2(str(checkpoint), dtype=torch.float32).parts
+    parts = load_blip2(str(checkpoint)).parts
     assert convert(parts, tmp_path / "copy", "adapter") == []
-    assert_equal(tensors_of(load_blip2(str(tmp_path / "copy"), dtype=torch.float32).parts), tensors_of(parts))
+    assert_equal(tensors_of(load_blip2(str(tmp_path / "copy")).parts), tensors_of(parts))
     assert any("the retrieval model" in line for line in convert(parts, tmp_path / "hub", "hub"))
 
 

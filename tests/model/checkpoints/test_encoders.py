@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
 from model import Blip2
-from model.checkpoints import load_vision_model, save_generation_adapter
+from model.checkpoints import LoadOptions, load_vision_model, save_generation_adapter
 from model.errors import CheckpointError
 from model.vision import VisionEncoder
 from tests.builders import build_parts, build_tower, random_pixels
@@ -47,7 +47,7 @@ def test_a_checkpoint_is_loaded_for_images_of_another_size(
     family: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     adapter = str(save_adapter_on(tmp_path, family, checkpoint.parent))
-    blip2 = Blip2.from_pretrained(adapter, image_size=48)
+    blip2 = Blip2.from_pretrained(adapter, LoadOptions(image_size=48))
     encoder = VisionEncoder(build_tower(family), feature_layer=-2)
     encoder.resize(48)
     pixels = torch.randn(2, 3, 48, 48)
@@ -121,4 +121,4 @@ def test_leftovers_in_a_configuration_make_no_other_encoder(tmp_path: Path) -> N
 
 def test_a_size_the_patches_do_not_divide_is_refused(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="image size 50 is no multiple of the patch size 8"):
-        Blip2.from_pretrained(str(checkpoint), image_size=50)
+        Blip2.from_pretrained(str(checkpoint), LoadOptions(image_size=50))

@@ -38,9 +38,14 @@ def test_the_embedded_models_lie_beside_each_other() -> None:
     assert EMBEDDED["tiny-t5"] == tiny / "stage2_t5"
 
 
-def test_a_hub_id_is_refused_and_a_directory_asked_for() -> None:
-    with pytest.raises(CheckpointError, match=r"'Salesforce/blip2-opt-2\.7b'.*give a directory"):
-        Blip2.from_pretrained("Salesforce/blip2-opt-2.7b")
+def test_a_name_of_nothing_is_told_what_may_be_given() -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'tinny'; give one of \['tiny', 'tiny-t5'\]"):
+        Blip2.from_pretrained("tinny")
+
+
+def test_a_revision_of_what_is_not_on_the_hub_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="revision 'main' is given for 'tiny', which is not on the Hub"):
+        Blip2.from_pretrained("tiny", revision="main")
 
 
 def test_a_directory_that_holds_something_else_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,25 @@
+"""Finds the device that a model runs on."""
+
+import torch
+
+from model.errors import DeviceUnavailableError
+
+CPU = torch.device("cpu")
+
+
+def find_device(wanted: str) -> torch.device:
+    """Gives the device of "auto", "cpu", "cuda", "cuda:N" or "mps"; "auto" is a GPU of CUDA, else the CPU.
+
+    Raises DeviceUnavailableError where torch does not see it.
+    """
+    if wanted == "auto":
+        return torch.device("cuda") if torch.cuda.is_available() else CPU
+    kind, _, index = wanted.partition(":")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= count:
+        raise DeviceUnavailableError(
+            f"the device is {wanted!r}, and torch sees {count} CUDA devices; set it to auto"
+        )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise DeviceUnavailableError("the device is 'mps', and torch sees no such device; set it to auto")
+    return torch.device(wanted)

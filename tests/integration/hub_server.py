@@ -1,0 +1,99 @@
+"""A stand-in for the Hub on a local port: one repository, its files, a token if one is needed.
+
+Answers what `huggingface_hub` asks of the real one for a download: the description of a revision, and files.
+"""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+REVISIONS = {"main": "a" * 40, "v2": "b" * 40}
+
+
+@contextmanager
+def hub_server(repositories: dict[str, Path], *, token: str | None = None) -> Iterator[str]:
+    """Serves directories as repositories "owner/name@revision"; gives the server's address.
+
+    token: without which everything is gated.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self._answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self._answer(with_body=True)
+
+        def _answer(self, *, with_body: bool) -> None:
+            parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+            if token is not None and self.headers.get("Authorization") != f"Bearer {token}":
+                self._refuse(403, "GatedRepo")
+            elif parts[:2] == ["api", "models"]:
+                wanted, revision = (*parts[4:6], "revision", "main")[:2]
+                self._describe(f"{parts[2]}/{parts[3]}", revision, as_tree=wanted == "tree")
+            elif len(parts) > 4 and parts[2] == "resolve":
+                self._send_file(f"{parts[0]}/{parts[1]}", parts[3], "/".join(parts[4:]), with_body=with_body)
+            else:
+                self._refuse(404, "RepoNotFound")
+
+        def _find(self, name: str, revision: str) -> tuple[str, Path] | None:
+            for branch, commit in REVISIONS.items():
+                if revision in (branch, commit) and f"{name}@{branch}" in repositories:
+                    return commit, repositories[f"{name}@{branch}"]
+            is_known = any(each.startswith(f"{name}@") for each in repositories)
+            self._refuse(404, "RevisionNotFound" if is_known else "RepoNotFound")
+            return None
+
+        def _describe(self, name: str, revision: str, *, as_tree: bool) -> None:
+            if (found := self._find(name, revision)) is None:
+                return
+            commit, directory = found
+            paths = sorted(directory.iterdir())
+            tree = [
+                {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": _hash(path)}
+                for path in paths
+            ]
+            info = {"id": name, "sha": commit, "siblings": [{"rfilename": path.name} for path in paths]}
+            body = json.dumps(tree if as_tree else info).encode()
+            self._send(200, body, {"Content-Type": "application/json"})
+
+        def _send_file(self, name: str, revision: str, file: str, *, with_body: bool) -> None:
+            found = self._find(name, revision)
+            if found is None:
+                return
+            commit, directory = found
+            headers = {"ETag": f'"{_hash(directory / file)}"', "X-Repo-Commit": commit}
+            self._send(200, (directory / file).read_bytes(), headers, with_body=with_body)
+
+        def _refuse(self, status: int, code: str) -> None:
+            self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": code})
+
+        def _send(self, status: int, body: bytes, headers: dict[str, str], *, with_body: bool = True) -> None:
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name in the base class
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def _hash(path: Path) -> str:
+    return sha1(path.read_bytes()).hexdigest()

@@ -1,0 +1,84 @@
+"""An id on the Hub is downloaded with a progress bar, found again offline, and refused in words that help."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model import Blip2
+from model.checkpoints import save_hub
+from tests.builders import build_parts
+from tests.integration.hub_server import hub_server
+
+NAME = "someone/blip2-small"
+LOAD = """
+import sys
+from model import Blip2, ModelError
+try:
+    blip2 = Blip2.from_pretrained(sys.argv[1], revision=sys.argv[2] or None)
+except ModelError as error:
+    sys.exit(str(error))
+print(blip2.fingerprint)
+"""
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for seed, branch in enumerate(("main", "v2")):
+        directory = tmp_path_factory.mktemp(branch)
+        save_hub(directory, build_parts(seed=seed))
+        (directory / "pytorch_model.bin").write_bytes(b"a pickle, never fetched")
+        found[f"{NAME}@{branch}"] = directory
+    return found
+
+
+def load(
+    tmp_path: Path, endpoint: str, name: str = NAME, revision: str = "", **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Loads in a process of its own, for the Hub's client reads its variables when it is imported."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment = {**kept, "HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint, **variables}
+    return subprocess.run(
+        [sys.executable, "-c", LOAD, name, revision],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_a_model_is_downloaded_once_and_then_loads_offline(
+    repositories: dict[str, Path], tmp_path: Path
+) -> None:
+    expected = Blip2.from_pretrained(str(repositories[f"{NAME}@main"])).fingerprint
+    with hub_server(repositories) as endpoint:
+        first = load(tmp_path, endpoint)
+        assert first.stdout.strip() == expected, first.stderr
+        assert "100%" in first.stderr  # the progress bar
+        other = load(tmp_path, endpoint, revision="v2")
+        assert other.stdout.strip() == Blip2.from_pretrained(str(repositories[f"{NAME}@v2"])).fingerprint
+    assert load(tmp_path, endpoint, HF_HUB_OFFLINE="1").stdout.strip() == expected
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+@pytest.mark.slow
+def test_what_is_not_to_be_had_is_told_with_its_cure(repositories: dict[str, Path], tmp_path: Path) -> None:
+    with hub_server(repositories) as endpoint:
+        assert "has no such revision" in load(tmp_path, endpoint, revision="v3").stderr
+        assert "the Hub has no such model" in load(tmp_path, endpoint, name="someone/else").stderr
+    offline = load(tmp_path, endpoint, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 1
+    assert f"cannot fetch {NAME}: it was not downloaded before" in offline.stderr
+    assert "Traceback" not in offline.stderr
+
+
+@pytest.mark.slow
+def test_a_gated_model_needs_the_token(repositories: dict[str, Path], tmp_path: Path) -> None:
+    with hub_server(repositories, token="hf_secret") as endpoint:
+        assert "it is gated; accept its terms on the Hub, and set HF_TOKEN" in load(tmp_path, endpoint).stderr
+        assert load(tmp_path, endpoint, HF_TOKEN="hf_secret").returncode == 0

@@ -1,0 +1,137 @@
+"""Language models that no published BLIP-2 has answer as in transformers, in its format or an adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    Blip2ForConditionalGeneration,
+    LlamaConfig,
+    MistralConfig,
+    MT5Config,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from model import Blip2, CheckpointError, DecodeJob
+from model.checkpoints import load_blip2
+from model.checkpoints.convert import convert
+from model.decoding import run_jobs
+from tests.builders import WORDS, build_language_tokenizer
+from tests.parity.test_transformers import (
+    PROMPTS,
+    SEARCHES,
+    SIZES,
+    build_config,
+    random_pixels,
+    randomize,
+    reference_answer,
+)
+
+SIZE = SIZES[0]
+BOS, EOS, IMAGE = 2, 3, 4
+SIZES_OF_ALL: dict[str, Any] = {
+    "vocab_size": len(WORDS) + 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": 1,
+}
+SIZES_OF_DECODERS = SIZES_OF_ALL | {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES_OF_DECODERS),
+    "llama, tied": LlamaConfig(**SIZES_OF_DECODERS, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SIZES_OF_DECODERS),
+    "qwen2": Qwen2Config(**SIZES_OF_DECODERS | {"pad_token_id": None}),
+    "mt5": MT5Config(
+        vocab_size=len(WORDS) + 8,
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        relative_attention_num_buckets=8,
+        decoder_start_token_id=1,
+        eos_token_id=EOS,
+        pad_token_id=1,
+        tie_word_embeddings=False,
+    ),
+}
+FRAMES = {"llama": ((BOS,), ()), "mistral": ((BOS,), ()), "qwen2": ((), ()), "mt5": ((), (EOS,))}
+
+
+def build_tokenizer(frame: tuple[tuple[int, ...], tuple[int, ...]]) -> PreTrainedTokenizerFast:
+    """One that puts special tokens around a text by itself, as those of these models do."""
+    tokenizer = build_language_tokenizer()
+    names = {BOS: "</s>", EOS: "\n"}
+    first, last = ([names[token] for token in side] for side in frame)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*first, "$A", *last], special_tokens=[(name, token) for token, name in names.items()]
+    )
+    return tokenizer
+
+
+def save(directory: Path, name: str) -> Blip2ForConditionalGeneration:
+    config = CONFIGS[name]
+    whole = build_config(SIZE, config)
+    whole.image_token_index = IMAGE
+    model = Blip2ForConditionalGeneration(whole)
+    randomize(model, seed=0)
+    with torch.no_grad():  # ends now and then
+        head = model.language_model.get_output_embeddings().weight
+        head[EOS] *= 2
+    model.save_pretrained(directory)
+    build_tokenizer(FRAMES[config.model_type]).save_pretrained(directory)
+    return Blip2ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_answers_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    reference = save(tmp_path / "hub", name)
+    convert(load_blip2(str(tmp_path / "hub")).parts, tmp_path / "adapter", "adapter")
+    for directory in (tmp_path / "hub", tmp_path / "adapter"):
+        blip2 = Blip2.from_pretrained(str(directory))
+        language_model = blip2.language_model
+        assert language_model is not None
+        first, last = FRAMES[language_model.llm.config.model_type]
+        prompt_ids = language_model.tokenize("a red")
+        assert (prompt_ids[: len(first)], prompt_ids[len(first) + 2 :]) == (first, last)
+        pixels = random_pixels(3, SIZE)
+        inputs = blip2.project_queries(blip2.encode_queries(blip2.encode_images(pixels)))
+        asked = [
+            (image, language_model.tokenize(prompt), params)
+            for params in SEARCHES
+            for image in range(3)
+            for prompt in PROMPTS
+        ]
+        jobs = [DecodeJob(inputs[image], prompt_ids, params) for image, prompt_ids, params in asked]
+        answers = [list(best[0].token_ids) for best in run_jobs(language_model, jobs)]
+        image_tokens = [IMAGE] * SIZE.num_query_tokens
+        expected = [
+            reference_answer(reference, pixels[image], [*image_tokens, *prompt_ids], params)
+            for image, prompt_ids, params in asked
+        ]
+        assert answers == expected
+        assert len({tuple(answer) for answer in answers}) >= 10
+        assert any(answer[-1] == EOS for answer in answers)
+        assert any(answer[-1] != EOS for answer in answers)
+
+
+def test_a_tensor_too_few_is_named(tmp_path: Path) -> None:
+    save(tmp_path, "llama")
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["language_model.model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks the tensor '.*layers\.1\.mlp\.up_proj\.weight'"):
+        Blip2.from_pretrained(str(tmp_path))
