@@ -115,6 +115,13 @@ class Blip2(nn.Module):
         states = self.qformer.encode_pairs(query_tokens, text_embeds, mask, normed)
         return states[:, : query_tokens.shape[1]]
 
+    def encode_for_each(self, image_features: Tensor, questions: Sequence[str]) -> list[Tensor]:
+        """Gives what `encode_queries` does for each question, in one pass if it can be."""
+        if self.question_reader is None:
+            return [self.encode_queries(image_features)] * len(questions)
+        count = len(image_features)
+        return [self.encode_queries(image_features, [question] * count) for question in questions]
+
     def project_queries(self, query_output: Tensor) -> Tensor:
         """Turns [B, Q, D] query outputs into [B, Q, L] soft tokens for the language model, float32.
 

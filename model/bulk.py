@@ -63,7 +63,8 @@ def caption_work(blip2: Blip2, prompt: str | None, params: GenerationParams) -> 
     prompt_ids = language_model.tokenize(prompt)
 
     def work(image_features: Tensor) -> list[dict[str, Any]]:
-        inputs = blip2.project_queries(blip2.encode_queries(image_features))
+        (query_output,) = blip2.encode_for_each(image_features, [prompt])
+        inputs = blip2.project_queries(query_output)
         answers = run_jobs(language_model, [DecodeJob(each, prompt_ids, params) for each in inputs])
         return [
             {"captions": [{"text": one.text, "score": one.score} for one in captions]} for captions in answers
@@ -78,8 +79,13 @@ def answer_work(blip2: Blip2, questions: Sequence[str], params: GenerationParams
     prompts = [language_model.tokenize(blip2.prompts.question_prompt(question)) for question in questions]
 
     def work(image_features: Tensor) -> list[dict[str, Any]]:
-        inputs = blip2.project_queries(blip2.encode_queries(image_features))
-        jobs = [DecodeJob(each, prompt_ids, params) for each in inputs for prompt_ids in prompts]
+        outputs = blip2.encode_for_each(image_features, questions)
+        inputs = torch.stack([blip2.project_queries(output) for output in outputs], dim=1)  # [B, M, Q, L]
+        jobs = [
+            DecodeJob(each, prompt_ids, params)
+            for of_image in inputs
+            for each, prompt_ids in zip(of_image, prompts, strict=True)
+        ]
         said = (run_jobs(language_model, some) for some in _batches(jobs, _MAX_JOBS))
         best = (answers[0] for some in said for answers in some)
         return [

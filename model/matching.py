@@ -18,6 +18,7 @@ from model.qformer_layer import KeysValues
 from model.text import TextEmbeddings, tokenize_texts
 
 INITIAL_TEMPERATURE = 0.07
+MAX_TEXT_TOKENS = 32
 
 
 class TextHeadTransform(nn.Module):
@@ -63,7 +64,7 @@ class Matcher(nn.Module):
         config: QFormerConfig,
         tokenizer: PreTrainedTokenizerFast,
         *,
-        max_text_tokens: int = 32,
+        max_text_tokens: int = MAX_TEXT_TOKENS,
         vision_layer_norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()

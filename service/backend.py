@@ -50,6 +50,10 @@ class Backend(Protocol):
     def can_generate(self) -> bool: ...
 
     @property
+    def shows_questions(self) -> bool:
+        """Whether the Q-Former is shown the question, so that its output is not the image's alone."""
+
+    @property
     def can_match(self) -> bool: ...
 
     def preprocess(self, image: Image.Image, tower: Tower) -> Tensor:
@@ -78,9 +82,9 @@ class Backend(Protocol):
     def build_decoder(self) -> StepDecoder: ...
 
     def build_decode_job(
-        self, query_output: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams
+        self, encoded: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams, question: str | None
     ) -> DecodeJob:
-        """query_output: [Q, D]."""
+        """encoded: the [Q, D] query_output; with a question for the Q-Former the [P, V] image_features."""
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Gives [M, E], normalised."""

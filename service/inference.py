@@ -17,7 +17,6 @@ from service.cache import EmbeddingCache
 from service.errors import FieldError, InferenceFailedError, RequestError, ServiceError
 from service.images import ImageDesk, ImageFile
 from service.jobs import (
-    GENERATE_NEEDS,
     Answer,
     Encodings,
     GenerateJob,
@@ -29,6 +28,7 @@ from service.jobs import (
     Mode,
     Ticket,
     Tower,
+    generate_needs,
     match_needs,
 )
 from service.scheduler import Line, Place
@@ -52,6 +52,15 @@ class Served(Generic[T]):
     preprocess_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked about an image; see `GenerateJob`."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    params: GenerationParams
+    questions: tuple[str, ...]
+
+
 class Inference:
     """deadline: on the monotonic clock, None for none; past it a job never reaches the device.
 
@@ -66,29 +75,36 @@ class Inference:
         self._line = line
 
     async def generate(
-        self, image: Upload, prompts: Sequence[str], params: GenerationParams, deadline: float | None
+        self,
+        image: Upload,
+        prompts: Sequence[str],
+        params: GenerationParams,
+        deadline: float | None,
+        *,
+        questions: Sequence[str] | None = None,
     ) -> Served[Generations]:
         """Answers several prompts about one image, which is encoded once.
 
-        Raises InvalidPromptError where a prompt is too long.
+        questions: what a question-conditioned Q-Former is shown; None: the prompts. Raises
+        InvalidPromptError where a prompt is too long.
         """
-        prompt_ids = self._tokenize(prompts, params)
+        asked = self._ask(prompts, prompts if questions is None else questions, params)
         (place,) = self._line.reserve(len(prompts))
         with place:
-            return await self._generate(place, image, prompt_ids, params, deadline)
+            return await self._generate(place, image, asked, deadline)
 
     async def generate_each(
         self, images: Sequence[Upload], prompt: str, params: GenerationParams, deadline: float | None
     ) -> list[Served[Generations] | ServiceError]:
         """Answers one prompt about each image; all are let in, or none. An image that fails, fails alone."""
-        prompt_ids = self._tokenize([prompt], params)
+        asked = self._ask([prompt], [prompt], params)
         places = self._line.reserve(*[1] * len(images))
         with ExitStack() as stack:
             for place in places:
                 stack.enter_context(place)
             outcomes = await asyncio.gather(
                 *(
-                    self._generate(place, image, prompt_ids, params, deadline)
+                    self._generate(place, image, asked, deadline)
                     for place, image in zip(places, images, strict=True)
                 ),
                 return_exceptions=True,
@@ -118,21 +134,22 @@ class Inference:
             place.put(job)
             return await self._served(ticket, time.monotonic() - started)
 
-    def _tokenize(self, prompts: Iterable[str], params: GenerationParams) -> tuple[tuple[int, ...], ...]:
-        return tuple(self._backend.tokenize_prompt(prompt, params.max_new_tokens) for prompt in prompts)
+    def _ask(self, prompts: Sequence[str], questions: Sequence[str], params: GenerationParams) -> Asked:
+        prompt_ids = (self._backend.tokenize_prompt(prompt, params.max_new_tokens) for prompt in prompts)
+        return Asked(tuple(prompt_ids), params, tuple(questions) if self._backend.shows_questions else ())
 
     async def _generate(
         self,
         place: Place,
         image: Upload,
-        prompts: tuple[tuple[int, ...], ...],
-        params: GenerationParams,
+        asked: Asked,
         deadline: float | None,
     ) -> Served[Generations]:
         started = time.monotonic()
-        (taken,) = await self._take_in([image], GENERATE_NEEDS, Tower.MAIN)
+        needs = generate_needs(shows_questions=bool(asked.questions))
+        (taken,) = await self._take_in([image], needs, Tower.MAIN)
         ticket: Ticket[Generations] = Ticket(deadline)
-        place.put(GenerateJob(taken, prompts, params, ticket))
+        place.put(GenerateJob(taken, asked.prompts, asked.params, ticket, asked.questions))
         return await self._served(ticket, time.monotonic() - started)
 
     async def _served(self, ticket: Ticket[T], preprocess_s: float) -> Served[T]:

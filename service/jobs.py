@@ -126,19 +126,26 @@ class Ticket(Generic[T]):
         return not self.future.done() and self.future.set_running_or_notify_cancel()
 
 
-GENERATE_NEEDS = frozenset({Kind.QUERY_OUTPUT})
+def generate_needs(*, shows_questions: bool) -> frozenset[Kind]:
+    """Gives what generating starts from; what depends on the question cannot be kept from image to image."""
+    return frozenset({Kind.IMAGE_FEATURES if shows_questions else Kind.QUERY_OUTPUT})
+
 
 Generations = tuple[tuple[Generation, ...], ...]  # for each prompt, best first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerateJob:
-    """Texts for one image, one group for each prompt."""
+    """Texts for one image, one group for each prompt.
+
+    questions: what the Q-Former is shown beside each prompt, none where it reads the image alone.
+    """
 
     image: ImageInput
     prompts: tuple[tuple[int, ...], ...]
     params: GenerationParams
     ticket: Ticket[Generations]
+    questions: tuple[str, ...] = ()
 
     @property
     def images(self) -> tuple[ImageInput, ...]:
@@ -146,7 +153,7 @@ class GenerateJob:
 
     @property
     def needs(self) -> frozenset[Kind]:
-        return GENERATE_NEEDS
+        return generate_needs(shows_questions=bool(self.questions))
 
 
 @dataclass(frozen=True, slots=True)

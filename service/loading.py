@@ -94,6 +94,10 @@ class Blip2Backend:
         return self._blip2.language_model is not None
 
     @property
+    def shows_questions(self) -> bool:
+        return self._blip2.question_reader is not None
+
+    @property
     def can_match(self) -> bool:
         return self._matching.matcher is not None
 
@@ -135,8 +139,11 @@ class Blip2Backend:
         return Decoder(self._language_model)
 
     def build_decode_job(
-        self, query_output: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams
+        self, encoded: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams, question: str | None
     ) -> DecodeJob:
+        query_output = encoded
+        if question is not None:
+            query_output = self._blip2.encode_queries(encoded[None], [question])[0]
         language_model_inputs = self._blip2.project_queries(query_output[None])[0]  # [Q, L]
         return DecodeJob(language_model_inputs, prompt_ids, params)
 

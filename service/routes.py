@@ -92,7 +92,9 @@ class InferenceRoutes:
             for question in body.question
         ]
         deadline = deadline_of(request)
-        work = parts.inference.generate(Upload("image", body.image), prompts, params, deadline)
+        work = parts.inference.generate(
+            Upload("image", body.image), prompts, params, deadline, questions=body.question
+        )
         served = await while_waited_for(request, deadline, work)
         return _json(parts.replies.vqa(body.question, served, context_of(request)))
 

@@ -52,8 +52,10 @@ def _warm_images(backend: Backend, tower: Tower) -> list[ImageInput]:
 
 def _caption_jobs(backend: Backend, images: Sequence[ImageInput]) -> list[GenerateJob]:
     params = GenerationParams()
-    prompt_ids = backend.tokenize_prompt(backend.caption_prompt(), params.max_new_tokens)
-    return [GenerateJob(image, (prompt_ids,), params, Ticket()) for image in images]
+    prompt = backend.caption_prompt()
+    prompt_ids = backend.tokenize_prompt(prompt, params.max_new_tokens)
+    questions = (prompt,) if backend.shows_questions else ()
+    return [GenerateJob(image, (prompt_ids,), params, Ticket(), questions) for image in images]
 
 
 def _match_job(images: Sequence[ImageInput]) -> MatchJob:

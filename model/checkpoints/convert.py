@@ -7,6 +7,7 @@ from model.checkpoints.save import save_generation_adapter, save_retrieval_adapt
 from model.checkpoints.save_hub import DROPPED, save_hub
 from model.checkpoints.save_lavis import save_lavis
 from model.errors import CheckpointError
+from model.matching import MAX_TEXT_TOKENS
 from model.parts import Blip2Parts
 from model.preprocess import CLIP_MEAN, CLIP_STD
 
@@ -17,7 +18,7 @@ def convert(parts: Blip2Parts, target: Path, target_format: Format) -> list[str]
     """Writes a loaded model in a format; gives a line for everything that the format cannot hold.
 
     target: a directory, or for LAVIS a .pth file. Weights are written in the types they are held in.
-    Raises CheckpointError where the target exists, or cannot hold the image encoder.
+    Raises CheckpointError where the target exists, or cannot hold such a model.
     """
     beside = target.parent.glob(f"{target.stem}.*") if target_format == "lavis" else [target]
     for there in beside:
@@ -25,6 +26,11 @@ def convert(parts: Blip2Parts, target: Path, target_format: Format) -> list[str]
             raise CheckpointError(f"{there} exists; name a new one, for nothing is overwritten")
     if target_format == "lavis" and target.suffix != ".pth":
         raise CheckpointError(f"a file of LAVIS ends in .pth, {target} does not; name it so")
+    if parts.question_reader is not None and target_format != "adapter":
+        raise CheckpointError(
+            f"the Q-Former is shown the question, and the format {target_format!r} has no such model; "
+            "convert to an adapter"
+        )
     if target_format == "hub":
         save_hub(target, parts)
     elif target_format == "lavis":
@@ -66,9 +72,12 @@ def _left_out(parts: Blip2Parts, target_format: Format) -> list[str]:
         if parts.matcher is not None:
             lines.append("the retrieval model (text branch, heads): convert its own checkpoint")
         lines.append(f"the prompts {parts.prompts.caption!r} and {parts.prompts.question!r}")
-    elif target_format == "hub" and parts.matcher is not None:
-        held = [name for name in parts.matcher.state_dict() if name.startswith(DROPPED)]
-        lines += [f"the tensor {name}" for name in held]
+    elif parts.matcher is not None:
+        if target_format == "hub":
+            held = [name for name in parts.matcher.state_dict() if name.startswith(DROPPED)]
+            lines += [f"the tensor {name}" for name in held]
+        if (length := parts.matcher.max_text_tokens) != MAX_TEXT_TOKENS:
+            lines.append(f"that texts have up to {length} tokens: it is {MAX_TEXT_TOKENS} there")
     mean_and_std = (parts.preprocess.mean, parts.preprocess.std)
     if target_format == "lavis" and mean_and_std != (CLIP_MEAN, CLIP_STD):
         lines.append(f"mean and deviation of the pixels, {mean_and_std}: LAVIS' are CLIP's")

@@ -44,7 +44,11 @@ def _spread(llm: PreTrainedModel) -> PreTrainedModel:
         raise CheckpointError(
             f"spreading a language model needs accelerate ({error}); pip install 'blip2-server[spread]'"
         ) from error
-    whole = list(llm._no_split_modules or [])
-    device_map = infer_auto_device_map(llm, no_split_module_classes=whole)
+    device_map = infer_auto_device_map(llm, no_split_module_classes=list(llm._no_split_modules or []))
+    if "disk" in device_map.values():
+        raise CheckpointError(
+            "the language model fits neither the GPUs nor the memory beside them; load a smaller one, or "
+            "in 8 bits"
+        )
     dispatched: PreTrainedModel = dispatch_model(llm, device_map)
     return dispatched

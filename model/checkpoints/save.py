@@ -14,7 +14,7 @@ from model.checkpoints.adapter import ADAPTER, TIED_HEAD
 from model.checkpoints.adapter_config import AdapterConfig, FrozenPart, ImageConfig
 from model.checkpoints.query_branch import query_branch_tensors
 from model.checkpoints.tensors import TensorFiles
-from model.matching import Matcher
+from model.matching import MAX_TEXT_TOKENS, Matcher
 from model.parts import Blip2Parts
 from model.preprocess import ImagePreprocessor
 
@@ -35,6 +35,7 @@ def save_generation_adapter(
     relative to `directory`, so the tree can be moved as a whole. feature_layer: whose output is read, of the
     encoder in `vision_directory` (see `model.vision.VisionEncoder`). A reader never sees half a file.
     """
+    reader = parts.question_reader
     config = AdapterConfig(
         kind="generation",
         vision_model=_frozen_part(vision_directory, directory),
@@ -44,8 +45,12 @@ def save_generation_adapter(
         prompts=parts.prompts,
         retrieval_model=None if retrieval_directory is None else _relative(retrieval_directory, directory),
         feature_layer=feature_layer,
+        question_conditioned=reader is not None,
+        max_text_tokens=MAX_TEXT_TOKENS if reader is None else reader.max_text_tokens,
     )
     with _replacing(directory) as staging:
+        if reader is not None:
+            reader.tokenizer.save_pretrained(staging)
         _save_tensors(query_branch_tensors(parts), staging, dtype)
         config.write(staging / "config.json")
 

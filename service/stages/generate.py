@@ -4,11 +4,12 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from model import DecodeJob, Generation
 from service.backend import Backend, StepDecoder
 from service.errors import InferenceFailedError
-from service.jobs import GenerateJob, Kind
+from service.jobs import GenerateJob
 from service.stages.running import Running
 
 
@@ -45,10 +46,11 @@ class GenerateStage:
 
     def begin(self, running: Running, job: GenerateJob) -> None:
         """Takes a job whose image is encoded."""
-        query_output = running.slots[0].have[Kind.QUERY_OUTPUT]  # [Q, D]
+        (kind,) = job.needs
+        encoded = running.slots[0].have[kind]
         group: list[Text] = []
-        for prompt_ids in job.prompts:
-            decode_job = self._backend.build_decode_job(query_output, prompt_ids, job.params)
+        for prompt_ids, question in zip_longest(job.prompts, job.questions):
+            decode_job = self._backend.build_decode_job(encoded, prompt_ids, job.params, question)
             group.append(Text(running, job, group, decode_job))
         self._waiting.extend(group)
 

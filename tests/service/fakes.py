@@ -89,6 +89,7 @@ class FakeBackend:
 
     can_generate: bool = True
     can_match: bool = True
+    shows_questions: bool = False
     name: str = "fake"
     matching_name: str = "fake"
     matching_tower: Tower = Tower.MAIN
@@ -162,9 +163,9 @@ class FakeBackend:
         return FakeDecoder(self)
 
     def build_decode_job(
-        self, query_output: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams
+        self, encoded: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams, question: str | None
     ) -> DecodeJob:
-        return DecodeJob(query_output, prompt_ids, params)
+        return DecodeJob(encoded, prompt_ids, params)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """A text that is a number is near the images of that red; others lie in the middle."""
