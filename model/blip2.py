@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from model.checkpoints import IN_FLOAT32, LoadOptions, load_blip2
 from model.decoding import DecodeJob, Generation, GenerationParams, run_jobs
 from model.errors import TaskUnavailableError
+from model.language import LanguageModel
 from model.parts import Blip2Parts
 
 
@@ -62,7 +63,8 @@ class Blip2(nn.Module):
     def share_vision_model(self, other: "Blip2") -> bool:
         """Has both models use one image encoder where theirs are equal, so that one is held and run once.
 
-        Each keeps its own `ln_vision`, which is trained with the Q-Former. Gives whether they are equal.
+        Each keeps its own `ln_vision`, which is trained with the Q-Former. Gives whether image features of
+        the one serve the other: their encoders are equal, and so are the pixels that they are given.
         """
         if self.vision_model is not other.vision_model:
             if not self.vision_model.computes_as(other.vision_model):
@@ -131,6 +133,12 @@ class Blip2(nn.Module):
             raise _no_language_model(self.name)
         return self.language_projection(query_output)
 
+    def require_language_model(self) -> LanguageModel:
+        """Gives the language model. Raises TaskUnavailableError in a retrieval-only model."""
+        if self.language_model is None:
+            raise _no_language_model(self.name)
+        return self.language_model
+
     @torch.inference_mode()
     def generate(
         self, language_model_inputs: Tensor, prompts: Sequence[str], params: GenerationParams
@@ -140,13 +148,12 @@ class Blip2(nn.Module):
         Raises TaskUnavailableError in a retrieval-only model, InvalidPromptError where a prompt is too long
         and InvalidParamsError where a parameter is out of its bounds.
         """
-        if self.language_model is None:
-            raise _no_language_model(self.name)
+        language_model = self.require_language_model()
         jobs = [
-            DecodeJob(soft_tokens, self.language_model.tokenize(prompt), params)
+            DecodeJob(soft_tokens, language_model.tokenize(prompt), params)
             for soft_tokens, prompt in zip(language_model_inputs, prompts, strict=True)
         ]
-        return run_jobs(self.language_model, jobs)
+        return run_jobs(language_model, jobs)
 
 
 def _no_language_model(name: str) -> TaskUnavailableError:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from model.blip2 import Blip2
 from model.decoding import DecodeJob, GenerationParams, run_jobs
 from model.errors import InvalidPixelsError, ModelError, TaskUnavailableError
-from model.language import LanguageModel
 from model.matching import Matcher
 from model.preprocess import DAMAGE, make_upright
 
@@ -58,7 +57,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 def caption_work(blip2: Blip2, prompt: str | None, params: GenerationParams) -> Work:
     """Says what `params.num_return_sequences` captions each image has, best first."""
-    language_model = _language_model(blip2)
+    language_model = blip2.require_language_model()
     prompt = blip2.prompts.caption_prompt() if prompt is None else prompt
     prompt_ids = language_model.tokenize(prompt)
 
@@ -75,7 +74,7 @@ def caption_work(blip2: Blip2, prompt: str | None, params: GenerationParams) -> 
 
 def answer_work(blip2: Blip2, questions: Sequence[str], params: GenerationParams) -> Work:
     """Answers every question about each image, in the prompt that the language model answers best to."""
-    language_model = _language_model(blip2)
+    language_model = blip2.require_language_model()
     prompts = [language_model.tokenize(blip2.prompts.question_prompt(question)) for question in questions]
 
     def work(image_features: Tensor) -> list[dict[str, Any]]:
@@ -198,9 +197,3 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-def _language_model(blip2: Blip2) -> LanguageModel:
-    if blip2.language_model is None:
-        raise TaskUnavailableError(f"the checkpoint {blip2.name!r} has no language model; load one that has")
-    return blip2.language_model

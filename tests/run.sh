@@ -46,6 +46,15 @@ has kubectl || leave_out kubectl "no kubectl" "apt-get install kubernetes-client
 nvidia-smi -L >/dev/null 2>&1 || leave_out gpu "no CUDA device" "$BIN/python -m pytest -m gpu, on a machine with one"
 run_group "$selected"
 
+# transformers imports torchao wherever it is installed, which then talks: it stays out of the environment.
+torchao="$(dirname "$BIN")/torchao"
+if [ -d "$torchao" ] || "$BIN/pip" install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
+  --target "$torchao" torchao; then
+  PYTHONPATH=$torchao run_group int8
+else
+  leave_out int8 "torchao cannot be installed" "make setup, then $BIN/pip install torchao and $BIN/python -m pytest -m int8"
+fi
+
 if docker info >/dev/null 2>&1 && { docker compose version || docker-compose version; } >/dev/null 2>&1; then
   run_group docker
 else

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -237,7 +238,7 @@ def build_config(config_class: type[C], path: Path, fields: Mapping[str, Any]) -
         raise CheckpointError(f"{path} is of model type {found!r}, {expected!r} is needed here")
     try:
         return config_class.from_dict(dict(fields))  # type: ignore[attr-defined]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"{path} is not a valid configuration ({error})") from error
 
 

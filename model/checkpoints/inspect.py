@@ -7,10 +7,12 @@ from pathlib import Path
 from model.checkpoints.adapter import ADAPTER
 from model.checkpoints.adapter_config import FORMAT, AdapterConfig
 from model.checkpoints.frozen import FINAL_NORM, LANGUAGE, VISION
+from model.checkpoints.hub import GENERATION, RETRIEVAL
 from model.checkpoints.lavis import LavisConfig, read_pickle
 from model.checkpoints.lavis_names import from_lavis
 from model.checkpoints.records import read_json
 from model.checkpoints.tensors import TensorFiles, TensorHeader
+from model.errors import CheckpointError
 
 _TEXT_BRANCH = (".intermediate.", ".output.dense.", ".output.LayerNorm.")
 _PARTS: Mapping[str, str] = {  # prefix → part; the first that fits
@@ -90,7 +92,13 @@ def _read_headers(path: Path) -> tuple[str, list[TensorHeader]]:
             retrieval = TensorFiles(path / config.retrieval_model, ADAPTER).headers()
             headers += [header for header in retrieval if _part_of(header.name) not in _SHARED_NAMES]
         return f"adapter, {config.kind}", headers
-    return f"Hub, {', '.join(_strings(fields.get('architectures')))}", [
+    architectures = fields.get("architectures")
+    if architectures not in ([GENERATION], [RETRIEVAL]):
+        raise CheckpointError(
+            f"{path / 'config.json'} is of architecture {architectures}; {GENERATION}, {RETRIEVAL}, adapters "
+            "and files of LAVIS can be looked at"
+        )
+    return f"Hub, {architectures[0]}", [
         TensorHeader(header.name.replace(VISION + FINAL_NORM, "ln_vision."), header.shape, header.dtype)
         for header in TensorFiles(path).headers()
     ]
@@ -101,10 +109,6 @@ def _headers_of_part(directory: Path, prefix: str) -> list[TensorHeader]:
     headers = TensorFiles(directory).headers()
     inside = [header for header in headers if header.name.startswith(prefix)]
     return inside or _prefixed(prefix, headers)
-
-
-def _strings(value: object) -> list[str]:
-    return [str(each) for each in value] if isinstance(value, list) else []
 
 
 def _prefixed(prefix: str, headers: Iterable[TensorHeader]) -> list[TensorHeader]:

@@ -1,7 +1,7 @@
 """Reads how the pixels of a checkpoint in the Hub's format are made, where a file says so."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,13 @@ def load_preprocessor(directory: Path, image_size: int) -> ImagePreprocessor:
             f"{path} sets 'rescale_factor' to {fields['rescale_factor']!r}; it must be 1/255: correct it"
         )
     mean, std = fields.get("image_mean", CLIP_MEAN), fields.get("image_std", CLIP_STD)
-    try:
-        return ImagePreprocessor(image_size, mean, std)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} has no mean and deviation of three channels ({error})") from error
+    for values in (mean, std):
+        if not isinstance(values, Sequence) or [type(value) for value in values] != [float] * 3:
+            raise CheckpointError(
+                f"{path} has {values!r} where mean and deviation of three channels must stand, such as "
+                f"{list(CLIP_MEAN)}; correct it"
+            )
+    return ImagePreprocessor(image_size, mean, std)
 
 
 def _read(directory: Path) -> tuple[Path, dict[str, Any]]:

@@ -4,7 +4,9 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from model.errors import CheckpointError, InvalidPromptError
 
@@ -27,16 +29,28 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def build_record(record: type[T], fields: object, *, where: str) -> T:
-    """Builds a dataclass of the object in a file, found at `where`. Raises CheckpointError."""
+    """Builds a dataclass, and those inside it, of the object found at `where`. Raises CheckpointError."""
+    _refuse_unknown_keys(record, fields, where)
+    try:
+        return TypeAdapter(record).validate_json(json.dumps(fields), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = "".join(f": {key!r}" for key in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise CheckpointError(f"{where}{place}: {message}; it is {first['input']!r}") from error
+    except InvalidPromptError as error:
+        raise CheckpointError(f"{where} is not valid: {error}") from error
+
+
+def _refuse_unknown_keys(record: type[object], fields: object, where: str) -> None:
     if not isinstance(fields, Mapping):
         raise CheckpointError(f"{where} must be a JSON object, it is {fields!r}")
-    known = {known.name: known for known in dataclasses.fields(record)}  # type: ignore[arg-type]
-    if unknown := sorted(fields.keys() - known.keys()):
+    types = get_type_hints(record)
+    if unknown := sorted(fields.keys() - types.keys()):
         raise CheckpointError(
-            f"{where} has the unknown key {unknown[0]!r}; the known ones are {sorted(known)}"
+            f"{where} has the unknown key {unknown[0]!r}; the known ones are {sorted(types)}"
         )
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    try:
-        return record(**values)
-    except (TypeError, ValueError, InvalidPromptError) as error:
-        raise CheckpointError(f"{where} is not valid: {error}") from error
+    for key, value in fields.items():
+        for inner in (types[key], *get_args(types[key])):
+            if dataclasses.is_dataclass(inner) and value is not None:
+                _refuse_unknown_keys(inner, value, f"{where}: {key!r}")  # type: ignore[arg-type]

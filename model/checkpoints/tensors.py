@@ -2,8 +2,11 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +20,8 @@ from model.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_BLOCK_BYTES = 64 * 2**20
+_READ_BYTES = 2**20
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -138,7 +143,7 @@ def load_strictly(
     tied: names that may be absent because the module shares them with another; tie them afterwards.
     Raises CheckpointError naming source, tensor and cure where names or shapes do not agree.
     """
-    expected = {name: value.shape for name, value in module.state_dict().items()}
+    expected = module.state_dict()
     if missing := sorted(expected.keys() - tensors.keys() - set(tied)):
         raise CheckpointError(
             f"{source} lacks the tensor {missing[0]!r} ({len(missing)} are missing in all); "
@@ -150,10 +155,15 @@ def load_strictly(
             f"({len(unexpected)} in all); its config.json belongs to another model: use the one saved with it"
         )
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name]:
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise CheckpointError(
+                f"{source}: the tensor {name!r} is of type {tensor.dtype}, {expected[name].dtype} is needed; "
+                "it was damaged, or belongs to another model: save the checkpoint again"
+            )
+        if tensor.shape != expected[name].shape:
             raise CheckpointError(
                 f"{source}: the tensor {name!r} has shape {list(tensor.shape)}, the configuration says "
-                f"{list(expected[name])}; use the config.json that was saved with these weights"
+                f"{list(expected[name].shape)}; use the config.json that was saved with these weights"
             )
     module.load_state_dict(dict(tensors), strict=False, assign=True)
 
@@ -181,6 +191,22 @@ def _put(tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> Ten
 
 
 def hash_file(path: Path) -> str:
-    """Gives the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Gives the sha256 of a file; of one longer than a block of 64 MiB, that of its blocks' sha256.
+
+    The blocks are read side by side: weights of many gigabytes are hashed about as fast as they are read.
+    """
+    starts = range(0, max(path.stat().st_size, 1), _BLOCK_BYTES)
+    with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(partial(_hash_block, path), starts))
+    return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
+
+
+def _hash_block(path: Path, start: int) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        left = _BLOCK_BYTES
+        while left and (piece := file.read(min(left, _READ_BYTES))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.digest()

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import (
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
-    BlipImageProcessor,
     PreTrainedModel,
 )
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from model.blip2 import Blip2
 from model.checkpoints.save_hub import save_hub
@@ -52,7 +52,7 @@ def verify(
         folder = hub_directory or Path(temporary)
         if hub_directory is None:
             save_hub(folder, blip2.parts)
-        processor = BlipImageProcessor.from_pretrained(folder)
+        processor = BlipImageProcessorPil.from_pretrained(folder)
         reference_class = (
             Blip2ForConditionalGeneration if blip2.language_model is not None else Blip2ForImageTextRetrieval
         )

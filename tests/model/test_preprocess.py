@@ -1,12 +1,18 @@
 """Pixels: bit for bit those of the reference."""
 
+import io
+import struct
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+from transformers.image_utils import load_image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from model.preprocess import ImagePreprocessor
+from model.preprocess import ImagePreprocessor, make_upright
 
 
 def random_image(mode: str, size: tuple[int, int]) -> Image.Image:
@@ -25,6 +31,54 @@ def test_pixels_equal_those_of_transformers_to_the_bit(mode: str, size: tuple[in
     pixel_values = ImagePreprocessor(64)(image)
     assert pixel_values.dtype == torch.float32
     assert torch.equal(pixel_values, expected)
+
+
+def test_16_bits_are_converted_as_transformers_converts_them() -> None:
+    # Which clips all above 255; what serves images scales them first, see `make_upright`.
+    levels = np.random.default_rng(0).integers(0, 2**16, (40, 30), dtype=np.uint16)
+    image = Image.fromarray(levels)
+    assert image.mode == "I;16"
+    expected = BlipImageProcessorPil(size={"height": 64, "width": 64})(image, return_tensors="pt")
+    assert torch.equal(ImagePreprocessor(64)(image), expected["pixel_values"][0])
+
+
+def test_16_bits_of_each_color_and_scaled_grey_are_those_of_transformers(tmp_path: Path) -> None:
+    levels = np.random.default_rng(0).integers(0, 2**16, (40, 30), dtype=np.uint16)
+    reference = BlipImageProcessorPil(size={"height": 64, "width": 64})
+    with Image.open(io.BytesIO(png_of_48_bits(levels))) as image:
+        expected = reference(load_image(image), return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(ImagePreprocessor(64)(make_upright(image)), expected)
+    scaled = Image.fromarray((levels >> 8).astype(np.uint8))
+    expected = reference(scaled, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(ImagePreprocessor(64)(make_upright(Image.fromarray(levels))), expected)
+
+
+def png_of_48_bits(levels: np.ndarray) -> bytes:
+    """A PNG with 16 bits for each of red, green and blue, which Pillow reads but does not write."""
+    height, width = levels.shape
+    rows = np.repeat(levels[..., None], 3, axis=2).astype(">u2").reshape(height, -1)
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(raw)),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_photograph_is_upright_as_transformers_loads_it(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / "photograph.jpg"
+    random_image("RGB", (60, 40)).save(path, exif=exif)
+    reference = BlipImageProcessorPil(size={"height": 64, "width": 64})
+    expected = reference(load_image(str(path)), return_tensors="pt")["pixel_values"][0]
+    with Image.open(path) as image:
+        assert torch.equal(ImagePreprocessor(64)(make_upright(image)), expected)
 
 
 def test_a_palette_with_a_transparent_colour_turns_white_there() -> None:

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
 from model import Blip2
-from model.checkpoints import LoadOptions, load_vision_model, save_generation_adapter
+from model.checkpoints import LoadOptions, load_blip2, load_vision_model, save_generation_adapter
+from model.checkpoints.convert import convert
 from model.errors import CheckpointError
-from model.vision import VisionEncoder
+from model.vision import VisionEncoder, build_vision_encoder
 from tests.builders import build_parts, build_tower, random_pixels
 from tests.model.checkpoints.damage import edit_config, edit_tensors
 
@@ -122,3 +123,37 @@ def test_leftovers_in_a_configuration_make_no_other_encoder(tmp_path: Path) -> N
 def test_a_size_the_patches_do_not_divide_is_refused(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="image size 50 is no multiple of the patch size 8"):
         Blip2.from_pretrained(str(checkpoint), LoadOptions(image_size=50))
+
+
+@pytest.mark.parametrize(("family", "pooler"), [("vit", "pooler."), ("siglip_vision_model", "head.")])
+@torch.inference_mode()
+def test_poolers_are_neither_needed_nor_kept(family: str, pooler: str, tmp_path: Path) -> None:
+    build_tower(family).save_pretrained(tmp_path)
+    expected = load_vision_model(tmp_path)
+    assert not any(pooler in name for name in expected.state_dict())
+    edit_tensors(
+        tmp_path / "model.safetensors",
+        lambda tensors: [tensors.pop(name) for name in list(tensors) if pooler in name],
+    )
+    once, again = load_vision_model(tmp_path), load_vision_model(tmp_path)
+    assert once.computes_as(again)
+    assert torch.equal(once(random_pixels(1)), expected(random_pixels(1)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_an_encoder_that_was_cut_is_converted_and_loads_again(
+    family: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    adapter = save_adapter_on(tmp_path, family, checkpoint.parent)
+    convert(load_blip2(str(adapter)).parts, tmp_path / "copy", "adapter")
+    pixels = random_pixels(2)
+    ours, copy = (Blip2.from_pretrained(str(path)) for path in (adapter, tmp_path / "copy"))
+    assert torch.equal(copy.encode_images(pixels), ours.encode_images(pixels))
+
+
+def test_building_leaves_the_configuration_it_is_given_alone() -> None:
+    config = build_tower("vit").config
+    before = config.to_dict()
+    build_vision_encoder(config).resize(64)
+    assert config.to_dict() == before

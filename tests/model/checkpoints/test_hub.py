@@ -1,7 +1,9 @@
 """The Hub's format: what transformers saves loads here, and the other way round."""
 
 import json
+import re
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import (
 from model import Blip2, CheckpointError, GenerationParams, TaskUnavailableError
 from model.checkpoints import save_hub
 from model.matching import Matcher
+from model.preprocess import CLIP_MEAN, CLIP_STD
 from model.vision import VisionEncoder
 from tests.builders import (
     build_matcher,
@@ -179,3 +182,32 @@ def test_an_architecture_of_transformers_that_is_not_served_is_named(
     (tmp_path / "model.safetensors").write_bytes((hub_directory / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"Blip2Model.*Blip2ForConditionalGeneration"):
         Blip2.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("edit", "complaint"),
+    [
+        ({"resample": 2}, "'resample' to 2; BLIP-2's images are made with 3"),
+        ({"do_center_crop": True}, "'do_center_crop' to True"),
+        ({"rescale_factor": 1.0}, "'rescale_factor' to 1.0; it must be 1/255"),
+        ({"image_mean": [0.5]}, "has [0.5] where mean and deviation of three channels must stand"),
+    ],
+)
+def test_a_processor_that_makes_other_pixels_is_refused(
+    hub_directory: Path, tmp_path: Path, edit: dict[str, object], complaint: str
+) -> None:
+    copytree(hub_directory, tmp_path / "hub")
+    path = tmp_path / "hub" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | edit))
+    with pytest.raises(CheckpointError, match=re.escape(complaint)):
+        Blip2.from_pretrained(str(tmp_path / "hub"))
+
+
+def test_a_missing_processor_is_made_up_and_said_so(
+    hub_directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copytree(hub_directory, tmp_path / "hub")
+    (tmp_path / "hub" / "preprocessor_config.json").unlink()
+    blip2 = Blip2.from_pretrained(str(tmp_path / "hub"))
+    assert (blip2.preprocess.mean, blip2.preprocess.std) == (CLIP_MEAN, CLIP_STD)
+    assert "has no preprocessor_config.json" in caplog.text

@@ -294,7 +294,7 @@ def test_a_truncated_file_is_refused(folder: Folder) -> None:
     [
         (
             {"arch": "blip2_vicuna"},
-            "arch is 'blip2_vicuna'; it must be one of ['blip2', 'blip2_opt', 'blip2_t5']",
+            "'arch': Input should be 'blip2', 'blip2_opt' or 'blip2_t5'; it is 'blip2_vicuna'",
         ),
         ({"arch": "blip2"}, "needs a 'tokenizer'"),
         ({"language_model": None}, "needs a 'language_model'"),

@@ -123,7 +123,14 @@ def test_a_generation_adapter_is_no_retrieval_model(checkpoint: Path) -> None:
     ("edit", "complaint"),
     [
         (lambda fields: fields.update(version=2), "is of version 2, this release reads 1"),
-        (lambda fields: fields.update(kind="chat"), "kind is 'chat'"),
+        (
+            lambda fields: fields.update(kind="chat"),
+            "'kind': Input should be 'generation' or 'retrieval'; it is 'chat'",
+        ),
+        (
+            lambda fields: fields["image"].update(size="32"),
+            "'image': 'size': Input should be a valid integer; it is '32'",
+        ),
         (lambda fields: fields.pop("language_model"), "must name its 'language_model'"),
         (lambda fields: fields.pop("qformer"), "'qformer'"),
         (lambda fields: fields.update(visoin={}), "unknown key 'visoin'"),
