@@ -73,8 +73,8 @@ def _report(plan: Plan) -> Iterator[str]:
     yield ""
     yield (
         f"`python benchmarks/precision.py --scenes {plan.num_scenes}`, torch {torch.__version__}, "
-        "CPU, unseen scenes with five questions each. Equal: to the text that float32 gives. Drift: of what the "
-        "language model is given, the mean over soft tokens of the relative distance."
+        "CPU, unseen scenes with five questions each. Equal: to the text that float32 gives. Drift: of what "
+        "the language model is given, the mean over soft tokens of the relative distance."
     )
     if len(settings) < len(SETTINGS):
         yield "\ntorchao is not installed: the rows with int8 are left out."

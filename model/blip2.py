@@ -4,7 +4,8 @@ pixel_values → vision_model → image_features → ln_vision → (query_tokens
 → language_projection → language_model_inputs → language_model → text
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +20,18 @@ from model.parts import Blip2Parts
 class Blip2(nn.Module):
     """BLIP-2 composed of its parts (paper, section 3).
 
-    The frozen parts, vision and language model, run in `dtype`; what stands between them (ln_vision,
-    Q-Former, projection, matcher) in float32. The casts happen where they meet.
+    The frozen parts, vision and language model, run each in its own type; what stands between them
+    (ln_vision, Q-Former, projection, matcher) in float32. The casts happen where they meet.
 
-    name: what it was loaded as. fingerprint: a sha256 over weights, configuration and dtype, or "" for a
-    model that was not loaded. language_model and language_projection are None in a retrieval-only model,
-    matcher where no retrieval model was named.
+    name: what it was loaded as. identify: gives the fingerprint. language_model and language_projection are
+    None in a retrieval-only model, matcher where no retrieval model was named, question_reader where the
+    Q-Former reads images alone.
     """
 
-    def __init__(self, parts: Blip2Parts, *, name: str = "", fingerprint: str = "") -> None:
+    def __init__(self, parts: Blip2Parts, *, name: str = "", identify: Callable[[], str] = str) -> None:
         super().__init__()
         self.name = name
-        self.fingerprint = fingerprint
+        self._identify = identify
         self.vision_model = parts.vision_model
         self.preprocess = parts.preprocess
         self.ln_vision = parts.ln_vision
@@ -58,7 +59,7 @@ class Blip2(nn.Module):
         which goes for a T5 in float16 too.
         """
         loaded = load_blip2(name_or_path, options, revision=revision)
-        return cls(loaded.parts, name=name_or_path, fingerprint=loaded.fingerprint()).eval()
+        return cls(loaded.parts, name=name_or_path, identify=loaded.fingerprint).eval()
 
     def share_vision_model(self, other: "Blip2") -> bool:
         """Has both models use one image encoder where theirs are equal, so that one is held and run once.
@@ -71,6 +72,14 @@ class Blip2(nn.Module):
                 return False
             other.vision_model = self.vision_model
         return self.preprocess.makes_same_pixels(other.preprocess)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A sha256 over weights, configuration and types; "" for a model that was not loaded.
+
+        The first time, it may read the weight files once more, at a gigabyte a second or so.
+        """
+        return self._identify()
 
     @property
     def image_size(self) -> int:

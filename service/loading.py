@@ -65,6 +65,10 @@ class Blip2Backend:
     def __init__(self, blip2: Blip2, matching: Blip2 | None = None) -> None:
         self._blip2 = blip2
         self._matching = matching or blip2
+        self.fingerprint = self._blip2.fingerprint
+        if self._matching is not self._blip2:
+            both = f"{self._blip2.fingerprint} {self._matching.fingerprint}"
+            self.fingerprint = hashlib.sha256(both.encode()).hexdigest()
         self.matching_tower = Tower.MAIN if self._blip2.share_vision_model(self._matching) else Tower.MATCHING
 
     @property
@@ -74,12 +78,6 @@ class Blip2Backend:
     @property
     def matching_name(self) -> str:
         return self._matching.name
-
-    @property
-    def fingerprint(self) -> str:
-        if self._matching is self._blip2:
-            return self._blip2.fingerprint
-        return hashlib.sha256(f"{self._blip2.fingerprint} {self._matching.fingerprint}".encode()).hexdigest()
 
     @property
     def device(self) -> str:

@@ -32,6 +32,7 @@ C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
 IN_FLOAT32 = LoadOptions()
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 BLIP2_VISION = "blip_2_vision_model"
 FINAL_NORM = "post_layernorm."
 VISION = "vision_model."
@@ -220,6 +221,10 @@ def _read_end_tokens(llm: PreTrainedModel, path: Path) -> None:
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """Loads the tokenizer of a directory; never from the network."""
+    if not any((directory / name).is_file() for name in _VOCABULARIES):
+        raise CheckpointError(  # for transformers would make one without words, and say nothing
+            f"{directory} holds no tokenizer ({', '.join(_VOCABULARIES)}); put that of this checkpoint there"
+        )
     try:
         if (directory / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)

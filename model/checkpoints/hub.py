@@ -50,14 +50,14 @@ def load_hub(directory: Path, options: LoadOptions = IN_FLOAT32) -> LoadedParts:
     architectures = fields.get("architectures") or []
     files = TensorFiles(directory)
     if RETRIEVAL in architectures:
-        parts = _load_retrieval(config, files, options)
+        load = _load_retrieval
     elif GENERATION in architectures:
-        parts = _load_generation(config, files, options)
+        load = _load_generation
     else:
         raise CheckpointError(
             f"{path} is of architecture {architectures}; {GENERATION} and {RETRIEVAL} can be loaded"
         )
-    return LoadedParts(parts, (files.sha256(), path.read_text(encoding="utf-8")))
+    return LoadedParts(load(config, files, options), (files.sha256, path.read_text(encoding="utf-8")))
 
 
 def _load_generation(config: Blip2Config, files: TensorFiles, options: LoadOptions) -> Blip2Parts:

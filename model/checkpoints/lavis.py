@@ -16,8 +16,9 @@ part that is needed is read.
 import copy
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 from zipfile import is_zipfile
@@ -108,7 +109,11 @@ def load_lavis(path: Path, options: LoadOptions = IN_FLOAT32) -> LoadedParts:
     vision_model = _load_vision_model(config, tensors, options)
     build = _build_retrieval_parts if config.arch == "blip2" else _build_generation_parts
     parts = build(config, tensors, vision_model, options)
-    sources = (hash_file(path), description.read_text(encoding="utf-8"), *_named_sources(config, path))
+    sources = (
+        partial(hash_file, path),
+        description.read_text(encoding="utf-8"),
+        *_named_sources(config, path),
+    )
     return LoadedParts(parts, sources)
 
 
@@ -248,12 +253,12 @@ def _qformer_config(
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _named_sources(config: LavisConfig, path: Path) -> tuple[str, ...]:
+def _named_sources(config: LavisConfig, path: Path) -> tuple[str | Callable[[], str], ...]:
     """Gives what identifies the directories that a .json names: hashes of weights, text of configurations."""
-    found: list[str] = []
+    found: list[str | Callable[[], str]] = []
     for name in (config.vision_model, config.language_model):
         files = sorted((path.parent / name).glob("model*.safetensors")) if name else []
-        found += [hash_file(file) for file in files]
+        found += [partial(hash_file, file) for file in files]
         if name and (configuration := path.parent / name / "config.json").is_file():
             found.append(configuration.read_text(encoding="utf-8"))
     return tuple(found)

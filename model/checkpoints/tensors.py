@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from model.errors import CheckpointError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _BLOCK_BYTES = 64 * 2**20
-_READ_BYTES = 2**20
+_READ_BYTES = 4 * 2**20
+_READERS = 16  # more than cores: most of them wait for the disk
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -169,7 +169,14 @@ def load_strictly(
 
 
 def _file_names(directory: Path, file_name: str) -> list[str]:
-    if (directory / file_name).is_file() or not (directory / INDEX).is_file():
+    if (directory / file_name).is_file():
+        return [file_name]
+    if not (directory / INDEX).is_file():
+        if pickles := sorted(path.name for path in directory.glob("pytorch_model*.bin")):
+            raise CheckpointError(
+                f"{directory} holds its weights as pickles ({pickles[0]}), which are not read, for they may "
+                f"run code; save them as {file_name}, with transformers' save_pretrained"
+            )
         return [file_name]
     shards = read_json(directory / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not shards:
@@ -196,17 +203,18 @@ def hash_file(path: Path) -> str:
     The blocks are read side by side: weights of many gigabytes are hashed about as fast as they are read.
     """
     starts = range(0, max(path.stat().st_size, 1), _BLOCK_BYTES)
-    with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(len(starts), _READERS)) as pool:
         digests = list(pool.map(partial(_hash_block, path), starts))
     return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
 
 
 def _hash_block(path: Path, start: int) -> bytes:
     digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_READ_BYTES))
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         left = _BLOCK_BYTES
-        while left and (piece := file.read(min(left, _READ_BYTES))):
-            digest.update(piece)
-            left -= len(piece)
+        while left and (count := file.readinto(buffer[: min(left, _READ_BYTES)])):
+            digest.update(buffer[:count])
+            left -= count
     return digest.digest()
