@@ -59,7 +59,7 @@ class Blip2(nn.Module):
         which goes for a T5 in float16 too.
         """
         loaded = load_blip2(name_or_path, options, revision=revision)
-        return cls(loaded.parts, name=name_or_path, identify=loaded.fingerprint).eval()
+        return cls(loaded.parts, name=name_or_path, identify=loaded.identify()).eval()
 
     def share_vision_model(self, other: "Blip2") -> bool:
         """Has both models use one image encoder where theirs are equal, so that one is held and run once.

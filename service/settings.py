@@ -100,6 +100,16 @@ class Settings(BaseSettings):
                     f"{_variable(name)} is {getattr(self, name)} and {_variable('max_waiting')} is "
                     f"{self.max_waiting}: such a request could never be let in; raise the latter"
                 )
+        if self.retrieval_revision is not None and self.retrieval_model is None:
+            raise ValueError(
+                f"{_variable('retrieval_revision')} is {self.retrieval_revision!r} and "
+                f"{_variable('retrieval_model')} is not set; set both, or neither"
+            )
+        if self.spread and not self.device.startswith(("auto", "cuda")):
+            raise ValueError(
+                f"{_variable('spread')} lays the language model over GPUs and {_variable('device')} is "
+                f"{self.device!r}; set the latter to auto"
+            )
         if self.max_image_bytes > self.max_body_bytes:
             raise ValueError(
                 f"{_variable('max_image_bytes')} is {self.max_image_bytes} and {_variable('max_body_bytes')} "

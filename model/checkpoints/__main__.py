@@ -55,7 +55,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     frozen = [part for part in inspect(source).parts if part.name in ("image encoder", "language model")]
     dtypes = {_DTYPES.get(dtype, torch.float32) for part in frozen for dtype in part.dtypes}
     dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32  # the one that loses nothing
-    parts = load_blip2(str(source), LoadOptions(dtype=dtype)).parts
+    parts = load_blip2(str(source), LoadOptions(dtype=dtype, runs=False)).parts
     left_out = convert(parts, arguments.target, arguments.to)
     print(f"wrote {arguments.target}")
     for line in left_out:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoints.adapter_config import FORMAT, AdapterConfig, FrozenPart
-from model.checkpoints.frozen import IN_FLOAT32, load_language_model, load_tokenizer, load_vision_model
+from model.checkpoints.frozen import IN_FLOAT32, load_language_model, load_text_tokenizer, load_vision_model
 from model.checkpoints.loaded import LoadedParts
 from model.checkpoints.locate import locate
 from model.checkpoints.options import LoadOptions
@@ -80,7 +80,7 @@ def _load_generation_parts(
 
 
 def _build_question_reader(directory: Path, config: AdapterConfig) -> QuestionReader:
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_text_tokenizer(directory)
     with torch.device("meta"):
         return QuestionReader(config.qformer, tokenizer, max_text_tokens=config.max_text_tokens)
 
@@ -119,7 +119,7 @@ def _load_named_matcher(
 def _load_matcher(
     directory: Path, config: AdapterConfig, vision_model: VisionEncoder, options: LoadOptions
 ) -> Matcher:
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_text_tokenizer(directory)
     with torch.device("meta"):
         matcher = Matcher(
             config.qformer,

@@ -22,7 +22,7 @@ from model.checkpoints.llm import find_llm_config, load_llm
 from model.checkpoints.options import LoadOptions
 from model.checkpoints.placement import place_llm
 from model.checkpoints.quiet import quiet
-from model.checkpoints.records import read_json
+from model.checkpoints.records import naming, read_json
 from model.checkpoints.tensors import TensorFiles, TensorSource, load_strictly
 from model.errors import CheckpointError, UnfitLanguageModelError
 from model.language import LanguageModel
@@ -110,7 +110,8 @@ def assemble_vision_model(
     attn_implementation: str = "sdpa",
 ) -> VisionEncoder:
     """Builds the encoder around the tensors of its tower; nothing is initialised only to be overwritten."""
-    encoder = build_empty_encoder(config, attn_implementation=attn_implementation)
+    with naming(source):
+        encoder = build_empty_encoder(config, attn_implementation=attn_implementation)
     load_strictly(encoder.body, tensors, source=source)
     return freeze(_cut(encoder.tower, feature_layer, source=source))
 
@@ -205,7 +206,8 @@ def load_language_model(
         has_own_head=fields.get("tie_word_embeddings") is False,
     )
     tokenizer = load_tokenizer(directory)
-    _read_end_tokens(llm, directory / "generation_config.json")
+    if not is_inside:  # transformers' BLIP-2 goes by the configuration inside it alone
+        _read_end_tokens(llm, directory / "generation_config.json")
     try:
         return LanguageModel(place_llm(freeze(llm), options), tokenizer, image_token_id=image_token_id).eval()
     except UnfitLanguageModelError as error:
@@ -229,11 +231,23 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
         if (directory / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the library in Rust raises no other type
         raise CheckpointError(
             f"{directory} holds no tokenizer that can be read ({error}); put tokenizer.json and "
             "tokenizer_config.json there"
         ) from error
+
+
+def load_text_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """Loads the tokenizer of a Q-Former's text side. Raises CheckpointError where it frames no texts."""
+    tokenizer = load_tokenizer(directory)
+    for name in ("cls_token", "sep_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            raise CheckpointError(
+                f"the tokenizer of {directory} has no {name!r}; put that of BERT there, "
+                "with [DEC] as its bos token"
+            )
+    return tokenizer
 
 
 def build_config(config_class: type[C], path: Path, fields: Mapping[str, Any]) -> C:

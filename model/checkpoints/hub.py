@@ -1,4 +1,4 @@
-"""The Hub's format: what transformers' BLIP-2 classes save, with a language model (OPT or T5) or none.
+"""The Hub's format: what transformers' BLIP-2 classes save, with a language model or none.
 
 Both classes hold vision_model.*, qformer.* and query_tokens. Blip2ForConditionalGeneration adds
 language_projection.* and language_model.*, Blip2ForImageTextRetrieval embeddings.* and three heads.
@@ -21,14 +21,14 @@ from model.checkpoints.frozen import (
     VISION,
     build_config,
     load_language_model,
-    load_tokenizer,
+    load_text_tokenizer,
     load_vision_model,
 )
 from model.checkpoints.loaded import LoadedParts
 from model.checkpoints.options import LoadOptions
 from model.checkpoints.processor import load_preprocessor
 from model.checkpoints.query_branch import build_generation_parts, build_retrieval_parts
-from model.checkpoints.records import read_json
+from model.checkpoints.records import naming, read_json
 from model.checkpoints.tensors import TensorFiles, load_strictly
 from model.config import QFormerConfig
 from model.errors import CheckpointError
@@ -63,7 +63,7 @@ def load_hub(directory: Path, options: LoadOptions = IN_FLOAT32) -> LoadedParts:
 def _load_generation(config: Blip2Config, files: TensorFiles, options: LoadOptions) -> Blip2Parts:
     vision_model = load_vision_model(files.directory, options)
     return build_generation_parts(
-        _qformer_config(config),
+        _qformer_config(config, files.path),
         _others(files, options),
         vision_model,
         load_language_model(files.directory, options),
@@ -74,10 +74,10 @@ def _load_generation(config: Blip2Config, files: TensorFiles, options: LoadOptio
 
 def _load_retrieval(config: Blip2Config, files: TensorFiles, options: LoadOptions) -> Blip2Parts:
     vision_model = load_vision_model(files.directory, options)
-    tokenizer = load_tokenizer(files.directory)
+    tokenizer = load_text_tokenizer(files.directory)
     with torch.device("meta"):
         matcher = Matcher(
-            _qformer_config(config), tokenizer, vision_layer_norm_eps=vision_model.layer_norm_eps
+            _qformer_config(config, files.path), tokenizer, vision_layer_norm_eps=vision_model.layer_norm_eps
         )
     matcher.text_head = None
     temperature = torch.tensor(INITIAL_TEMPERATURE, device=options.device)
@@ -93,25 +93,26 @@ def _others(files: TensorFiles, options: LoadOptions) -> dict[str, Tensor]:
     return others | {f"ln_vision.{name}": tensor for name, tensor in norm.items()}
 
 
-def _qformer_config(config: Blip2Config) -> QFormerConfig:
+def _qformer_config(config: Blip2Config, path: Path) -> QFormerConfig:
     sizes = config.qformer_config
     if sizes.hidden_act != "gelu":
         raise CheckpointError(
             f"the Q-Former uses the activation {sizes.hidden_act!r}; only 'gelu' is supported"
         )
-    return QFormerConfig(
-        hidden_size=sizes.hidden_size,
-        num_hidden_layers=sizes.num_hidden_layers,
-        num_attention_heads=sizes.num_attention_heads,
-        intermediate_size=sizes.intermediate_size,
-        encoder_hidden_size=sizes.encoder_hidden_size,
-        num_query_tokens=config.num_query_tokens,
-        vocab_size=sizes.vocab_size,
-        max_position_embeddings=sizes.max_position_embeddings,
-        joint_size=config.image_text_hidden_size,
-        cross_attention_frequency=sizes.cross_attention_frequency,
-        layer_norm_eps=sizes.layer_norm_eps,
-        hidden_dropout_prob=sizes.hidden_dropout_prob,
-        attention_probs_dropout_prob=sizes.attention_probs_dropout_prob,
-        initializer_range=sizes.initializer_range,
-    )
+    with naming(path):
+        return QFormerConfig(
+            hidden_size=sizes.hidden_size,
+            num_hidden_layers=sizes.num_hidden_layers,
+            num_attention_heads=sizes.num_attention_heads,
+            intermediate_size=sizes.intermediate_size,
+            encoder_hidden_size=sizes.encoder_hidden_size,
+            num_query_tokens=config.num_query_tokens,
+            vocab_size=sizes.vocab_size,
+            max_position_embeddings=sizes.max_position_embeddings,
+            joint_size=config.image_text_hidden_size,
+            cross_attention_frequency=sizes.cross_attention_frequency,
+            layer_norm_eps=sizes.layer_norm_eps,
+            hidden_dropout_prob=sizes.hidden_dropout_prob,
+            attention_probs_dropout_prob=sizes.attention_probs_dropout_prob,
+            initializer_range=sizes.initializer_range,
+        )

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.checkpoints.adapter import ADAPTER
+from model.checkpoints.adapter import ADAPTER, find_part
 from model.checkpoints.adapter_config import FORMAT, AdapterConfig
 from model.checkpoints.frozen import FINAL_NORM, LANGUAGE, VISION
 from model.checkpoints.hub import GENERATION, RETRIEVAL
@@ -85,15 +85,15 @@ def _read_headers(path: Path) -> tuple[str, list[TensorHeader]]:
     if fields.get("format") == FORMAT:
         config = AdapterConfig.read(path)
         headers = TensorFiles(path, ADAPTER).headers()
-        headers += _prefixed(VISION, TensorFiles(path / config.vision_model.path).headers())
+        headers += _headers_of_part(find_part(path, config.vision_model), VISION)
         if config.language_model is not None:
-            headers += _prefixed(LANGUAGE, TensorFiles(path / config.language_model.path).headers())
+            headers += _headers_of_part(find_part(path, config.language_model), LANGUAGE)
         if config.retrieval_model is not None:
             retrieval = TensorFiles(path / config.retrieval_model, ADAPTER).headers()
             headers += [header for header in retrieval if _part_of(header.name) not in _SHARED_NAMES]
         return f"adapter, {config.kind}", headers
     architectures = fields.get("architectures")
-    if architectures not in ([GENERATION], [RETRIEVAL]):
+    if not isinstance(architectures, list) or not {GENERATION, RETRIEVAL} & set(architectures):
         raise CheckpointError(
             f"{path / 'config.json'} is of architecture {architectures}; {GENERATION}, {RETRIEVAL}, adapters "
             "and files of LAVIS can be looked at"

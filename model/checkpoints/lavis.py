@@ -16,7 +16,7 @@ part that is needed is read.
 import copy
 import math
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,13 +34,13 @@ from model.checkpoints.frozen import (
     VISION,
     assemble_vision_model,
     load_language_model,
-    load_tokenizer,
+    load_text_tokenizer,
     load_vision_model,
     read_vision_config,
     resize_vision_model,
 )
 from model.checkpoints.lavis_names import find_family, from_lavis
-from model.checkpoints.loaded import LoadedParts
+from model.checkpoints.loaded import LoadedParts, Source
 from model.checkpoints.options import LoadOptions
 from model.checkpoints.query_branch import build_generation_parts, build_retrieval_parts
 from model.checkpoints.records import build_record, read_json
@@ -206,7 +206,7 @@ def _build_retrieval_parts(
     with torch.device("meta"):
         matcher = Matcher(
             _qformer_config(config, own, vision_model, tensors.path),
-            load_tokenizer(tensors.path.parent / config.tokenizer),
+            load_text_tokenizer(tensors.path.parent / config.tokenizer),
             vision_layer_norm_eps=vision_model.layer_norm_eps,
         )
     if not any(name.startswith("text_head.") for name in own):  # converted from the Hub's format
@@ -253,9 +253,9 @@ def _qformer_config(
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _named_sources(config: LavisConfig, path: Path) -> tuple[str | Callable[[], str], ...]:
+def _named_sources(config: LavisConfig, path: Path) -> tuple[Source, ...]:
     """Gives what identifies the directories that a .json names: hashes of weights, text of configurations."""
-    found: list[str | Callable[[], str]] = []
+    found: list[Source] = []
     for name in (config.vision_model, config.language_model):
         files = sorted((path.parent / name).glob("model*.safetensors")) if name else []
         found += [partial(hash_file, file) for file in files]

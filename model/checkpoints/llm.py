@@ -6,6 +6,7 @@ Any other one that `transformers` can generate with is built by its own loader.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -24,10 +25,12 @@ from transformers import (
 
 from model.checkpoints.options import LoadOptions
 from model.checkpoints.quiet import quiet
+from model.checkpoints.records import naming
 from model.checkpoints.tensors import TensorSource, load_strictly
 from model.errors import CheckpointError
 
 HEAD = "lm_head.weight"
+_OVERFLOWING = ("t5", "mt5", "umt5", "longt5", "switch_transformers")  # activations exceed float16's range
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +39,7 @@ class LlmFormat:
 
     word_embeddings: the names of the one matrix in a file, which may hold it under any of them.
     ignored: tensors of old releases that nothing reads. required: keys the configuration must set.
-    half: the type of 16 bits that it is run in. overflows_in_float16: whether that must not be float16.
+    half: the type of 16 bits that it is run in.
     """
 
     config_class: type[PreTrainedConfig]
@@ -45,7 +48,6 @@ class LlmFormat:
     ignored: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     half: torch.dtype = torch.bfloat16
-    overflows_in_float16: bool = False
 
 
 FORMATS: Mapping[str, LlmFormat] = {
@@ -53,6 +55,7 @@ FORMATS: Mapping[str, LlmFormat] = {
         config_class=OPTConfig,
         llm_class=OPTForCausalLM,
         word_embeddings=("model.decoder.embed_tokens.weight",),
+        required=("bos_token_id",),
         half=torch.float16,
     ),
     "t5": LlmFormat(
@@ -61,7 +64,6 @@ FORMATS: Mapping[str, LlmFormat] = {
         word_embeddings=("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
         ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
         required=("decoder_start_token_id", "eos_token_id"),
-        overflows_in_float16=True,
     ),
 }
 
@@ -100,9 +102,14 @@ def load_llm(
     """
     llm_format = FORMATS.get(config.model_type)
     dtype = options.pick_dtype(torch.bfloat16 if llm_format is None else llm_format.half)
+    if dtype == torch.float16 and config.model_type in _OVERFLOWING and options.runs:
+        raise CheckpointError(
+            f"{path} names a language model of type {config.model_type!r}, which overflows in float16; "
+            "load it in bfloat16 or float32"
+        )
     if llm_format is None:
         return _load_by_transformers(config, files.read(prefix, dtype=dtype), source=files.path)
-    _check(config, llm_format, dtype=dtype, path=path)
+    _check(config, llm_format, path=path)
     tensors = files.read(prefix, dtype=dtype, device=options.first_device)
     return _build(config, llm_format, tensors, source=files.path, has_own_head=has_own_head)
 
@@ -119,7 +126,7 @@ def _build(
     for name in llm_format.ignored:
         tensors.pop(name, None)
     _merge_word_embeddings(tensors, llm_format.word_embeddings, source=source)
-    with torch.device("meta"):
+    with naming(source), torch.device("meta"):
         llm = llm_format.llm_class(config)
     copies = llm_format.word_embeddings[1:]
     load_strictly(llm, tensors, source=source, tied=copies if has_own_head else (*copies, HEAD))
@@ -136,15 +143,10 @@ def _load_by_transformers(
     llm_class = _find_class(type(config))
     assert llm_class is not None, "the type was checked when the configuration was read"
     dtype = next((each.dtype for each in tensors.values() if each.is_floating_point()), torch.float32)
-    try:
-        with quiet():
-            llm, found = llm_class.from_pretrained(
-                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
-            )
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{source} does not hold the weights of its config.json ({error}); use the one saved with them"
-        ) from error
+    with naming(source), quiet():
+        llm, found = llm_class.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+        )
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(
             f"{source} lacks the tensor {missing[0]!r} ({len(missing)} are missing in all); save it again"
@@ -162,16 +164,12 @@ def _find_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] |
     for mapping in (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
         if config_class in mapping:
             llm_class: type[PreTrainedModel] = mapping[config_class]
-            return llm_class
+            parameters = signature(llm_class.forward).parameters
+            return llm_class if parameters.keys() >= {"inputs_embeds", "past_key_values"} else None
     return None
 
 
-def _check(config: PreTrainedConfig, llm_format: LlmFormat, *, dtype: torch.dtype, path: Path) -> None:
-    if llm_format.overflows_in_float16 and dtype == torch.float16:
-        raise CheckpointError(
-            f"{path} names a language model of type {config.model_type!r}, which overflows in float16; "
-            "load it in bfloat16 or float32"
-        )
+def _check(config: PreTrainedConfig, llm_format: LlmFormat, *, path: Path) -> None:
     for key in llm_format.required:
         if getattr(config, key, None) is None:
             raise CheckpointError(

@@ -1,10 +1,13 @@
 """What a loader gives: built parts, and what identifies them."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from model.parts import Blip2Parts
+
+Source = str | Callable[[], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,17 +15,22 @@ class LoadedParts:
     """sources: the text of all configurations, and what gives the hashes of all weight files."""
 
     parts: Blip2Parts
-    sources: tuple[str | Callable[[], str], ...]
+    sources: tuple[Source, ...]
 
-    def fingerprint(self) -> str:
-        """Gives a sha256 that differs wherever the model may compute something else; a key for caches.
+    def identify(self) -> Callable[[], str]:
+        """Gives what gives a sha256 that differs wherever the model may compute something else; for caches.
 
-        Reads the weight files once more, unless an adapter had their hashes checked.
+        That reads the weight files once more, unless an adapter had their hashes checked. It does not hold on
+        to the parts, which may be shared or dropped afterwards.
         """
         preprocess, language_model = self.parts.preprocess, self.parts.language_model
         pixels = f"{preprocess.image_size} {preprocess.mean} {preprocess.std}"
         types = f"{self.parts.vision_model.dtype} {language_model.dtype if language_model else None}"
-        # Each source is hashed first, so that no two lists of sources read the same when joined.
-        sources = (source if isinstance(source, str) else source() for source in self.sources)
-        lines = [hashlib.sha256(source.encode()).hexdigest() for source in (*sources, pixels, types)]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return partial(_hash_sources, (*self.sources, pixels, types))
+
+
+def _hash_sources(sources: Sequence[Source]) -> str:
+    """Each source is hashed first, so that no two lists of sources read the same when joined."""
+    texts = (source if isinstance(source, str) else source() for source in sources)
+    lines = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

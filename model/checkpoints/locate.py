@@ -7,7 +7,6 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -50,14 +49,16 @@ def locate(name_or_path: str, *, revision: str | None = None) -> Path:
 
 def _download(hub_id: str, revision: str | None) -> Path:
     try:
-        return Path(
-            snapshot_download(
-                hub_id, revision=revision, allow_patterns=list(_READ_FILES), ignore_patterns="*/*"
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        directory = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_READ_FILES)))
+    except Exception as error:  # the errors of the client, of HTTP below it and of the disk share no base
         where = hub_id if revision is None else f"{hub_id} at the revision {revision!r}"
         raise CheckpointError(f"cannot fetch {where}: {_explain(error)}") from error
+    if not any(directory.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{hub_id} has no safetensors; pickles (*.bin) are not read, for they may run code: load it with "
+            "transformers, save it with save_pretrained, and give that directory"
+        )
+    return directory
 
 
 def _explain(error: Exception) -> str:
@@ -72,4 +73,5 @@ def _explain(error: Exception) -> str:
             "it was not downloaded before, and the Hub cannot be reached or HF_HUB_OFFLINE is set; "
             "download it where there is a network, with 'hf download', into the same HF_HOME"
         )
-    return f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; try again"
+    message = str(error).splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__} {message}; what was downloaded is kept, try again"

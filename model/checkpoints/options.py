@@ -19,6 +19,7 @@ class LoadOptions:
     stands between them is in float32.
     image_size: S of the images to read, to which the position table is interpolated; None: the checkpoint's.
     quantize: "int8" to hold the linear layers of the language model in 8 bits.
+    runs: whether the model is going to, and not only to be written in another format.
     spread: whether the language model is laid over all GPUs, as one too large for one needs it.
     """
 
@@ -27,6 +28,7 @@ class LoadOptions:
     image_size: int | None = None
     quantize: Quantization = "none"
     spread: bool = False
+    runs: bool = True
 
     @property
     def first_device(self) -> torch.device:

@@ -37,18 +37,27 @@ def _quantize(llm: PreTrainedModel) -> None:
 
 
 def _spread(llm: PreTrainedModel) -> PreTrainedModel:
-    """Lays the layers over all GPUs, and what is left over on the CPU; each runs where it lies."""
+    """Lays the layers over all GPUs; what is left over stays on the CPU, and is copied to a GPU to run.
+
+    A quarter of each GPU is kept for what grows: caches, activations, other models.
+    """
     try:
         from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate.utils import get_max_memory
     except ImportError as error:
         raise CheckpointError(
             f"spreading a language model needs accelerate ({error}); pip install 'blip2-server[spread]'"
         ) from error
-    device_map = infer_auto_device_map(llm, no_split_module_classes=list(llm._no_split_modules or []))
+    free = get_max_memory()
+    room = {device: size if device == "cpu" else size * 3 // 4 for device, size in free.items()}
+    device_map = infer_auto_device_map(
+        llm, max_memory=room, no_split_module_classes=list(llm._no_split_modules or [])
+    )
     if "disk" in device_map.values():
         raise CheckpointError(
             "the language model fits neither the GPUs nor the memory beside them; load a smaller one, or "
             "in 8 bits"
         )
-    dispatched: PreTrainedModel = dispatch_model(llm, device_map)
+    skipped = getattr(llm, "_skip_keys_device_placement", None)
+    dispatched: PreTrainedModel = dispatch_model(llm, device_map, skip_keys=skipped)
     return dispatched

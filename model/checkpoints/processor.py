@@ -1,11 +1,12 @@
 """Reads how the pixels of a checkpoint in the Hub's format are made, where a file says so."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
 from model.checkpoints.records import read_json
 from model.errors import CheckpointError
@@ -20,6 +21,7 @@ _FIXED: Mapping[str, object] = {  # what ImagePreprocessor does, and has no swit
     "resample": int(Image.Resampling.BICUBIC),
 }
 _RESCALE_FACTOR = 1 / 255
+_Channels = tuple[float, float, float]
 
 
 def load_preprocessor(directory: Path, image_size: int) -> ImagePreprocessor:
@@ -29,23 +31,26 @@ def load_preprocessor(directory: Path, image_size: int) -> ImagePreprocessor:
     of the encoder, whatever the file says. Raises CheckpointError for what BLIP-2's processor does not do.
     """
     path, fields = _read(directory)
+    fields = {key: value for key, value in fields.items() if value is not None}  # null says nothing
     for key, value in _FIXED.items():
         if fields.get(key, value) != value:
             raise CheckpointError(
                 f"{path} sets {key!r} to {fields[key]!r}; BLIP-2's images are made with {value!r}: correct "
                 "it, or remove the key"
             )
-    if abs(fields.get("rescale_factor", _RESCALE_FACTOR) - _RESCALE_FACTOR) > 1e-6:
-        raise CheckpointError(
-            f"{path} sets 'rescale_factor' to {fields['rescale_factor']!r}; it must be 1/255: correct it"
-        )
+    factor = fields.get("rescale_factor", _RESCALE_FACTOR)
+    if not isinstance(factor, float) or abs(factor - _RESCALE_FACTOR) > 1e-6:
+        raise CheckpointError(f"{path} sets 'rescale_factor' to {factor!r}; it must be 1/255: correct it")
     mean, std = fields.get("image_mean", CLIP_MEAN), fields.get("image_std", CLIP_STD)
-    for values in (mean, std):
-        if not isinstance(values, Sequence) or [type(value) for value in values] != [float] * 3:
-            raise CheckpointError(
-                f"{path} has {values!r} where mean and deviation of three channels must stand, such as "
-                f"{list(CLIP_MEAN)}; correct it"
-            )
+    try:
+        (mean, std) = TypeAdapter(tuple[_Channels, _Channels]).validate_python((mean, std))
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{path} has image_mean {mean!r} and image_std {std!r}; three numbers each must stand there, "
+            f"such as {list(CLIP_MEAN)}: correct it"
+        ) from error
+    if min(std) <= 0:
+        raise CheckpointError(f"{path} has image_std {std!r}; each must be above 0: correct it")
     return ImagePreprocessor(image_size, mean, std)
 
 

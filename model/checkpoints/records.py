@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar, get_args, get_type_hints
 
@@ -26,6 +27,18 @@ def read_json(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object; save the checkpoint again")
     return content
+
+
+@contextmanager
+def naming(source: Path) -> Iterator[None]:
+    """Turns what building modules raises into a CheckpointError that names the file their sizes came with."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"no model can be built for {source} ({type(error).__name__}: {error}); use the config.json that "
+            "was saved with these weights"
+        ) from error
 
 
 def build_record(record: type[T], fields: object, *, where: str) -> T:

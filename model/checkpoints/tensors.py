@@ -179,9 +179,13 @@ def _file_names(directory: Path, file_name: str) -> list[str]:
             )
         return [file_name]
     shards = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
+    if not isinstance(shards, dict) or not shards or not all(map(_is_file_name, shards.values())):
         raise CheckpointError(f"{directory / INDEX} names no shards; save the checkpoint again")
     return sorted(set(shards.values()))
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name
 
 
 def _open(path: Path) -> safe_open:

@@ -1,4 +1,4 @@
-"""The frozen language model: soft tokens and a prompt in, text out. What tells OPT from T5 when it runs."""
+"""The frozen language model: soft tokens and a prompt in, text out; what tells the families apart."""
 
 from model.language.family import DecodingState
 from model.language.language_model import LanguageModel

@@ -37,6 +37,7 @@ class LanguageModel(nn.Module):
         self.llm = llm
         self.tokenizer = tokenizer
         config = llm.config
+        _check_fit(llm)
         self.eos_token_ids = _find_eos_token_ids(llm)
         self.hidden_size: int = config.hidden_size
         if image_token_id is None:
@@ -123,14 +124,26 @@ class LanguageModel(nn.Module):
         return state.advance(tokens)
 
 
+def _check_fit(llm: PreTrainedModel) -> None:
+    hidden_size = getattr(llm.config, "hidden_size", None)
+    width = llm.get_input_embeddings().weight.shape[1]
+    if hidden_size != width:
+        raise UnfitLanguageModelError(
+            f"has embeddings {width} wide and hidden states {hidden_size} wide; soft tokens must be both"
+        )
+    if not llm.config.is_encoder_decoder and getattr(llm.config, "is_decoder", True) is False:
+        raise UnfitLanguageModelError("is an encoder ('is_decoder' is false), which generates no text")
+
+
 def _find_eos_token_ids(llm: PreTrainedModel) -> tuple[int, ...]:
     eos = llm.generation_config.eos_token_id if llm.generation_config is not None else None
     eos = llm.config.eos_token_id if eos is None else eos
-    if eos is None:
+    tokens = eos if isinstance(eos, list) else [eos]
+    if not tokens or not all(isinstance(token, int) for token in tokens):
         raise UnfitLanguageModelError(
-            "names no token that ends an answer; set 'eos_token_id' in its config.json"
+            f"says that an answer ends with {eos!r}; set 'eos_token_id' in its config.json to an id"
         )
-    return tuple(eos) if isinstance(eos, list) else (eos,)
+    return tuple(tokens)
 
 
 def _find_frame(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Frame:
@@ -141,5 +154,10 @@ def _find_frame(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Fra
     if config.model_type == "t5":
         return (), (config.eos_token_id,)
     bare, whole = (tokenizer.encode("a", add_special_tokens=framed) for framed in (False, True))
-    start = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    start = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), None)
+    if start is None or not bare:
+        raise UnfitLanguageModelError(
+            f"has a tokenizer that turns 'a' into {bare}, and into {whole} with special tokens; "
+            "it does not tell which of them stand around a prompt"
+        )
     return tuple(whole[:start]), tuple(whole[start + len(bare) :])

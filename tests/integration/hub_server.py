@@ -53,12 +53,16 @@ def hub_server(repositories: dict[str, Path], *, token: str | None = None) -> It
             if (found := self._find(name, revision)) is None:
                 return
             commit, directory = found
-            paths = sorted(directory.iterdir())
+            paths = {
+                path.relative_to(directory).as_posix(): path
+                for path in sorted(directory.rglob("*"))
+                if path.is_file()
+            }
             tree = [
-                {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": _hash(path)}
-                for path in paths
+                {"type": "file", "path": inside, "size": path.stat().st_size, "oid": _hash(path)}
+                for inside, path in paths.items()
             ]
-            info = {"id": name, "sha": commit, "siblings": [{"rfilename": path.name} for path in paths]}
+            info = {"id": name, "sha": commit, "siblings": [{"rfilename": inside} for inside in paths]}
             body = json.dumps(tree if as_tree else info).encode()
             self._send(200, body, {"Content-Type": "application/json"})
 

@@ -9,6 +9,7 @@ import pytest
 
 from model import Blip2
 from model.checkpoints import save_hub
+from model.checkpoints.convert import convert
 from tests.builders import build_parts
 from tests.integration.hub_server import hub_server
 
@@ -82,3 +83,16 @@ def test_a_gated_model_needs_the_token(repositories: dict[str, Path], tmp_path: 
     with hub_server(repositories, token="hf_secret") as endpoint:
         assert "it is gated; accept its terms on the Hub, and set HF_TOKEN" in load(tmp_path, endpoint).stderr
         assert load(tmp_path, endpoint, HF_TOKEN="hf_secret").returncode == 0
+
+
+@pytest.mark.slow
+def test_pickles_are_refused_and_an_adapter_brings_its_parts(tmp_path: Path) -> None:
+    pickled, adapter = tmp_path / "pickled", tmp_path / "adapter"
+    save_hub(pickled, build_parts())
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    convert(build_parts(), adapter, "adapter")
+    with hub_server({"a/pickled@main": pickled, "a/adapter@main": adapter}) as endpoint:
+        refused = load(tmp_path / "cache", endpoint, name="a/pickled")
+        assert "a/pickled has no safetensors; pickles (*.bin) are not read" in refused.stderr
+        loaded = load(tmp_path / "cache", endpoint, name="a/adapter")
+        assert loaded.stdout.strip() == Blip2.from_pretrained(str(adapter)).fingerprint, loaded.stderr

@@ -1,5 +1,6 @@
 """Language models that no published BLIP-2 has answer as in transformers, in its format or an adapter."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     Blip2ForConditionalGeneration,
     LlamaConfig,
     MistralConfig,
@@ -18,7 +21,7 @@ from transformers import (
 )
 
 from model import Blip2, CheckpointError, DecodeJob
-from model.checkpoints import load_blip2
+from model.checkpoints import LoadOptions, load_blip2, load_language_model
 from model.checkpoints.convert import convert
 from model.decoding import run_jobs
 from tests.builders import WORDS, build_language_tokenizer
@@ -135,3 +138,34 @@ def test_a_tensor_too_few_is_named(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lacks the tensor '.*layers\.1\.mlp\.up_proj\.weight'"):
         Blip2.from_pretrained(str(tmp_path))
+
+
+def test_mt5_is_refused_in_float16_too(tmp_path: Path) -> None:
+    save(tmp_path, "mt5")
+    with pytest.raises(CheckpointError, match="type 'mt5', which overflows in float16"):
+        Blip2.from_pretrained(str(tmp_path), LoadOptions(dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"eos_token_id": "x"}, "says that an answer ends with 'x'"),
+        ({"eos_token_id": []}, r"says that an answer ends with \[\]"),
+    ],
+)
+def test_end_tokens_that_are_none_are_refused(
+    fields: dict[str, object], complaint: str, tmp_path: Path
+) -> None:
+    save(tmp_path / "hub", "llama")
+    convert(load_blip2(str(tmp_path / "hub")).parts, tmp_path / "adapter", "adapter")
+    (tmp_path / "adapter" / "language_model" / "generation_config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=complaint):
+        Blip2.from_pretrained(str(tmp_path / "adapter"))
+
+
+def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertLMHeadModel(BertConfig(hidden_size=8, **sizes)).save_pretrained(tmp_path)
+    build_language_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"says that an answer ends|is an encoder"):
+        load_language_model(tmp_path)

@@ -1,5 +1,7 @@
 """One checkpoint answers in words, another matches; their image encoder is one where it is equal."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,13 @@ def test_a_checkpoint_without_heads_cannot_match(tmp_path: Path) -> None:
     generation = save_generation(tmp_path / "a")
     with pytest.raises(SettingsError, match=r"BLIP2_RETRIEVAL_MODEL is .*, which has no ITC and ITM heads"):
         load(generation, generation)
+
+
+def test_the_image_encoder_that_is_not_used_is_let_go(tmp_path: Path) -> None:
+    generation, retrieval = save_generation(tmp_path / "a"), save_retrieval(tmp_path / "b", seed=0)
+    main, matching = Blip2.from_pretrained(generation), Blip2.from_pretrained(retrieval)
+    spare = weakref.ref(matching.vision_model)
+    assert main.share_vision_model(matching)
+    gc.collect()
+    assert spare() is None
+    assert len(matching.fingerprint) == 64

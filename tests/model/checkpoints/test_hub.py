@@ -189,8 +189,9 @@ def test_an_architecture_of_transformers_that_is_not_served_is_named(
     [
         ({"resample": 2}, "'resample' to 2; BLIP-2's images are made with 3"),
         ({"do_center_crop": True}, "'do_center_crop' to True"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "each must be above 0"),
         ({"rescale_factor": 1.0}, "'rescale_factor' to 1.0; it must be 1/255"),
-        ({"image_mean": [0.5]}, "has [0.5] where mean and deviation of three channels must stand"),
+        ({"image_mean": [0.5]}, "image_mean [0.5]"),
     ],
 )
 def test_a_processor_that_makes_other_pixels_is_refused(
@@ -201,6 +202,24 @@ def test_a_processor_that_makes_other_pixels_is_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | edit))
     with pytest.raises(CheckpointError, match=re.escape(complaint)):
         Blip2.from_pretrained(str(tmp_path / "hub"))
+
+
+def test_what_a_processor_leaves_unset_is_no_difference(hub_directory: Path, tmp_path: Path) -> None:
+    copytree(hub_directory, tmp_path / "hub")
+    path = tmp_path / "hub" / "preprocessor_config.json"
+    unset = {"do_center_crop": None, "crop_size": None, "rescale_factor": None, "image_std": [1, 1, 1]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | unset))
+    assert Blip2.from_pretrained(str(tmp_path / "hub")).preprocess.std == (1.0, 1.0, 1.0)
+
+
+def test_the_end_token_is_that_of_the_configuration_inside_as_in_transformers(
+    hub_directory: Path, tmp_path: Path
+) -> None:
+    copytree(hub_directory, tmp_path / "hub")
+    (tmp_path / "hub" / "generation_config.json").write_text('{"eos_token_id": 9}')
+    language_model = Blip2.from_pretrained(str(tmp_path / "hub")).require_language_model()
+    reference = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "hub")
+    assert language_model.eos_token_ids == (reference.language_model.generation_config.eos_token_id,) == (3,)
 
 
 def test_a_missing_processor_is_made_up_and_said_so(

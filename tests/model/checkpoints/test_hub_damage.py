@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import pytest
 import torch
@@ -101,7 +102,9 @@ def test_a_damaged_header_is_refused(hub: Path) -> None:
     assert f"cannot read {path}" in refusal(hub)
 
 
-@pytest.mark.parametrize("index", ["{", "[]", "{}", json.dumps({"weight_map": {}})])
+@pytest.mark.parametrize(
+    "index", ["{", "[]", "{}", json.dumps({"weight_map": {}}), json.dumps({"weight_map": {"a": 5}})]
+)
 def test_an_index_that_is_none_is_named(sharded: Path, index: str) -> None:
     (sharded / "model.safetensors.index.json").write_text(index)
     assert "model.safetensors.index.json" in refusal(sharded)
@@ -120,13 +123,21 @@ def test_weights_that_are_pickles_are_refused_with_the_way_out(hub: Path) -> Non
         ({"model_type": "clip"}, "describes no BLIP-2 checkpoint"),
         ({"architectures": ["Blip2Model"]}, "is of architecture ['Blip2Model']"),
         ({"vision_config": {"hidden_size": "wide"}}, "is not a valid configuration"),
+        ({"vision_config": {"num_attention_heads": 0}}, "no model can be built"),
+        ({"vision_config": {"hidden_act": "foo"}}, "no model can be built"),
+        ({"qformer_config": {"num_attention_heads": 5}}, "no model can be built"),
+        ({"qformer_config": {"num_attention_heads": 0}}, "no model can be built"),
+        ({"text_config": {"model_type": "opt", "num_attention_heads": 5}}, "no model can be built"),
+        ({"text_config": {"model_type": "opt", "activation_function": "foo"}}, "no model can be built"),
+        ({"text_config": {"model_type": "mamba"}}, "those that transformers has a causal"),
+        ({"text_config": {"model_type": "opt", "bos_token_id": None}}, "does not set 'bos_token_id'"),
         ({"num_query_tokens": 9}, "'query_tokens' has shape [1, 8, 32], the configuration says [1, 9, 32]"),
     ],
 )
 def test_a_configuration_of_something_else_is_named(
     hub: Path, fields: dict[str, object], complaint: str
 ) -> None:
-    edit_config(hub, lambda config: config.update(fields))
+    edit_config(hub, lambda config: config.update(_merged(config, fields)))
     message = refusal(hub)
     assert "config.json" in message
     assert complaint in message
@@ -136,6 +147,12 @@ def test_a_missing_tokenizer_is_named(hub: Path) -> None:
     for path in hub.glob("tokenizer*"):
         path.unlink()
     assert "holds no tokenizer (tokenizer.json, vocab.json" in refusal(hub)
+
+
+def _merged(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: {**config[key], **value} if isinstance(value, dict) else value for key, value in fields.items()
+    }
 
 
 def _inside(name: str) -> str:

@@ -1,0 +1,266 @@
+"""Captions per second, here and by transformers' `generate`, on the same weights in one run.
+
+    python benchmarks/decoder.py [--language-model opt|t5] [--repeats 5] [--threads 2] [--out FILE]
+
+Random weights in bfloat16: ViT 768 x 12 at 224/14, Q-Former of BERT-base's size with 32 queries, OPT of 125M
+or T5 of base size; beams 5, 20 new tokens unless said. Every answer has its full length, so both sides do the
+same work. The sides take turns; ratios are made pair by pair, and medians are given. `generate` runs with the
+attention that is faster for it, found first. Set an allocator for both sides, by LD_PRELOAD, or for neither.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+
+from model import Blip2, DecodeJob, GenerationParams
+from model.checkpoints import LoadOptions
+from model.decoding import run_jobs
+
+NUM_QUERY_TOKENS = 32
+VOCABULARY = 50304
+IMAGE_TOKEN = 50265
+PROMPT = "w7 w8 w9"
+NUM_TOGETHER = 16
+PEER_BATCH = 16
+NUM_MIXED = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One image, asked for so many tokens with so many beams."""
+
+    image: int
+    num_tokens: int = 20
+    num_beams: int = 5
+
+
+class Ours:
+    """This project: images encoded together, texts advanced together."""
+
+    def __init__(self, directory: Path) -> None:
+        self._blip2 = Blip2.from_pretrained(str(directory), LoadOptions(dtype=torch.bfloat16))
+        self._language_model = self._blip2.require_language_model()
+
+    @torch.inference_mode()
+    def run(self, requests: Sequence[Request], pixels: Tensor) -> None:
+        chosen = pixels[[request.image for request in requests]]
+        inputs = self._blip2.project_queries(self._blip2.encode_queries(self._blip2.encode_images(chosen)))
+        prompt_ids = self._language_model.tokenize(PROMPT)
+        jobs = [
+            DecodeJob(
+                one,
+                prompt_ids,
+                GenerationParams(
+                    num_beams=request.num_beams,
+                    max_new_tokens=request.num_tokens,
+                    min_new_tokens=request.num_tokens,
+                ),
+            )
+            for one, request in zip(inputs, requests, strict=True)
+        ]
+        for request, (answer, *_) in zip(requests, run_jobs(self._language_model, jobs), strict=True):
+            assert answer.num_tokens == request.num_tokens
+
+
+class Peer:
+    """`generate` of transformers; all requests of a call are one batch, which runs as long as its longest."""
+
+    def __init__(self, directory: Path, prompt_ids: Sequence[int], attention: str) -> None:
+        self._model = Blip2ForConditionalGeneration.from_pretrained(
+            directory, dtype=torch.bfloat16, attn_implementation=attention
+        ).eval()
+        self._input_ids = torch.tensor([[IMAGE_TOKEN] * NUM_QUERY_TOKENS + list(prompt_ids)])
+
+    @torch.inference_mode()
+    def run(self, requests: Sequence[Request], pixels: Tensor) -> None:
+        num_tokens = max(request.num_tokens for request in requests)
+        input_ids = self._input_ids.expand(len(requests), -1)
+        self._model.generate(
+            pixel_values=pixels[[request.image for request in requests]].to(torch.bfloat16),
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            num_beams=requests[0].num_beams,
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+        )
+
+    def run_one_by_one(self, requests: Sequence[Request], pixels: Tensor) -> None:
+        for request in requests:
+            self.run([request], pixels)
+
+    def run_grouped(self, requests: Sequence[Request], pixels: Tensor) -> None:
+        """As a careful user batches a mixed load: by beams, sorted by length."""
+        for num_beams in sorted({request.num_beams for request in requests}):
+            group = [request for request in requests if request.num_beams == num_beams]
+            group.sort(key=lambda request: request.num_tokens)
+            for start in range(0, len(group), PEER_BATCH):
+                self.run(group[start : start + PEER_BATCH], pixels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Captions per second beside transformers' generate.")
+    parser.add_argument("--language-model", choices=["opt", "t5"], default="opt")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--growth", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--out", type=Path, help="write the table here too")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        make_checkpoint(Path(folder), arguments.language_model)
+        lines = list(_report(Path(folder), arguments))
+    text = "\n".join(lines) + "\n"
+    if arguments.out is not None:
+        arguments.out.write_text(text, encoding="utf-8")
+
+
+def make_checkpoint(directory: Path, language_model: str) -> None:
+    """Writes a model of these sizes with weights from N(0, 0.02), in the Hub's format."""
+    config = Blip2Config(
+        vision_config=Blip2VisionConfig(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            image_size=224,
+            patch_size=14,
+        ).to_dict(),
+        qformer_config=Blip2QFormerConfig(encoder_hidden_size=768).to_dict(),
+        text_config=(_opt_config() if language_model == "opt" else _t5_config()).to_dict(),
+        num_query_tokens=NUM_QUERY_TOKENS,
+        image_token_index=IMAGE_TOKEN,
+    )
+    model = Blip2ForConditionalGeneration(config).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            is_norm = "norm" in name and name.endswith("weight")
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02 + is_norm)
+    model.tie_weights()
+    model.save_pretrained(directory)
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | {f"w{at}": at for at in range(4, VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+
+
+def _opt_config() -> OPTConfig:
+    return OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=768,
+        word_embed_proj_dim=768,
+        ffn_dim=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        eos_token_id=50118,
+    )
+
+
+def _t5_config() -> T5Config:
+    return T5Config(
+        vocab_size=VOCABULARY,
+        d_model=768,
+        d_kv=64,
+        d_ff=2048,
+        num_layers=12,
+        num_heads=12,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+    )
+
+
+def _report(directory: Path, arguments: argparse.Namespace) -> Iterator[str]:
+    ours = Ours(directory)
+    pixels = torch.randn(64, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    peers = {name: Peer(directory, ours._language_model.tokenize(PROMPT), name) for name in ("sdpa", "eager")}
+    one, together = [Request(0)], [Request(at) for at in range(NUM_TOGETHER)]
+    chosen = {name: _median_s(partial(peer.run, together, pixels), 2) for name, peer in peers.items()}
+    best = min(chosen, key=lambda name: chosen[name])
+    peer = peers.pop(best)
+    peers.clear()
+    mixed = _mixed_load()
+    command = f"--language-model {arguments.language_model} --repeats {arguments.repeats}"
+    allocator = Path(os.environ["LD_PRELOAD"]).name if "LD_PRELOAD" in os.environ else "glibc's"
+    yield _say(f"# The decoder beside transformers' generate: {arguments.language_model}")
+    yield _say("")
+    yield _say(
+        f"`python benchmarks/decoder.py {command}`, torch {torch.__version__}, bfloat16, {arguments.threads} "
+        f"threads, allocator {allocator}; generate with {best} attention. Seconds are medians, ratios "
+        "medians of pairs (least, most)."
+    )
+    yield _say("")
+    yield _say("| load | this project, s | generate, s | our time / its time |")
+    yield _say("|---|---|---|---|")
+    cases: list[tuple[str, Sequence[Request], Callable[[Sequence[Request], Tensor], None]]] = [
+        ("one image alone", one, peer.run),
+        (f"{NUM_TOGETHER} together; it one by one", together, peer.run_one_by_one),
+        (f"{NUM_TOGETHER} together; it in one batch", together, peer.run),
+        (f"{NUM_MIXED} mixed, 3 to 30 tokens, beams 1 and 5; it grouped and sorted", mixed, peer.run_grouped),
+    ]
+    for name, requests, run_peer in cases:
+        pairs = [
+            (_seconds(partial(ours.run, requests, pixels)), _seconds(partial(run_peer, requests, pixels)))
+            for _ in range(arguments.repeats + 1)
+        ][1:]  # the first warms up
+        ratios = [our_s / its_s for our_s, its_s in pairs]
+        ours_s, its_s = (statistics.median(side) for side in zip(*pairs, strict=True))
+        yield _say(
+            f"| {name} | {ours_s:.2f} | {its_s:.2f} "
+            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f}) |"
+        )
+    yield _say("")
+    yield _say("| images together | s | captions per second |")
+    yield _say("|---|---|---|")
+    for count in arguments.growth:
+        requests = [Request(at) for at in range(count)]
+        seconds = _median_s(partial(ours.run, requests, pixels), max(1, arguments.repeats // 2))
+        yield _say(f"| {count} | {seconds:.2f} | {count / seconds:.2f} |")
+
+
+def _mixed_load() -> list[Request]:
+    rng = np.random.default_rng(0)
+    return [
+        Request(at, num_tokens=int(rng.integers(3, 31)), num_beams=int(rng.choice([1, 5])))
+        for at in range(NUM_MIXED)
+    ]
+
+
+def _median_s(work: Callable[[], None], repeats: int) -> float:
+    return statistics.median(_seconds(work) for _ in range(repeats))
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _say(line: str) -> str:
+    print(line, flush=True)
+    return line
+
+
+if __name__ == "__main__":
+    main()
