@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ModelError, OSError) as error:
         print(f"{arguments.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on where {arguments.out} ends", file=sys.stderr)
+        return 130
     print(
         f"{arguments.out}: {written} images written, {len(images) - written} were there, {failed} unreadable",
         file=sys.stderr,

@@ -69,7 +69,7 @@ def caption_work(blip2: Blip2, prompt: str | None, params: GenerationParams) -> 
             {"captions": [{"text": one.text, "score": one.score} for one in captions]} for captions in answers
         ]
 
-    return Work(work, {"prompt": prompt})
+    return Work(work, {"model": blip2.name, "prompt": prompt, "num_beams": params.num_beams})
 
 
 def answer_work(blip2: Blip2, questions: Sequence[str], params: GenerationParams) -> Work:
@@ -92,7 +92,7 @@ def answer_work(blip2: Blip2, questions: Sequence[str], params: GenerationParams
             for _ in inputs
         ]
 
-    return Work(work, {"questions": list(questions)})
+    return Work(work, {"model": blip2.name, "questions": list(questions), "num_beams": params.num_beams})
 
 
 def match_work(blip2: Blip2, texts: Sequence[str]) -> Work:
@@ -125,13 +125,15 @@ def match_work(blip2: Blip2, texts: Sequence[str]) -> Work:
             found.append({"matches": [{"itc": itc, "itm_probability": itm} for itc, itm in scored]})
         return found
 
-    return Work(work, {"texts": list(texts)})
+    return Work(work, {"model": blip2.name, "texts": list(texts)})
 
 
 def run_bulk(
     blip2: Blip2, images: Sequence[Path], work: Work, out: Path, *, batch_size: int = 8
 ) -> tuple[int, int]:
-    """Writes one JSON line for each image that `out` has no line of yet; gives how many, and how many failed.
+    """Writes one JSON line for each image that `out` has no line of yet.
+
+    Gives how many, and how many of all its lines tell of an image that cannot be read.
 
     A line is {"image": path} with what was asked and what is said, or with "error" where the file cannot be
     read. A batch is written as a whole and flushed, so that a run cut off at any moment goes on
@@ -140,7 +142,7 @@ def run_bulk(
     """
     done = _lines_of(out, work.asked)
     todo = [path for path in images if str(path) not in done]
-    failed = 0
+    failed = sum(done.values())
     with out.open("a", encoding="utf-8") as file, tqdm(total=len(todo), unit="image") as progress:
         for paths in _batches(todo, batch_size):
             lines = _run_batch(blip2, paths, work)
@@ -168,10 +170,10 @@ def _run_batch(blip2: Blip2, paths: Sequence[Path], work: Work) -> list[dict[str
     ]
 
 
-def _lines_of(out: Path, asked: dict[str, Any]) -> set[str]:
-    """Gives the images that have a line; cuts off half a line at the end."""
+def _lines_of(out: Path, asked: dict[str, Any]) -> dict[str, bool]:
+    """Gives the images that have a line, and whether it tells of an error; cuts off half a line."""
     if not out.exists():
-        return set()
+        return {}
     content = out.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     tail = content[len(whole) :]
@@ -179,7 +181,7 @@ def _lines_of(out: Path, asked: dict[str, Any]) -> set[str]:
         if not (tail.startswith(_LINE_START) or _LINE_START.startswith(tail)):
             raise ValueError(f"the last line begins with {tail[:20]!r}")
         lines = [json.loads(line) for line in whole.splitlines()]
-        images = {str(line["image"]) for line in lines}
+        images = {str(line["image"]): "error" in line for line in lines}
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{out} holds lines that this command did not write ({error!r}); name another file"

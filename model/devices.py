@@ -15,6 +15,8 @@ def find_device(wanted: str) -> torch.device:
     if wanted == "auto":
         return torch.device("cuda") if torch.cuda.is_available() else CPU
     kind, _, index = wanted.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or not (index.isdecimal() or wanted == kind):
+        raise DeviceUnavailableError(f"the device is {wanted!r}; it must be auto, cpu, cuda, cuda:N or mps")
     count = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= count:
         raise DeviceUnavailableError(

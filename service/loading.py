@@ -31,6 +31,10 @@ def load_backend(settings: Settings) -> "Blip2Backend":
         device = find_device(settings.device)
     except DeviceUnavailableError as error:
         raise SettingsError(f"BLIP2_DEVICE: {error}") from error
+    if settings.spread and device.type != "cuda":
+        raise SettingsError(
+            f"BLIP2_SPREAD lays the language model over GPUs, and the device is {str(device)!r}; unset it"
+        )
     options = LoadOptions(
         device=device,
         dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),

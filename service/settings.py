@@ -105,11 +105,6 @@ class Settings(BaseSettings):
                 f"{_variable('retrieval_revision')} is {self.retrieval_revision!r} and "
                 f"{_variable('retrieval_model')} is not set; set both, or neither"
             )
-        if self.spread and not self.device.startswith(("auto", "cuda")):
-            raise ValueError(
-                f"{_variable('spread')} lays the language model over GPUs and {_variable('device')} is "
-                f"{self.device!r}; set the latter to auto"
-            )
         if self.max_image_bytes > self.max_body_bytes:
             raise ValueError(
                 f"{_variable('max_image_bytes')} is {self.max_image_bytes} and {_variable('max_body_bytes')} "

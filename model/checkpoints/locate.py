@@ -42,7 +42,7 @@ def locate(name_or_path: str, *, revision: str | None = None) -> Path:
         )
     if is_on_hub:
         return _download(name_or_path, revision)
-    if not path.exists():
+    if (not path.is_dir() and path.suffix != ".pth") or not path.exists():
         raise CheckpointError(f"there is no checkpoint {name_or_path!r}; give {ACCEPTED}")
     return path
 

@@ -52,11 +52,13 @@ def verify(
         folder = hub_directory or Path(temporary)
         if hub_directory is None:
             save_hub(folder, blip2.parts)
-        processor = BlipImageProcessorPil.from_pretrained(folder)
+        processor = _load_processor(folder, blip2)
         reference_class = (
             Blip2ForConditionalGeneration if blip2.language_model is not None else Blip2ForImageTextRetrieval
         )
         reference = reference_class.from_pretrained(folder, dtype=torch.float32).eval()
+        if blip2.language_model is not None:  # which old configurations leave out
+            reference.config.image_token_index = blip2.language_model.image_token_id
         pixel_values = torch.stack([blip2.preprocess(image) for image in images])
         expected = processor(list(images), return_tensors="pt").pixel_values
         found = [_difference("pixels", pixel_values, expected, 0.0)]
@@ -69,6 +71,13 @@ def verify(
             assert blip2.matcher is not None
             found += _compare_retrieval(blip2.matcher, reference, features, pixel_values, texts)
     return found
+
+
+def _load_processor(folder: Path, blip2: Blip2) -> BlipImageProcessorPil:
+    """That of the checkpoint, or BLIP-2's own at the size of the encoder."""
+    if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return BlipImageProcessorPil.from_pretrained(folder)
+    return BlipImageProcessorPil(size={"height": blip2.image_size, "width": blip2.image_size})
 
 
 def _compare_generation(

@@ -132,6 +132,11 @@ def test_the_fingerprint_tells_types_apart(random_checkpoint: Path) -> None:
     assert first.fingerprint != second.fingerprint
 
 
+def test_spreading_over_no_gpu_is_a_wrong_setting(random_checkpoint: Path) -> None:
+    with pytest.raises(SettingsError, match=r"BLIP2_SPREAD lays .* the device is 'cpu'; unset it"):
+        load_backend(Settings(model=str(random_checkpoint), device="cpu", spread=True))
+
+
 @pytest.mark.parametrize("device", ["cuda:63", "mps"])
 def test_a_device_that_is_not_there_is_a_wrong_setting(random_checkpoint: Path, device: str) -> None:
     with pytest.raises(SettingsError, match=f"BLIP2_DEVICE: the device is '{device}'.*set it to auto"):

@@ -70,6 +70,9 @@ def test_a_device_that_is_not_there_is_refused_with_the_cure() -> None:
     assert find_device("auto") in (torch.device("cuda"), torch.device("cpu"))
     with pytest.raises(DeviceUnavailableError, match=r"'cuda:63'.*set it to auto"):
         find_device("cuda:63")
+    for nonsense in ("gpu", "cuda:", "cuda:one", ""):
+        with pytest.raises(DeviceUnavailableError, match="it must be auto, cpu, cuda, cuda:N or mps"):
+            find_device(nonsense)
 
 
 def test_spread_over_whatever_there_is_answers_as_on_one_device(random_checkpoint: Path) -> None:
