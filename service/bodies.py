@@ -35,7 +35,6 @@ _WANTED: Final = {
     "string_type": "a string; put it in quotes",
     "list_type": "a list; put it in [ and ]",
     "model_type": "an object; put its fields in {{ and }}",
-    "json_invalid": 'JSON; send an object, such as {{"texts": ["a cross"]}}, and repeat the field for a list',
     "enum": "{expected}; choose one of them",
     "greater_than_equal": "within the limit; send at least {ge}",
 }
@@ -106,7 +105,7 @@ async def _read_form(request: Request, schema: type[Body]) -> dict[str, Any]:
 
 def _explain(exc: ValidationError, schema: type[Body]) -> InvalidRequestError | UnreadableBodyError:
     details = exc.errors(include_url=False)
-    if details[0]["type"] == "json_invalid" and not details[0]["loc"]:
+    if details[0]["type"] == "json_invalid":
         return UnreadableBodyError(f"the body is not JSON: {details[0]['msg']}; check its syntax")
     if not details[0]["loc"]:
         return UnreadableBodyError("the body is not a JSON object; put the fields between { and }")

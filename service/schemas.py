@@ -43,8 +43,14 @@ def _take_texts(value: object) -> object:
 
 
 def _take_object(value: object, info: ValidationInfo) -> object:
-    # In a form, an object is a string of JSON.
-    return pydantic_core.from_json(value) if isinstance(value, str) and info.mode == "python" else value
+    if not isinstance(value, str) or info.mode != "python":
+        return value
+    try:
+        return pydantic_core.from_json(value)  # in a form, an object is a string of JSON
+    except ValueError as error:
+        raise ValueError(
+            f"{value[:40]!r} is not JSON ({error}); send an object in {{ and }}, and repeat the field for a list"
+        ) from error
 
 
 ImageField = Annotated[str | bytes, PlainValidator(_take_image), WithJsonSchema(_IMAGE_SCHEMA)]

@@ -38,17 +38,18 @@ def test_each_group_that_cannot_run_is_named_with_its_cure(bare_machine: Path) -
     done = run_suite(bare_machine)
     assert done.returncode == 0, done.stderr
     ran, *not_run = done.stdout.splitlines()
-    assert ran == "ran: -m pytest -m not docker and not redis and not kubectl and not gpu"
+    assert ran == "ran: -m pytest -m not docker and not int8 and not redis and not kubectl and not gpu"
     named = [line.partition(",")[0] for line in not_run]
-    assert named == [f"not run: {group}" for group in ("redis", "kubectl", "gpu", "docker")]
+    assert named == [f"not run: {group}" for group in ("redis", "kubectl", "gpu", "int8", "docker")]
     assert all("; enable with: " in line for line in not_run)
 
 
 def test_a_group_runs_where_its_program_is_there(bare_machine: Path) -> None:
-    for name in ("redis-server", "kubectl", "nvidia-smi", "docker"):
+    for name in ("redis-server", "kubectl", "nvidia-smi", "docker", "pip"):
         add_program(bare_machine, name)
     done = run_suite(bare_machine)
-    assert done.stdout.splitlines() == ["ran: -m pytest -m not docker", "ran: -m pytest -m docker"]
+    groups = ["not docker and not int8", "int8", "docker"]
+    assert done.stdout.splitlines() == [f"ran: -m pytest -m {group}" for group in groups]
 
 
 def test_a_failing_group_fails_the_suite(bare_machine: Path) -> None:

@@ -177,3 +177,11 @@ async def test_a_body_over_the_limit_is_refused_whether_it_says_so_or_not() -> N
     body, headers = multipart([("image", b"x" * LIMIT)], [])
     with pytest.raises(BodyTooLargeError):
         await read(CaptionRequest, body, headers)
+
+
+async def test_an_object_in_a_form_that_is_no_json_is_told_what_to_send() -> None:
+    body, headers = multipart([], [("text", "a"), ("candidates", "hello")])
+    with pytest.raises(InvalidRequestError) as refused:
+        await read(RetrieveRequest, body, headers)
+    assert "candidates: 'hello' is not JSON" in refused.value.detail
+    assert "send an object in { and }, and repeat the field for a list" in refused.value.detail
