@@ -49,7 +49,8 @@ def _take_object(value: object, info: ValidationInfo) -> object:
         return pydantic_core.from_json(value)  # in a form, an object is a string of JSON
     except ValueError as error:
         raise ValueError(
-            f"{value[:40]!r} is not JSON ({error}); send an object in {{ and }}, and repeat the field for a list"
+            f"{value[:40]!r} is not JSON ({error}); send an object in {{ and }}, "
+            "and repeat the field for a list"
         ) from error
 
 
