@@ -1,6 +1,7 @@
 """Small random checkpoints: whole in every part, quick to run on a CPU."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from transformers import (
 
 from model.checkpoints import save_generation_adapter, save_retrieval_adapter
 from model.config import QFormerConfig
-from model.language import LanguageModel
+from model.language import DecodingState, Growth, LanguageModel
 from model.matching import Matcher
 from model.parts import Blip2Parts
 from model.preprocess import ImagePreprocessor
@@ -120,6 +121,11 @@ def build_opt(*, seed: int = 0, eos_pull: float = 1.5) -> OPTForCausalLM:
 
 def build_language_model(*, seed: int = 0, eos_pull: float = 1.5) -> LanguageModel:
     return LanguageModel(build_opt(seed=seed, eos_pull=eos_pull), build_language_tokenizer()).eval()
+
+
+def advance(state: DecodingState, tokens: Sequence[int]) -> torch.Tensor:
+    """Goes on with one row of each sequence that `LanguageModel.prefill` read; gives [J, N] logits."""
+    return torch.cat(state.advance([Growth(key, [0], [token]) for key, token in enumerate(tokens)]))
 
 
 def build_matcher(*, seed: int = 0, num_hidden_layers: int = 4) -> Matcher:

@@ -29,10 +29,15 @@ class BeamSearch:
         self._finished: list[Hypothesis] = []
 
     def propose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        log_probs = self._processor(logits.log_softmax(dim=-1), [beam.token_ids for beam in self._running])
         # The best of all rows are among the best of each, and those few are all that leaves the device.
-        scores, token_ids = torch.topk(log_probs, min(self._num_candidates, log_probs.shape[-1]))
-        return scores, token_ids
+        count = min(self._num_candidates, logits.shape[-1])
+        answers = [beam.token_ids for beam in self._running]
+        if not self._processor.is_plain:
+            return torch.topk(self._processor(logits.log_softmax(dim=-1), answers), count)
+        totals = logits.logsumexp(dim=-1, keepdim=True)  # instead of a second copy of all scores
+        self._processor.forbid_end(logits, len(answers[0]))
+        scores, token_ids = torch.topk(logits, count)
+        return scores - totals, token_ids
 
     def accept(self, scores: Scores, token_ids: TokenIds) -> Sequence[Continuation]:
         scores = scores + np.array([beam.score for beam in self._running], dtype=np.float32)[:, None]

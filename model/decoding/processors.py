@@ -34,12 +34,23 @@ class ScoreProcessor:
         self._context = list(context)
         self._device = device
         self._min_new_tokens = params.min_new_tokens
+        self._may_forbid_all = params.no_repeat_ngram_size > 0
         self._penalties = _build_penalties(params)
         self._eos = torch.tensor(eos_token_ids, device=device)
         self._min_length = MinNewTokensLengthLogitsProcessor(
             len(context), params.min_new_tokens, self._eos, device=str(device)
         )
         self._warpers = _build_warpers(params) if params.do_sample else []
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all it ever does is to keep an answer from ending before its least length."""
+        return not (self._penalties or self._warpers)
+
+    def forbid_end(self, scores: Tensor, num_tokens: int) -> None:
+        """Rules out, in place, that answers of so many tokens end, if too few; scores: [R, N]."""
+        if num_tokens < self._min_new_tokens:
+            scores[:, self._eos] = -torch.inf
 
     def __call__(self, scores: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
         """Gives the [R, N] scores of the next token of R answers that are all of one length."""
@@ -50,7 +61,8 @@ class ScoreProcessor:
         if not processors:
             return scores
         input_ids = torch.tensor([[*self._context, *answer] for answer in answers], device=self._device)
-        return self._let_end(LogitsProcessorList(processors)(input_ids, scores))
+        scores = LogitsProcessorList(processors)(input_ids, scores)
+        return self._let_end(scores) if self._may_forbid_all else scores
 
     def _let_end(self, scores: Tensor) -> Tensor:
         """Has a row end where the rules forbid every token, for nothing could be drawn from it."""

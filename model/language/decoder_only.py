@@ -8,12 +8,14 @@ from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 
 from model.errors import InvalidPromptError
-from model.language.family import Frame
+from model.language.family import DecodingState, Frame
+from model.language.plain import PlainState
+from model.language.shared_prefix import SharedPrefixState, fits
 
 UNLIMITED_POSITIONS = 2048  # where a model has no table of them and says no number
 
 
-class DecoderOnlyState:
+class DecoderOnlyBatch:
     """A batch of R sequences that were padded on the left.
 
     cache: keys and values of all tokens so far. attention_mask: [R, S], 0 at the padding, or None where
@@ -74,7 +76,12 @@ class DecoderOnly:
                 "shorten the prompt or lower max_new_tokens"
             )
 
-    def prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, DecoderOnlyState]:
+    def build_state(self) -> DecodingState:
+        if fits(self._llm):
+            return SharedPrefixState(self._llm)
+        return PlainState(self._prefill)
+
+    def _prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, DecoderOnlyBatch]:
         """Pads on the left, where no other token looks; every sequence keeps its own positions."""
         device = prefixes[0].device
         lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)  # [J]
@@ -87,7 +94,7 @@ class DecoderOnly:
             attention_mask=attention_mask,
             position_ids=positions.clamp(min=0),
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=torch.tensor([size - 1], device=device),  # no slice: that of a batch is slow
         )
-        state = DecoderOnlyState(self._llm, output.past_key_values, attention_mask, lengths)
+        state = DecoderOnlyBatch(self._llm, output.past_key_values, attention_mask, lengths)
         return output.logits[:, -1].float(), state

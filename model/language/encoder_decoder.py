@@ -8,12 +8,13 @@ from torch.nn import functional as F
 from transformers import EncoderDecoderCache, PreTrainedModel
 
 from model.errors import InvalidParamsError, InvalidPromptError, UnfitLanguageModelError
-from model.language.family import Frame
+from model.language.family import DecodingState, Frame
+from model.language.plain import PlainState
 
 TRAINED_POSITIONS = 512  # of every released T5; its relative positions would allow any number
 
 
-class EncoderDecoderState:
+class EncoderDecoderBatch:
     """A batch of R answers, each beside the encoded prefix it is about.
 
     cache: keys and values of the answers' tokens, and those of the prefixes, which no step computes anew.
@@ -100,7 +101,10 @@ class EncoderDecoder:
                 f"{self.max_positions} tokens; lower max_new_tokens"
             )
 
-    def prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, EncoderDecoderState]:
+    def build_state(self) -> DecodingState:
+        return PlainState(self._prefill)
+
+    def _prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, EncoderDecoderBatch]:
         """Pads on the right, where no token looks; the positions of T5 are relative."""
         size = max(map(len, prefixes))
         device = prefixes[0].device
@@ -113,7 +117,7 @@ class EncoderDecoder:
             decoder_input_ids=torch.full((len(prefixes), 1), self._start_token_id, device=device),
             use_cache=True,
         )
-        state = EncoderDecoderState(
+        state = EncoderDecoderBatch(
             self._llm, output.past_key_values, output.encoder_last_hidden_state, attention_mask
         )
         return output.logits[:, -1].float(), state

@@ -1,22 +1,42 @@
 """Where the families of language models differ, and what all else sees of them."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-Frame = tuple[tuple[int, ...], tuple[int, ...]]  # in front of it, behind it
+Frame = tuple[tuple[int, ...], tuple[int, ...]]  # the special tokens in front of a prompt, and behind it
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """What a sequence of a batch, `key`, grows by: rows that go on from those of the last step.
+
+    parents: the former row that each goes on from, counted within the sequence. tokens: its newest token.
+    """
+
+    key: Hashable
+    parents: Sequence[int]
+    tokens: Sequence[int]
 
 
 class DecodingState(Protocol):
-    """What a language model remembers of a batch of R growing sequences."""
+    """What a language model remembers of growing sequences, each of one prefix and some rows."""
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Makes row i a copy of the former row `rows[i]`; rows not named are forgotten."""
+    def admit(self, keys: Sequence[Hashable], prefixes: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
+        """Reads J prefixes, embeddings of [S_j, L] each, in one pass; none depends on its neighbours.
+
+        widths: the number of rows that each will grow, at most. Gives the [J, N] float32 logits of the next
+        token; each sequence has then one row.
+        """
         ...
 
-    def advance(self, tokens: Sequence[int]) -> Tensor:
-        """Appends one token to each of the R rows; gives the [R, N] float32 logits of the next."""
+    def advance(self, growths: Sequence[Growth]) -> list[Tensor]:
+        """Appends one token to each row; gives the [w, N] float32 logits of the next for each sequence.
+
+        Sequences that are not named are forgotten.
+        """
         ...
 
 
@@ -49,9 +69,6 @@ class Family(Protocol):
         """Raises InvalidPromptError or InvalidParamsError where a sequence would exceed the positions."""
         ...
 
-    def prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, DecodingState]:
-        """Reads J prefixes, embeddings of [S_j, L] each, in one pass; none depends on its neighbours.
-
-        Gives the [J, N] float32 logits of the next token, and the state that goes on from there.
-        """
+    def build_state(self) -> DecodingState:
+        """Gives a state that remembers nothing yet."""
         ...

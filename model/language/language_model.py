@@ -102,26 +102,31 @@ class LanguageModel(nn.Module):
         """Gives the [.., L] embeddings of [..] ids."""
         return self.llm.get_input_embeddings()(input_ids)
 
+    def build_state(self) -> DecodingState:
+        """Gives what remembers growing sequences, empty; for one thread."""
+        return self._family.build_state()
+
     def prefill(
-        self, language_model_inputs: Sequence[Tensor], prompts: Sequence[Sequence[int]]
+        self,
+        language_model_inputs: Sequence[Tensor],
+        prompts: Sequence[Sequence[int]],
+        widths: Sequence[int] | None = None,
     ) -> tuple[Tensor, DecodingState]:
         """Reads J sequences, each of soft tokens [Q, L] and prompt ids, in one pass.
 
-        They may be of unequal length; none depends on its neighbours. Gives the [J, N] float32 logits of the
-        next token and the state from which `advance` goes on.
+        They may be of unequal length; none depends on its neighbours. widths: the rows that each will grow,
+        one unless given. Gives the [J, N] float32 logits of the next token and the state that goes on from
+        there, in which each sequence's key is its number.
         """
-        all_ids = [token_id for prompt in prompts for token_id in prompt]
-        token_ids = torch.tensor(all_ids, dtype=torch.long, device=self.device)
-        prompt_embeds = torch.split(self.embed_tokens(token_ids), [len(prompt) for prompt in prompts])
-        prefixes = [
-            torch.cat([soft_tokens.to(embeds), embeds])  # [S_j, L]
-            for soft_tokens, embeds in zip(language_model_inputs, prompt_embeds, strict=True)
-        ]
-        return self._family.prefill(prefixes)
+        state = self.build_state()
+        prefixes = [self.embed_prefix(*each) for each in zip(language_model_inputs, prompts, strict=True)]
+        return state.admit(range(len(prefixes)), prefixes, widths or [1] * len(prefixes)), state
 
-    def advance(self, state: DecodingState, tokens: Sequence[int]) -> Tensor:
-        """Appends one token to each of the R rows of `state`; gives the [R, N] float32 logits of the next."""
-        return state.advance(tokens)
+    def embed_prefix(self, soft_tokens: Tensor, prompt_ids: Sequence[int]) -> Tensor:
+        """Gives the [Q + T, L] embeddings of [Q, L] soft tokens and a prompt behind them."""
+        token_ids = torch.tensor(prompt_ids, dtype=torch.long, device=self.device)
+        embeds = self.embed_tokens(token_ids)
+        return torch.cat([soft_tokens.to(embeds), embeds])
 
 
 def _check_fit(llm: PreTrainedModel) -> None:

@@ -12,8 +12,8 @@ from transformers import Blip2ForConditionalGeneration
 from model import Blip2, DecodeJob, Decoder, GenerationParams
 from model.checkpoints import save_hub
 from model.errors import InvalidPromptError
-from model.language import LanguageModel
-from tests.builders import MAX_POSITIONS, NUM_QUERY_TOKENS, random_pixels
+from model.language import Growth, LanguageModel
+from tests.builders import MAX_POSITIONS, NUM_QUERY_TOKENS, advance, random_pixels
 from tests.builders_t5 import END, Kind, build_t5, build_t5_language_model, build_t5_parts, build_t5_tokenizer
 
 PROMPTS = ("", "Question: what color is the small circle ? Short answer:", "a photo of")
@@ -102,7 +102,7 @@ def test_logits_behind_image_and_prompts_equal_transformers(kind: Kind, tmp_path
     ).logits  # [B, 3, N]
     soft_tokens = blip2.project_queries(blip2.encode_queries(blip2.encode_images(pixel_values)))
     first, state = language_model.prefill(list(soft_tokens), prompts)
-    later = [language_model.advance(state, tokens) for tokens in ([10, 11, 12], [13, 14, 15])]
+    later = [advance(state, tokens) for tokens in ([10, 11, 12], [13, 14, 15])]
     torch.testing.assert_close(torch.stack([first, *later], dim=1), expected, rtol=0, atol=1e-4)
 
 
@@ -114,10 +114,10 @@ def test_unequal_prompts_read_together_continue_as_each_does_alone(kind: Kind) -
     prompts = [language_model.tokenize(prompt) for prompt in PROMPTS]
     steps = [[10, 11, 12], [13, 14, 15]]
     together, state = language_model.prefill(soft_tokens, prompts)
-    rows_together = [together, *(language_model.advance(state, tokens) for tokens in steps)]
+    rows_together = [together, *(advance(state, tokens) for tokens in steps)]
     for row in range(3):
         alone, state = language_model.prefill([soft_tokens[row]], [prompts[row]])
-        rows_alone = [alone, *(language_model.advance(state, [tokens[row]]) for tokens in steps)]
+        rows_alone = [alone, *(advance(state, [tokens[row]]) for tokens in steps)]
         for batched, single in zip(rows_together, rows_alone, strict=True):
             torch.testing.assert_close(batched[[row]], single, rtol=0, atol=1e-4)
 
@@ -126,15 +126,13 @@ def test_unequal_prompts_read_together_continue_as_each_does_alone(kind: Kind) -
 def test_selected_rows_go_on_from_what_they_were_selected_from(language_model: LanguageModel) -> None:
     soft_tokens = [random_soft_tokens(8, seed=seed) for seed in range(2)]
     prompts = [language_model.tokenize(prompt) for prompt in PROMPTS[:2]]
-    _, state = language_model.prefill(soft_tokens, prompts)
-    language_model.advance(state, [10, 11])
-    state.select([1, 1, 0])
-    language_model.advance(state, [12, 13, 14])
-    state.select([1, 0, 2])
-    logits = language_model.advance(state, [15, 16, 17])
+    _, state = language_model.prefill(soft_tokens, prompts, widths=[1, 2])
+    state.advance([Growth(0, [0], [10]), Growth(1, [0], [11])])
+    state.advance([Growth(1, [0, 0], [12, 13]), Growth(0, [0], [14])])
+    logits = torch.cat(state.advance([Growth(1, [1, 0], [15, 16]), Growth(0, [0], [17])]))
     for row, (source, tokens) in enumerate([(1, (11, 13, 15)), (1, (11, 12, 16)), (0, (10, 14, 17))]):
         _, alone = language_model.prefill([soft_tokens[source]], [prompts[source]])
-        expected = [language_model.advance(alone, [token]) for token in tokens][-1]
+        expected = [advance(alone, [token]) for token in tokens][-1]
         torch.testing.assert_close(logits[[row]], expected, rtol=0, atol=1e-4)
 
 
@@ -158,9 +156,10 @@ def test_image_and_prompt_are_encoded_once_for_each_job_whatever_its_beams() -> 
 def test_what_was_encoded_is_not_copied_when_beams_change_places(language_model: LanguageModel) -> None:
     soft_tokens = [random_soft_tokens(8, seed=seed) for seed in range(2)]
     prompts = [language_model.tokenize(prompt) for prompt in PROMPTS[:2]]
-    _, state = language_model.prefill(soft_tokens, prompts)
+    prefixes = [language_model.embed_prefix(*each) for each in zip(soft_tokens, prompts, strict=True)]
+    _, state = language_model._family._prefill(prefixes)
     state.select([0, 0, 1, 1])
-    language_model.advance(state, [10, 11, 12, 13])
+    state.advance([10, 11, 12, 13])
     keys = state.cache.cross_attention_cache.layers[0].keys
     state.select([1, 0, 3, 3])
     assert state.cache.cross_attention_cache.layers[0].keys is keys

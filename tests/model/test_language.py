@@ -8,8 +8,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from model.errors import InvalidPromptError
-from model.language import LanguageModel
-from tests.builders import END, MAX_POSITIONS, build_language_model, build_opt
+from model.language import Growth, LanguageModel
+from tests.builders import END, MAX_POSITIONS, advance, build_language_model, build_opt
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,10 @@ def test_unequal_prompts_read_together_continue_as_each_does_alone(language_mode
     prompts = [language_model.tokenize(text) for text in ("", "a photo of a big red circle", "what is it ?")]
     steps = [[10, 11, 12], [13, 14, 15]]
     together, state = language_model.prefill(soft_tokens, prompts)
-    rows_together = [together, *(language_model.advance(state, tokens) for tokens in steps)]
+    rows_together = [together, *(advance(state, tokens) for tokens in steps)]
     for row in range(3):
         alone, state = language_model.prefill([soft_tokens[row]], [prompts[row]])
-        rows_alone = [alone, *(language_model.advance(state, [tokens[row]]) for tokens in steps)]
+        rows_alone = [alone, *(advance(state, [tokens[row]]) for tokens in steps)]
         for batched, single in zip(rows_together, rows_alone, strict=True):
             torch.testing.assert_close(batched[[row]], single, rtol=0, atol=1e-4)
 
@@ -87,11 +87,12 @@ def test_unequal_prompts_read_together_continue_as_each_does_alone(language_mode
 def test_selected_rows_go_on_from_what_they_were_selected_from(language_model: LanguageModel) -> None:
     soft_tokens = [random_soft_tokens(8, seed=seed) for seed in range(2)]
     prompts = [language_model.tokenize(text) for text in ("a", "what is it ?")]
-    _, state = language_model.prefill(soft_tokens, prompts)
-    language_model.advance(state, [10, 11])
-    state.select([1, 1, 0])
-    logits = language_model.advance(state, [12, 13, 12])
+    _, state = language_model.prefill(soft_tokens, prompts, widths=[1, 2])
+    state.advance([Growth(0, [0], [10]), Growth(1, [0, 0], [11, 9])])
+    second, first = state.advance([Growth(1, [1, 0], [12, 13]), Growth(0, [0], [12])])
     _, expected = language_model.prefill(soft_tokens[1:], [(*prompts[1], 11)])
-    torch.testing.assert_close(logits[[1]], language_model.advance(expected, [13]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(second[[1]], advance(expected, [13]), rtol=0, atol=1e-4)
+    _, expected = language_model.prefill(soft_tokens[1:], [(*prompts[1], 9)])
+    torch.testing.assert_close(second[[0]], advance(expected, [12]), rtol=0, atol=1e-4)
     _, expected = language_model.prefill(soft_tokens[:1], [(*prompts[0], 10)])
-    torch.testing.assert_close(logits[[2]], language_model.advance(expected, [12]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(first, advance(expected, [12]), rtol=0, atol=1e-4)

@@ -1,6 +1,7 @@
 """Continuous batching: an answer never depends on who shares the batch, joins it or leaves it."""
 
 import random
+from collections.abc import Hashable, Sequence
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from model import (
     InvalidParamsError,
     InvalidPromptError,
 )
-from model.language import DecodingState, LanguageModel
+from model.language import DecodingState, Growth, LanguageModel
 from tests.builders import MAX_POSITIONS, NUM_QUERY_TOKENS, build_language_model
 from tests.builders_t5 import build_t5_language_model
 from tests.model.decoding.reference import PROMPTS, Pair
@@ -100,13 +101,24 @@ class RecordingLanguageModel:
     def __getattr__(self, name: str) -> object:
         return getattr(self._language_model, name)
 
-    def prefill(self, language_model_inputs: list[torch.Tensor], prompts: list[tuple[int, ...]]) -> object:
-        self.rows.append(len(prompts))
-        return self._language_model.prefill(language_model_inputs, prompts)
+    def build_state(self) -> DecodingState:
+        return RecordingState(self._language_model.build_state(), self.rows)
 
-    def advance(self, state: DecodingState, tokens: list[int]) -> torch.Tensor:
-        self.rows.append(len(tokens))
-        return self._language_model.advance(state, tokens)
+
+class RecordingState:
+    def __init__(self, state: DecodingState, rows: list[int]) -> None:
+        self._state = state
+        self._rows = rows
+
+    def admit(
+        self, keys: Sequence[Hashable], prefixes: Sequence[torch.Tensor], widths: Sequence[int]
+    ) -> torch.Tensor:
+        self._rows.append(len(prefixes))
+        return self._state.admit(keys, prefixes, widths)
+
+    def advance(self, growths: Sequence[Growth]) -> list[torch.Tensor]:
+        self._rows.append(sum(len(growth.tokens) for growth in growths))
+        return self._state.advance(growths)
 
 
 @torch.inference_mode()
