@@ -8,18 +8,15 @@ row. Rows that take a token together write it into the same column, whenever the
 the columns before its first.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from model.language.family import Growth
 
@@ -147,7 +144,6 @@ class SharedPrefixState:
         self._llm = llm
         self._num_layers: int = llm.config.num_hidden_layers
         self._lanes: dict[int, Lane] = {}
-        llm.set_attn_implementation(NAME)
 
     def admit(self, keys: Sequence[Hashable], prefixes: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
         device = prefixes[0].device
@@ -159,7 +155,7 @@ class SharedPrefixState:
         ).tril()  # [J, 1, S, S]
         visible |= torch.eye(size, dtype=torch.bool, device=device)  # padding sees itself: no row is empty
         cache = PrefillCache(visible)
-        with _reading(cache):
+        with _attending(self._llm, cache):
             output = self._llm(
                 inputs_embeds=torch.stack(
                     [F.pad(prefix, (0, 0, size - len(prefix), 0)) for prefix in prefixes]
@@ -180,11 +176,15 @@ class SharedPrefixState:
     def advance(self, growths: Sequence[Growth]) -> list[Tensor]:
         by_key = {growth.key: growth for growth in growths}
         self._forget_all_but(by_key)
-        order = [by_key[key] for lane in self._lanes.values() for key in lane.keys]
-        tokens = [token for growth in order for token in self._padded(growth, growth.tokens)]
-        cache = StepCache(self._begin_step(order))
+        tokens = [
+            token
+            for lane in self._lanes.values()
+            for key in lane.keys
+            for token in _padded(by_key[key].tokens, lane.width)
+        ]
+        cache = StepCache(self._begin_step(by_key))
         device = self._llm.get_input_embeddings().weight.device
-        with _reading(cache):
+        with _attending(self._llm, cache):
             output = self._llm(
                 input_ids=torch.tensor(tokens, device=device)[:, None],
                 attention_mask=torch.zeros(1, 1, 1, 1, device=device),  # any of 4 dimensions: none is made
@@ -203,15 +203,6 @@ class SharedPrefixState:
                 at += lane.width
         return [logits[first[g.key] : first[g.key] + len(g.tokens)] for g in growths]
 
-    def _padded(self, growth: Growth, values: Sequence[int]) -> list[int]:
-        """As many as the sequence has rows; those too many repeat the last one, and nobody looks at them."""
-        width = self._width_of[growth.key]
-        return [*values, *[values[-1]] * (width - len(values))]
-
-    @property
-    def _width_of(self) -> dict[Hashable, int]:
-        return {key: lane.width for lane in self._lanes.values() for key in lane.keys}
-
     def _positions(self) -> list[int]:
         return [
             length + lane.column - start
@@ -220,7 +211,7 @@ class SharedPrefixState:
             for _ in range(lane.width)
         ]
 
-    def _forget_all_but(self, kept: dict[Hashable, Growth]) -> None:
+    def _forget_all_but(self, kept: Mapping[Hashable, Growth]) -> None:
         for lane in self._lanes.values():
             for slot in reversed(range(len(lane.keys))):
                 if lane.keys[slot] not in kept:
@@ -229,17 +220,17 @@ class SharedPrefixState:
         for lane in self._lanes.values():
             lane.drop_columns()
 
-    def _begin_step(self, order: Sequence[Growth]) -> list[LaneStep]:
+    def _begin_step(self, growths: Mapping[Hashable, Growth]) -> list[LaneStep]:
         device = self._llm.get_input_embeddings().weight.device
         dtype = self._llm.get_input_embeddings().weight.dtype
         low = torch.finfo(dtype).min
-        steps, at, sequence = [], 0, 0
+        steps, at = [], 0
         for lane in self._lanes.values():
-            parents: list[int] = []
-            for slot in range(len(lane.keys)):
-                growth = order[sequence + slot]
-                parents += [slot * lane.width + parent for parent in self._padded(growth, growth.parents)]
-            sequence += len(lane.keys)
+            parents = [
+                slot * lane.width + parent
+                for slot, key in enumerate(lane.keys)
+                for parent in _padded(growths[key].parents, lane.width)
+            ]
             is_same = parents == list(range(lane.num_rows)) or lane.column == min(lane.starts)
             lengths = torch.tensor(lane.lengths, device=device)
             starts = torch.tensor(lane.starts, device=device).repeat_interleave(lane.width)
@@ -258,6 +249,11 @@ class SharedPrefixState:
             )
             at += lane.num_rows
         return steps
+
+
+def _padded(values: Sequence[int], width: int) -> list[int]:
+    """As many as a sequence has rows; those too many repeat the last one, and nobody looks at them."""
+    return [*values, *[values[-1]] * (width - len(values))]
 
 
 class PrefillCache(Cache):
@@ -282,7 +278,7 @@ class PrefillCache(Cache):
         if groups > 1:
             key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
         scores = (query @ key.transpose(-1, -2)) * scaling
-        scores = scores.masked_fill(~self.visible, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(~self.visible.to(scores.device), torch.finfo(scores.dtype).min)
         return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value  # [J, H, S, K]
 
 
@@ -306,7 +302,9 @@ class StepCache(Cache):
             store.reserve(key_states, rows, -(-(lane.column + 1) // _COLUMNS) * _COLUMNS)
             for tensor, new in ((store.keys, key_states), (store.values, value_states)):
                 if step.parents is not None:
-                    tensor[:rows, :, seen] = tensor[:rows, :, seen].index_select(0, step.parents)
+                    tensor[:rows, :, seen] = tensor[:rows, :, seen].index_select(
+                        0, step.parents.to(tensor.device)
+                    )
                 tensor[:rows, :, lane.column] = new[step.rows, :, 0]
         return key_states, value_states
 
@@ -329,9 +327,10 @@ def _attend_lane(step: LaneStep, layer: int, query: Tensor, num_heads: int, scal
     by_prefix = query.transpose(1, 2).reshape(count, num_heads, width * groups, size)
     by_row = query.reshape(count * width, num_heads, groups, size)
     prefix_scores = by_prefix @ prefix.keys[:count, :, :length].transpose(-1, -2)  # [J, H, w * G, S]
-    prefix_scores = prefix_scores + step.prefix_mask
+    prefix_scores = prefix_scores + step.prefix_mask.to(query.device)
     prefix_scores = prefix_scores.reshape(count, num_heads, width, groups, length).transpose(1, 2)
-    suffix_scores = by_row @ suffix.keys[: count * width, :, columns].transpose(-1, -2) + step.suffix_mask
+    suffix_scores = by_row @ suffix.keys[: count * width, :, columns].transpose(-1, -2)
+    suffix_scores = suffix_scores + step.suffix_mask.to(query.device)
     scores = torch.cat(
         [prefix_scores.reshape(count * width, num_heads, groups, length), suffix_scores], dim=-1
     )
@@ -348,11 +347,14 @@ _current: ContextVar[PrefillCache | StepCache | None] = ContextVar("current", de
 
 
 @contextmanager
-def _reading(cache: PrefillCache | StepCache) -> Iterator[None]:
-    token = _current.set(cache)
+def _attending(llm: PreTrainedModel, cache: PrefillCache | StepCache) -> Iterator[None]:
+    """Has the model attend by `_attend` inside the block, and as before behind it."""
+    before, token = llm.config._attn_implementation, _current.set(cache)
+    llm.config._attn_implementation = NAME
     try:
         yield
     finally:
+        llm.config._attn_implementation = before
         _current.reset(token)
 
 
@@ -361,14 +363,13 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    _mask: Tensor | None,
     scaling: float | None = None,
-    **options: Any,
+    **_: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function: reads the cache at work, and is `transformers`' own where there is none."""
+    """The attention function: reads the cache at work, which knows what each row sees."""
     cache = _current.get()
-    if cache is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    assert cache is not None, "it is registered for `_attending` alone"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = module.layer_idx
     assert isinstance(layer, int), "a layer that keeps keys and values has a number"
@@ -376,4 +377,3 @@ def _attend(
 
 
 AttentionInterface.register(NAME, _attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -112,7 +112,10 @@ def test_models_that_look_through_a_window_fall_back_to_the_plain_way() -> None:
 @torch.inference_mode()
 def test_outside_of_decoding_the_model_attends_as_ever() -> None:
     llm = build_llama()
+    llm.set_attn_implementation("eager")
     ids = torch.arange(10, 18)[None]
     before = llm(input_ids=ids).logits
-    SharedPrefixState(llm)
-    torch.testing.assert_close(llm(input_ids=ids).logits, before, rtol=0, atol=1e-5)
+    state = SharedPrefixState(llm)
+    state.admit(["a"], [prefix(5, seed=0)], [2])
+    assert llm.config._attn_implementation == "eager"
+    assert torch.equal(llm(input_ids=ids).logits, before)
