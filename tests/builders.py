@@ -25,7 +25,7 @@ from transformers import (
 
 from model.checkpoints import save_generation_adapter, save_retrieval_adapter
 from model.config import QFormerConfig
-from model.language import DecodingState, Growth, LanguageModel
+from model.language import DecodingState, LanguageModel, Rows
 from model.matching import Matcher
 from model.parts import Blip2Parts
 from model.preprocess import ImagePreprocessor
@@ -125,7 +125,16 @@ def build_language_model(*, seed: int = 0, eos_pull: float = 1.5) -> LanguageMod
 
 def advance(state: DecodingState, tokens: Sequence[int]) -> torch.Tensor:
     """Goes on with one row of each sequence that `LanguageModel.prefill` read; gives [J, N] logits."""
-    return torch.cat(state.advance([Growth(key, [0], [token]) for key, token in enumerate(tokens)]))
+    return state.advance(rows(*((number, [0], [token]) for number, token in enumerate(tokens)))).float()
+
+
+def rows(*growths: tuple[int, Sequence[int], Sequence[int]]) -> Rows:
+    """Gives the rows of (sequence, parents, tokens), sequences ascending."""
+    return Rows(
+        np.concatenate([np.full(len(tokens), sequence) for sequence, _, tokens in growths]),
+        np.concatenate([np.array(parents) for _, parents, _ in growths]),
+        np.concatenate([np.array(tokens) for _, _, tokens in growths]),
+    )
 
 
 def build_matcher(*, seed: int = 0, num_hidden_layers: int = 4) -> Matcher:

@@ -1,7 +1,7 @@
 """Batched decoding: `add(job)`, then `step()` until it is done."""
 
-from model.decoding.decoder import Decoder, run_jobs
+from model.decoding.decoder import Decoder, DecoderLimits, run_jobs
 from model.decoding.job import DecodeJob, Generation
 from model.decoding.params import GenerationParams
 
-__all__ = ["DecodeJob", "Decoder", "Generation", "GenerationParams", "run_jobs"]
+__all__ = ["DecodeJob", "Decoder", "DecoderLimits", "Generation", "GenerationParams", "run_jobs"]

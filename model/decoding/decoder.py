@@ -1,44 +1,59 @@
 """Continuous batching: jobs join and leave between steps, and none can tell who shares the batch."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.decoding.beam import BeamSearch
+from model.decoding.board import Board, Proposals
+from model.decoding.columns import Ids
 from model.decoding.job import DecodeJob, Generation
-from model.decoding.processors import ScoreProcessor
-from model.decoding.sampling import Sampling
-from model.decoding.search import Continuation, Hypothesis, Scores, Search, TokenIds
-from model.language import Growth, LanguageModel
+from model.decoding.scoring import Choice, Chooser, Draw, Request
+from model.errors import InvalidParamsError
+from model.language import Extent, LanguageModel, Rows
+
+Answers = tuple[Generation, ...]  # best first
 
 
+@dataclass(frozen=True, slots=True)
+class DecoderLimits:
+    """What may run at once. max_rows: beams and samples. max_kv_bytes: of their keys and values."""
+
+    max_rows: int = 2**31
+    max_kv_bytes: int = 2**63
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """A job at work. rows: the sequences of its next step; `parent` counts those of its last step."""
+    """A job at work.
 
-    def __init__(self, job: DecodeJob, search: Search) -> None:
-        self.job = job
-        self.search = search
-        self.rows: Sequence[Continuation] = ()
+    context: the ids in front of its answer, as rules see them; generator: where it draws."""
 
-    def growth(self) -> Growth:
-        return Growth(self.job, [row.parent for row in self.rows], [row.token_id for row in self.rows])
+    job: DecodeJob
+    extent: Extent
+    context: Sequence[int]
+    generator: torch.Generator | None
 
 
 class Decoder:
     """Runs any number of jobs on one language model, each with its own parameters.
 
-    Every step is one pass of the language model over all running jobs, after one over those that were added
-    since the last. Not for several threads. `step` is to be called under `torch.inference_mode()`; after an
-    exception from it the decoder must be replaced.
+    Every step is one pass of the language model over all running jobs, after one over those let in since the
+    last. Jobs beyond `limits` wait, in the order they came. Not for several threads. `step` is to be called
+    under `torch.inference_mode()`; after an exception from it the decoder must be replaced.
     """
 
-    def __init__(self, language_model: LanguageModel) -> None:
+    def __init__(self, language_model: LanguageModel, limits: DecoderLimits | None = None) -> None:
         self._language_model = language_model
+        self._limits = limits or DecoderLimits()
         self._state = language_model.build_state()
-        self._waiting: list[DecodeJob] = []
-        self._running: list[Task] = []
+        self._board = Board(language_model.eos_token_ids)
+        self._chooser = Chooser(language_model.eos_token_ids, language_model.device)
+        self._waiting: list[Task] = []
+        self._running: list[Task] = []  # as state and board count them
 
     @property
     def num_jobs(self) -> int:
@@ -46,15 +61,15 @@ class Decoder:
 
     @property
     def num_rows(self) -> int:
-        """The sequences at work, and those that waiting jobs will come to."""
-        waiting = sum(job.params.num_rows for job in self._waiting)
-        return waiting + sum(len(task.rows) for task in self._running)
+        """The rows of jobs at work, and those that waiting jobs will come to."""
+        waiting = sum(task.extent.num_rows for task in self._waiting)
+        return waiting + int(self._board.running.present.sum())
 
     def add(self, job: DecodeJob) -> None:
-        """Takes a job in; its work begins with the next step.
+        """Takes a job in; its work begins with the next step that has room for it.
 
-        Raises InvalidParamsError where a parameter is out of its bounds, InvalidPromptError where image
-        tokens, prompt and answer exceed the positions of the language model.
+        Raises InvalidParamsError where a parameter is out of its bounds or the job alone exceeds the limits,
+        InvalidPromptError where image tokens, prompt and answer exceed the positions of the language model.
         """
         job.params.validate()
         self._language_model.check_length(
@@ -62,52 +77,156 @@ class Decoder:
             num_soft_tokens=len(job.language_model_inputs),
             max_new_tokens=job.params.max_new_tokens,
         )
-        self._waiting.append(job)
+        task = build_task(job, self._language_model)
+        self._check_limits(task.extent)
+        self._waiting.append(task)
 
     def cancel(self, job: DecodeJob) -> None:
-        """Forgets a job, whose rows leave with the next step; nothing happens where it is done already."""
-        self._waiting = [waiting for waiting in self._waiting if waiting is not job]
-        self._running = [task for task in self._running if task.job is not job]
+        """Forgets a job, whose rows are gone at once; nothing happens where it is done already."""
+        self._waiting = [task for task in self._waiting if task.job is not job]
+        self._retain([task.job is not job for task in self._running])
 
-    def step(self) -> list[tuple[DecodeJob, tuple[Generation, ...]]]:
-        """Advances every running sequence by one token; gives the jobs that are done, answers best first."""
-        logits = self._advance() + self._admit()
-        proposals = [task.search.propose(rows) for task, rows in zip(self._running, logits, strict=True)]
-        for task, (scores, token_ids) in zip(self._running, _to_host(proposals), strict=True):
-            task.rows = task.search.accept(scores, token_ids)
-        done = [task for task in self._running if not task.rows]
-        self._running = [task for task in self._running if task.rows]
-        return [(task.job, self._generations(task)) for task in done]
+    def token_ids(self, job: DecodeJob) -> tuple[int, ...]:
+        """Gives the answer so far of a job of one row that is not done, end token excluded."""
+        assert job.params.num_rows == 1, "beams change their minds, and samples are several"
+        number = next((number for number, task in enumerate(self._running) if task.job is job), None)
+        if number is None:
+            return ()
+        said = self._board.running.token_ids[number, 0, : self._board.num_tokens[number]]
+        return tuple(said.tolist())
 
-    def _advance(self) -> list[Tensor]:
-        return self._state.advance([task.growth() for task in self._running]) if self._running else []
-
-    def _admit(self) -> list[Tensor]:
-        jobs, self._waiting = self._waiting, []
-        if not jobs:
+    def step(self) -> list[tuple[DecodeJob, Answers]]:
+        """Advances every running row by one token; gives the jobs that are done."""
+        chosen = [*self._advance(), *self._admit()]
+        if not chosen:
             return []
-        self._running += [Task(job, build_search(job, self._language_model)) for job in jobs]
-        prefixes = [
-            self._language_model.embed_prefix(job.language_model_inputs, job.prompt_ids) for job in jobs
+        self._board.accept(_to_host(chosen, self._board))
+        is_done = self._board.is_done.tolist()
+        done = [
+            (self._running[number].job, self._answers(number))
+            for number, ended in enumerate(is_done)
+            if ended
         ]
-        logits = self._state.admit(jobs, prefixes, [job.params.num_rows for job in jobs])
-        return list(logits[:, None])  # [1, N] each
+        self._retain([not ended for ended in is_done])
+        return done
 
-    def _generations(self, task: Task) -> tuple[Generation, ...]:
-        return tuple(self._generation(answer) for answer in task.search.answers())
+    def _advance(self) -> Iterator["Chosen"]:
+        if self._running:
+            jobs, texts = self._board.rows()
+            token_ids = self._board.running.token_ids[jobs, texts, self._board.num_tokens[jobs] - 1]
+            logits = self._state.advance(Rows(jobs, self._board.parents[jobs, texts], token_ids))
+            yield self._choose(logits, jobs, texts)
 
-    def _generation(self, answer: Hypothesis) -> Generation:
-        is_ended = answer.token_ids[-1] in self._language_model.eos_token_ids
-        return Generation(
-            text=self._language_model.decode_tokens(answer.token_ids),
-            token_ids=answer.token_ids,
-            score=answer.score,
-            num_tokens=len(answer.token_ids),
-            finish_reason="stop" if is_ended else "length",
+    def _admit(self) -> Iterator["Chosen"]:
+        entering = self._let_in()
+        if not entering:
+            return
+        prefixes = [
+            self._language_model.embed_prefix(task.job.language_model_inputs, task.job.prompt_ids)
+            for task in entering
+        ]
+        first = len(self._board)
+        self._running += entering
+        self._board.append([task.job.params for task in entering], [task.context for task in entering])
+        logits = self._state.admit(prefixes, [task.extent.num_rows for task in entering])
+        jobs, texts = self._board.rows()
+        jobs, texts = jobs[jobs >= first], texts[jobs >= first]
+        if len(jobs) > len(logits):  # samples begin with a row each, all with the scores of one
+            logits = logits[torch.from_numpy(jobs - first).to(logits.device)]
+        yield self._choose(logits, jobs, texts)
+
+    def _let_in(self) -> list[Task]:
+        """Gives the waiting jobs that there is room for, oldest first; nobody is overtaken."""
+        extents = [task.extent for task in self._running]
+        count = 0
+        for task in self._waiting:
+            extents.append(task.extent)
+            if self._exceeds(extents):
+                break
+            count += 1
+        entering, self._waiting = self._waiting[:count], self._waiting[count:]
+        return entering
+
+    def _choose(self, logits: Tensor, jobs: Ids, texts: Ids) -> "Chosen":
+        board = self._board
+        request = Request(
+            board.params.of_jobs(jobs),
+            board.num_tokens[jobs] < board.params.min_new_tokens[jobs],
+            board.histories(jobs, texts),
+            self._draws(jobs),
+        )
+        count = int(board.num_candidates.max())
+        return Chosen(jobs, texts, self._chooser(logits, request, count))
+
+    def _draws(self, jobs: Ids) -> list[Draw]:
+        return [
+            Draw(slice(*np.searchsorted(jobs, [number, number + 1])), generator)
+            for number, task in enumerate(self._running)
+            if (generator := task.generator) is not None and number in jobs
+        ]
+
+    def _retain(self, kept: Sequence[bool]) -> None:
+        """Forgets some jobs; the last ones take their places."""
+        order = packed(kept)
+        if len(order) < len(kept):
+            self._state.retain(order)
+            self._board.retain(order)
+            self._running = [self._running[number] for number in order]
+
+    def _answers(self, number: int) -> Answers:
+        texts, job = self._board.finished, self._running[number].job
+        return tuple(
+            self._generation(
+                tuple(texts.token_ids[number, rank, : texts.lengths[number, rank]].tolist()),
+                tuple(texts.log_probs[number, rank, : texts.lengths[number, rank]].tolist()),
+                float(texts.scores[number, rank]),
+            )
+            for rank in range(job.params.num_return_sequences)
+            if texts.present[number, rank]
         )
 
+    def _generation(
+        self, token_ids: tuple[int, ...], log_probs: tuple[float, ...], score: float
+    ) -> Generation:
+        is_ended = token_ids[-1] in self._language_model.eos_token_ids
+        return Generation(
+            text=self._language_model.decode_tokens(token_ids),
+            token_ids=token_ids,
+            score=score,
+            num_tokens=len(token_ids),
+            finish_reason="stop" if is_ended else "length",
+            log_probs=log_probs,
+        )
 
-def run_jobs(language_model: LanguageModel, jobs: Sequence[DecodeJob]) -> list[tuple[Generation, ...]]:
+    def _exceeds(self, extents: Sequence[Extent]) -> bool:
+        num_rows = sum(extent.num_rows for extent in extents)
+        return num_rows > self._limits.max_rows or self._state.num_bytes(extents) > self._limits.max_kv_bytes
+
+    def _check_limits(self, extent: Extent) -> None:
+        limits = self._limits
+        if extent.num_rows > limits.max_rows:
+            raise InvalidParamsError(
+                f"the job works on {extent.num_rows} beams or samples at once, the limit is "
+                f"{limits.max_rows}; lower num_beams or the number of answers"
+            )
+        num_bytes = self._state.num_bytes([extent])
+        if num_bytes > limits.max_kv_bytes:
+            raise InvalidParamsError(
+                f"{extent.num_rows} beams of up to {extent.max_new_tokens} new tokens behind "
+                f"{extent.num_prefix_tokens} take up to {num_bytes} bytes of keys and values, the limit is "
+                f"{limits.max_kv_bytes}; lower max_new_tokens or num_beams, or raise the limit"
+            )
+
+
+class Chosen(NamedTuple):
+    """What may continue R rows; jobs, texts: [R], whose they are."""
+
+    jobs: Ids
+    texts: Ids
+    choice: Choice
+
+
+def run_jobs(language_model: LanguageModel, jobs: Sequence[DecodeJob]) -> list[Answers]:
     """Runs jobs side by side to their ends; gives the answers to each, best first.
 
     To be called under `torch.inference_mode()`. Raises what `Decoder.add` raises.
@@ -115,30 +234,49 @@ def run_jobs(language_model: LanguageModel, jobs: Sequence[DecodeJob]) -> list[t
     decoder = Decoder(language_model)
     for job in jobs:
         decoder.add(job)
-    answers: dict[DecodeJob, tuple[Generation, ...]] = {}
+    answers: dict[DecodeJob, Answers] = {}
     while decoder.num_jobs:
         answers.update(decoder.step())
     return [answers[job] for job in jobs]
 
 
-def build_search(job: DecodeJob, language_model: LanguageModel) -> Search:
-    """Gives the search that a job's parameters ask for, at its beginning."""
-    eos_token_ids = language_model.eos_token_ids
-    context = language_model.answer_context(len(job.language_model_inputs), job.prompt_ids)
-    processor = ScoreProcessor(job.params, context, eos_token_ids, language_model.device)
-    search = BeamSearch if job.params.num_beams > 1 else Sampling
-    return search(job.params, processor, eos_token_ids)
+def build_task(job: DecodeJob, language_model: LanguageModel) -> Task:
+    num_soft_tokens, params = len(job.language_model_inputs), job.params
+    extent = Extent(num_soft_tokens + len(job.prompt_ids), params.num_rows, params.max_new_tokens)
+    context = language_model.answer_context(num_soft_tokens, job.prompt_ids)
+    generator = _build_generator(params.seed, language_model.device) if params.do_sample else None
+    return Task(job, extent, context, generator)
 
 
-def _to_host(proposals: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Scores, TokenIds]]:
-    """Brings the proposals of all jobs over at once; gives each job's scores and ids, [R, k] each."""
-    if not proposals:
-        return
-    flat = [torch.cat([proposal[side].flatten().float() for proposal in proposals]) for side in (0, 1)]
+def _build_generator(seed: int | None, device: torch.device) -> torch.Generator:
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def packed(kept: Sequence[bool]) -> list[int]:
+    """Gives an order of those kept that moves as few as can be: [yes, no, yes, yes] gives [0, 3, 2]."""
+    order = [number for number, is_kept in enumerate(kept) if is_kept]
+    count = len(order)
+    from_behind = [number for number in order if number >= count]
+    return [number if kept[number] else from_behind.pop() for number in range(count)]
+
+
+def _to_host(chosen: Sequence[Chosen], board: Board) -> Proposals:
+    """Brings all that was chosen over at once, and puts it where its jobs have their texts."""
+    size = max(each.choice.log_probs.shape[1] for each in chosen)
+    shape = (*board.running.scores.shape, size)
+    proposals = Proposals(np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32))
+    packed = [
+        torch.stack([each.choice.log_probs, each.choice.token_ids.float()]).flatten() for each in chosen
+    ]
     # The one device-to-host sync of a step. Ids travel as float32, which is exact below 2 ** 24.
-    scores, token_ids = torch.stack(flat).cpu().numpy()
-    first = 0
-    for proposed, _ in proposals:
-        part = slice(first, first + proposed.numel())
-        yield scores[part].reshape(proposed.shape), token_ids[part].reshape(proposed.shape).astype(np.int64)
-        first += proposed.numel()
+    arrays = np.split(torch.cat(packed).cpu().numpy(), np.cumsum([len(part) for part in packed])[:-1])
+    for (jobs, texts, choice), array in zip(chosen, arrays, strict=True):
+        log_probs, token_ids = array.reshape(2, *choice.log_probs.shape)
+        proposals.log_probs[jobs, texts, : log_probs.shape[1]] = log_probs
+        proposals.token_ids[jobs, texts, : token_ids.shape[1]] = token_ids
+    return proposals

@@ -27,8 +27,9 @@ class Generation:
 
     token_ids: the new tokens, the end token included where there is one; num_tokens: how many.
     score: log-probability / num_tokens ** length_penalty. For beams it is transformers' `sequences_scores`,
-    whose log-probabilities are those the processors left; for one-beam jobs those of the bare model.
-    finish_reason: "stop" where the model ended the answer, "length" where max_new_tokens did.
+    whose log-probabilities are those the rules left; for one-beam jobs those of the bare model.
+    log_probs: of each token; their sum is the log-probability. finish_reason: "stop" where the model ended
+    the answer, "length" where max_new_tokens did.
     """
 
     text: str
@@ -36,3 +37,4 @@ class Generation:
     score: float
     num_tokens: int
     finish_reason: Literal["stop", "length"]
+    log_probs: tuple[float, ...] = ()

@@ -1,5 +1,6 @@
 """Decoder-only language models (OPT, Llama): soft tokens, prompt and answer are one sequence."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,9 @@ from transformers import Cache, PreTrainedModel
 from model.errors import InvalidPromptError
 from model.language.family import DecodingState, Frame
 from model.language.plain import PlainState
-from model.language.shared_prefix import SharedPrefixState, fits
+from model.language.shared_prefix import Layer, Reading, SharedPrefixState, why_not
+
+logger = logging.getLogger(__name__)
 
 UNLIMITED_POSITIONS = 2048  # where a model has no table of them and says no number
 
@@ -50,7 +53,7 @@ class DecoderOnlyBatch:
             use_cache=True,
         )
         self.next_positions = self.next_positions + 1
-        return output.logits[:, -1].float()
+        return output.logits[:, -1]
 
 
 class DecoderOnly:
@@ -77,9 +80,33 @@ class DecoderOnly:
             )
 
     def build_state(self) -> DecodingState:
-        if fits(self._llm):
-            return SharedPrefixState(self._llm)
-        return PlainState(self._prefill)
+        reason = why_not(self._llm)
+        if reason is None:
+            return SharedPrefixState(self._llm, self._read, self._step)
+        logger.warning("%s shares no keys and values between beams: %s", type(self._llm).__name__, reason)
+        return PlainState(self._llm, self._prefill)
+
+    def _read(self, prefixes: Sequence[Tensor]) -> Reading:
+        logits, batch = self._prefill(prefixes)
+        size = max(map(len, prefixes))
+        own = [
+            [
+                Layer(layer.keys[at, :, size - len(prefix) :], layer.values[at, :, size - len(prefix) :])
+                for layer in batch.cache.layers
+            ]
+            for at, prefix in enumerate(prefixes)
+        ]
+        return Reading(logits, own)
+
+    def _step(self, input_ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        output = self._llm(
+            input_ids=input_ids,
+            attention_mask=torch.zeros(1, 1, 1, 1, device=input_ids.device),  # of 4 dimensions: none is made
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.logits[:, -1]
 
     def _prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, DecoderOnlyBatch]:
         """Pads on the left, where no other token looks; every sequence keeps its own positions."""
@@ -97,4 +124,4 @@ class DecoderOnly:
             logits_to_keep=torch.tensor([size - 1], device=device),  # no slice: that of a batch is slow
         )
         state = DecoderOnlyBatch(self._llm, output.past_key_values, attention_mask, lengths)
-        return output.logits[:, -1].float(), state
+        return output.logits[:, -1], state

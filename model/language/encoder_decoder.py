@@ -1,15 +1,19 @@
 """Encoder-decoder language models (T5): soft tokens and prompt are encoded, the answer is decoded."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import EncoderDecoderCache, PreTrainedModel
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from model.errors import InvalidParamsError, InvalidPromptError, UnfitLanguageModelError
 from model.language.family import DecodingState, Frame
 from model.language.plain import PlainState
+from model.language.shared_prefix import Layer, Reading, SharedPrefixState, why_not
+
+logger = logging.getLogger(__name__)
 
 TRAINED_POSITIONS = 512  # of every released T5; its relative positions would allow any number
 
@@ -53,7 +57,7 @@ class EncoderDecoderBatch:
             past_key_values=self.cache,
             use_cache=True,
         )
-        return output.logits[:, -1].float()
+        return output.logits[:, -1]
 
     def _select_prefixes(self, index: Tensor) -> None:
         self.cache.cross_attention_cache.reorder_cache(index)
@@ -102,7 +106,37 @@ class EncoderDecoder:
             )
 
     def build_state(self) -> DecodingState:
-        return PlainState(self._prefill)
+        reason = why_not(self._llm)
+        if reason is None:
+            return SharedPrefixState(self._llm, self._read, self._step)
+        logger.warning("%s shares no keys and values between beams: %s", type(self._llm).__name__, reason)
+        return PlainState(self._llm, self._prefill)
+
+    def _read(self, prefixes: Sequence[Tensor]) -> Reading:
+        logits, batch = self._prefill(prefixes)
+        own, beside = (
+            [
+                [Layer(layer.keys[at, :, :length], layer.values[at, :, :length]) for layer in cache.layers]
+                for at, length in enumerate(lengths)
+            ]
+            for cache, lengths in (
+                (batch.cache.self_attention_cache, [1] * len(prefixes)),  # of the start token
+                (batch.cache.cross_attention_cache, list(map(len, prefixes))),
+            )
+        )
+        return Reading(logits, own, beside)
+
+    def _step(self, input_ids: Tensor, _positions: Tensor, cache: Cache) -> Tensor:
+        no_mask = torch.zeros(1, 1, 1, 1, device=input_ids.device)  # of 4 dimensions: none is made
+        output = self._llm(
+            encoder_outputs=(no_mask[0],),  # there, and never looked at
+            attention_mask=no_mask,
+            decoder_input_ids=input_ids,
+            decoder_attention_mask=no_mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.logits[:, -1]
 
     def _prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, EncoderDecoderBatch]:
         """Pads on the right, where no token looks; the positions of T5 are relative."""
@@ -120,4 +154,4 @@ class EncoderDecoder:
         state = EncoderDecoderBatch(
             self._llm, output.past_key_values, output.encoder_last_hidden_state, attention_mask
         )
-        return output.logits[:, -1].float(), state
+        return output.logits[:, -1], state

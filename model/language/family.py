@@ -1,42 +1,66 @@
 """Where the families of language models differ, and what all else sees of them."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 Frame = tuple[tuple[int, ...], tuple[int, ...]]  # the special tokens in front of a prompt, and behind it
+Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Growth:
-    """What a sequence of a batch, `key`, grows by: rows that go on from those of the last step.
+class Rows:
+    """What R rows of a batch grow by: the next tokens of its sequences, which have some rows each.
 
-    parents: the former row that each goes on from, counted within the sequence. tokens: its newest token.
+    sequences: [R], whose row each is, ascending. parents: [R], the former row that each goes on from, counted
+    within its sequence. token_ids: [R], its newest token.
     """
 
-    key: Hashable
-    parents: Sequence[int]
-    tokens: Sequence[int]
+    sequences: Ids
+    parents: Ids
+    token_ids: Ids
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How far a sequence may grow: num_rows of max_new_tokens behind a prefix of so many tokens."""
+
+    num_prefix_tokens: int
+    num_rows: int
+    max_new_tokens: int
 
 
 class DecodingState(Protocol):
-    """What a language model remembers of growing sequences, each of one prefix and some rows."""
+    """What a language model remembers of growing sequences, each of one prefix and some rows.
 
-    def admit(self, keys: Sequence[Hashable], prefixes: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
+    Sequences are counted from 0 in the order they came in.
+    """
+
+    def admit(self, prefixes: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
         """Reads J prefixes, embeddings of [S_j, L] each, in one pass; none depends on its neighbours.
 
-        widths: the number of rows that each will grow, at most. Gives the [J, N] float32 logits of the next
-        token; each sequence has then one row.
+        widths: the number of rows that each will grow, at most. Gives the [J, N] logits of the next token;
+        each sequence has then one row.
         """
         ...
 
-    def advance(self, growths: Sequence[Growth]) -> list[Tensor]:
-        """Appends one token to each row; gives the [w, N] float32 logits of the next for each sequence.
+    def advance(self, rows: Rows) -> Tensor:
+        """Appends one token to each of R rows; gives the [R, N] logits of the next."""
+        ...
 
-        Sequences that are not named are forgotten.
-        """
+    def retain(self, order: Sequence[int]) -> None:
+        """Makes sequence i what `order[i]` was; those not named are forgotten."""
+        ...
+
+    def num_bytes(self, extents: Sequence[Extent]) -> int:
+        """Gives the most that the keys and values of such sequences together may take."""
         ...
 
 

@@ -116,11 +116,11 @@ class LanguageModel(nn.Module):
 
         They may be of unequal length; none depends on its neighbours. widths: the rows that each will grow,
         one unless given. Gives the [J, N] float32 logits of the next token and the state that goes on from
-        there, in which each sequence's key is its number.
+        there.
         """
         state = self.build_state()
         prefixes = [self.embed_prefix(*each) for each in zip(language_model_inputs, prompts, strict=True)]
-        return state.admit(range(len(prefixes)), prefixes, widths or [1] * len(prefixes)), state
+        return state.admit(prefixes, widths or [1] * len(prefixes)).float(), state
 
     def embed_prefix(self, soft_tokens: Tensor, prompt_ids: Sequence[int]) -> Tensor:
         """Gives the [Q + T, L] embeddings of [Q, L] soft tokens and a prompt behind them."""

@@ -3,13 +3,16 @@
 Sequences that were read together advance together. It asks nothing of a model but that it generates.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from model.language.family import Growth
+from model.language.family import Extent, Ids, Rows
+from model.language.shared_prefix import bytes_per_token
 
 
 class Batch(Protocol):
@@ -20,7 +23,7 @@ class Batch(Protocol):
         ...
 
     def advance(self, tokens: Sequence[int]) -> Tensor:
-        """Appends one token to each of the R rows; gives the [R, N] float32 logits of the next."""
+        """Appends one token to each of the R rows; gives the [R, N] logits of the next."""
         ...
 
 
@@ -28,42 +31,56 @@ Prefill = Callable[[Sequence[Tensor]], tuple[Tensor, Batch]]
 
 
 class Member:
-    """A batch, its sequences in order, and how many rows each has."""
+    """A batch, and the sequence that each of its rows belongs to. A sequence's rows lie side by side."""
 
-    def __init__(self, batch: Batch, keys: Sequence[Hashable]) -> None:
+    def __init__(self, batch: Batch, sequences: Ids) -> None:
         self.batch = batch
-        self.num_rows = dict.fromkeys(keys, 1)
+        self.sequences = sequences
 
-    def advance(self, growths: Sequence[Growth]) -> dict[Hashable, Tensor]:
-        first_row: dict[Hashable, int] = {}
-        at = 0
-        for key, count in self.num_rows.items():
-            first_row[key] = at
-            at += count
-        self.batch.select([first_row[growth.key] + parent for growth in growths for parent in growth.parents])
-        logits = self.batch.advance([token for growth in growths for token in growth.tokens])
-        self.num_rows = {growth.key: len(growth.tokens) for growth in growths}
-        return dict(zip(self.num_rows, torch.split(logits, list(self.num_rows.values())), strict=True))
+    def advance(self, rows: Rows) -> Tensor:
+        """Takes the rows of its own sequences."""
+        order = np.argsort(self.sequences, kind="stable")
+        firsts = order[np.searchsorted(self.sequences[order], rows.sequences)]
+        self.batch.select((firsts + rows.parents).tolist())
+        self.sequences = rows.sequences
+        return self.batch.advance(rows.token_ids.tolist())
 
 
 class PlainState:
     """See `model.language.family.DecodingState`. prefill: reads prefixes into a batch of their own."""
 
-    def __init__(self, prefill: Prefill) -> None:
+    def __init__(self, llm: PreTrainedModel, prefill: Prefill) -> None:
+        self._bytes_per_token = bytes_per_token(llm)
         self._prefill = prefill
         self._members: list[Member] = []
+        self._num_sequences = 0
 
-    def admit(self, keys: Sequence[Hashable], prefixes: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
+    def admit(self, prefixes: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
         del widths  # a batch grows rows as they come
         logits, batch = self._prefill(prefixes)
-        self._members.append(Member(batch, keys))
+        self._members.append(Member(batch, self._num_sequences + np.arange(len(prefixes))))
+        self._num_sequences += len(prefixes)
         return logits
 
-    def advance(self, growths: Sequence[Growth]) -> list[Tensor]:
-        logits: dict[Hashable, Tensor] = {}
+    def advance(self, rows: Rows) -> Tensor:
+        logits: list[Tensor] = []
+        places: list[Ids] = []
         for member in self._members:
-            of_member = [growth for growth in growths if growth.key in member.num_rows]
-            if of_member:
-                logits |= member.advance(of_member)
-        self._members = [member for member in self._members if member.num_rows.keys() & logits.keys()]
-        return [logits[growth.key] for growth in growths]
+            (at,) = np.isin(rows.sequences, member.sequences).nonzero()
+            logits.append(member.advance(Rows(rows.sequences[at], rows.parents[at], rows.token_ids[at])))
+            places.append(at)
+        order = torch.from_numpy(np.argsort(np.concatenate(places))).to(logits[0].device)
+        return torch.cat(logits)[order]
+
+    def retain(self, order: Sequence[int]) -> None:
+        numbers = np.full(self._num_sequences, -1)
+        numbers[np.array(order, dtype=np.int64)] = np.arange(len(order))
+        for member in self._members:  # rows of those forgotten leave with the next step
+            member.sequences = numbers[member.sequences]
+        self._members = [member for member in self._members if (member.sequences >= 0).any()]
+        self._num_sequences = len(order)
+
+    def num_bytes(self, extents: Sequence[Extent]) -> int:
+        rows = sum(extent.num_rows for extent in extents)
+        longest = max(extent.num_prefix_tokens + extent.max_new_tokens for extent in extents)
+        return rows * longest * self._bytes_per_token

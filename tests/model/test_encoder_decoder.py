@@ -12,8 +12,8 @@ from transformers import Blip2ForConditionalGeneration
 from model import Blip2, DecodeJob, Decoder, GenerationParams
 from model.checkpoints import save_hub
 from model.errors import InvalidPromptError
-from model.language import Growth, LanguageModel
-from tests.builders import MAX_POSITIONS, NUM_QUERY_TOKENS, advance, random_pixels
+from model.language import LanguageModel
+from tests.builders import MAX_POSITIONS, NUM_QUERY_TOKENS, advance, random_pixels, rows
 from tests.builders_t5 import END, Kind, build_t5, build_t5_language_model, build_t5_parts, build_t5_tokenizer
 
 PROMPTS = ("", "Question: what color is the small circle ? Short answer:", "a photo of")
@@ -127,10 +127,10 @@ def test_selected_rows_go_on_from_what_they_were_selected_from(language_model: L
     soft_tokens = [random_soft_tokens(8, seed=seed) for seed in range(2)]
     prompts = [language_model.tokenize(prompt) for prompt in PROMPTS[:2]]
     _, state = language_model.prefill(soft_tokens, prompts, widths=[1, 2])
-    state.advance([Growth(0, [0], [10]), Growth(1, [0], [11])])
-    state.advance([Growth(1, [0, 0], [12, 13]), Growth(0, [0], [14])])
-    logits = torch.cat(state.advance([Growth(1, [1, 0], [15, 16]), Growth(0, [0], [17])]))
-    for row, (source, tokens) in enumerate([(1, (11, 13, 15)), (1, (11, 12, 16)), (0, (10, 14, 17))]):
+    state.advance(rows((0, [0], [10]), (1, [0], [11])))
+    state.advance(rows((0, [0], [14]), (1, [0, 0], [12, 13])))
+    logits = state.advance(rows((0, [0], [17]), (1, [1, 0], [15, 16])))
+    for row, (source, tokens) in enumerate([(0, (10, 14, 17)), (1, (11, 13, 15)), (1, (11, 12, 16))]):
         _, alone = language_model.prefill([soft_tokens[source]], [prompts[source]])
         expected = [advance(alone, [token]) for token in tokens][-1]
         torch.testing.assert_close(logits[[row]], expected, rtol=0, atol=1e-4)

@@ -8,8 +8,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from model.errors import InvalidPromptError
-from model.language import Growth, LanguageModel
-from tests.builders import END, MAX_POSITIONS, advance, build_language_model, build_opt
+from model.language import LanguageModel
+from tests.builders import END, MAX_POSITIONS, advance, build_language_model, build_opt, rows
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +88,11 @@ def test_selected_rows_go_on_from_what_they_were_selected_from(language_model: L
     soft_tokens = [random_soft_tokens(8, seed=seed) for seed in range(2)]
     prompts = [language_model.tokenize(text) for text in ("a", "what is it ?")]
     _, state = language_model.prefill(soft_tokens, prompts, widths=[1, 2])
-    state.advance([Growth(0, [0], [10]), Growth(1, [0, 0], [11, 9])])
-    second, first = state.advance([Growth(1, [1, 0], [12, 13]), Growth(0, [0], [12])])
+    state.advance(rows((0, [0], [10]), (1, [0, 0], [11, 9])))
+    first, *second = state.advance(rows((0, [0], [12]), (1, [1, 0], [12, 13])))
     _, expected = language_model.prefill(soft_tokens[1:], [(*prompts[1], 11)])
-    torch.testing.assert_close(second[[1]], advance(expected, [13]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(second[1][None], advance(expected, [13]), rtol=0, atol=1e-4)
     _, expected = language_model.prefill(soft_tokens[1:], [(*prompts[1], 9)])
-    torch.testing.assert_close(second[[0]], advance(expected, [12]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(second[0][None], advance(expected, [12]), rtol=0, atol=1e-4)
     _, expected = language_model.prefill(soft_tokens[:1], [(*prompts[0], 10)])
-    torch.testing.assert_close(first, advance(expected, [12]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(first[None], advance(expected, [12]), rtol=0, atol=1e-4)

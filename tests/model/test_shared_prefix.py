@@ -2,12 +2,21 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from model.language import DecodingState, Growth, LanguageModel
+from model.language import DecodingState, Extent, LanguageModel
 from model.language.plain import PlainState
-from model.language.shared_prefix import SharedPrefixState, fits
-from tests.builders import WORDS, build_language_tokenizer, build_opt
+from model.language.shared_prefix import SharedPrefixState, why_not
+from tests.builders import WORDS, build_language_tokenizer, build_opt, rows
+from tests.builders_t5 import build_t5_language_model
 
 SIZES = {
     "vocab_size": len(WORDS) + 8,
@@ -26,9 +35,23 @@ def build_llama() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, initializer_range=0.3)).eval()
 
 
-@pytest.fixture(params=[build_opt, build_llama], ids=["opt", "llama"])
+def build_qwen2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=1, initializer_range=0.3)).eval()
+
+
+BUILDERS = {
+    "opt": lambda: LanguageModel(build_opt(), build_language_tokenizer()),
+    "llama": lambda: LanguageModel(build_llama(), build_language_tokenizer()),
+    "qwen2": lambda: LanguageModel(build_qwen2(), build_language_tokenizer()),
+    "tied T5": lambda: build_t5_language_model("tied"),
+    "untied T5": lambda: build_t5_language_model("untied"),
+}
+
+
+@pytest.fixture(params=BUILDERS)
 def language_model(request: pytest.FixtureRequest) -> LanguageModel:
-    return LanguageModel(request.param(), build_language_tokenizer()).eval()
+    return BUILDERS[request.param]().eval()
 
 
 def prefix(length: int, *, seed: int) -> torch.Tensor:
@@ -37,85 +60,124 @@ def prefix(length: int, *, seed: int) -> torch.Tensor:
 
 def play(state: DecodingState) -> list[torch.Tensor]:
     """Sequences of several widths and lengths that join, reorder their rows, lose some and leave."""
-    said = [state.admit(["a", "b"], [prefix(9, seed=0), prefix(14, seed=1)], [3, 3])]
-    said += state.advance([Growth("a", [0, 0, 0], [10, 11, 12]), Growth("b", [0, 0, 0], [13, 14, 15])])
-    said += state.advance([Growth("b", [2, 2, 0], [16, 17, 18]), Growth("a", [1, 0, 1], [19, 20, 21])])
-    said += [state.admit(["c", "d", "e"], [prefix(n, seed=n) for n in (5, 20, 11)], [1, 3, 4])]
-    said += state.advance(
-        [
-            Growth("a", [0, 1, 2], [10, 10, 10]),
-            Growth("c", [0], [22]),
-            Growth("b", [1, 0], [12, 13]),
-            Growth("d", [0, 0, 0], [10, 11, 12]),
-            Growth("e", [0, 0, 0, 0], [10, 11, 12, 13]),
-        ]
-    )
-    for step in range(40):  # long enough for columns to be added, and let go
-        said += state.advance(
-            [
-                Growth("d", [1, 2, 0], [10 + step % 7, 11, 12]),
-                Growth("e", [3, 0] if step in (0, 21) else [1, 0], [10, 11]),
-                *([Growth("b", [0, 1], [20, 21])] if step < 5 else []),
-            ][::-1]
-        )
-        if step == 20:
-            said += [state.admit(["f"], [prefix(7, seed=3)], [3])]
-            said += state.advance([Growth("f", [0, 0], [14, 15]), Growth("d", [0, 0, 2], [10, 11, 12])])
-            said += [state.admit(["e"], [prefix(6, seed=4)], [4])]
-            said += state.advance(
-                [Growth("e", [0, 0, 0, 0], [14, 15, 16, 17]), Growth("d", [0, 1, 2], [9, 8, 7])]
+    said = [state.admit([prefix(9, seed=0), prefix(14, seed=1)], [3, 3])]
+    said += [state.advance(rows((0, [0, 0, 0], [10, 11, 12]), (1, [0, 0, 0], [13, 14, 15])))]
+    said += [state.advance(rows((0, [1, 0, 1], [19, 20, 21]), (1, [2, 2, 0], [16, 17, 18])))]
+    said += [state.admit([prefix(length, seed=length) for length in (5, 20, 11)], [1, 3, 4])]
+    said += [
+        state.advance(
+            rows(
+                (0, [0, 1, 2], [10, 10, 10]),
+                (1, [1, 0], [12, 13]),
+                (2, [0], [22]),
+                (3, [0, 0, 0], [10, 11, 12]),
+                (4, [0, 0, 0, 0], [10, 11, 12, 13]),
             )
+        )
+    ]
+    state.retain([4, 1, 3])
+    for step in range(40):  # long enough for columns to be added, and to be written anew
+        if step == 5:
+            state.retain([0, 2])
+        if step == 20:
+            said += [state.admit([prefix(7, seed=3), prefix(33, seed=4)], [16, 2])]
+            state.retain([0, 1, 2])
+        said += [
+            state.advance(
+                rows(
+                    (0, [3, 0] if step == 0 else [1, 0], [10, 11]),
+                    *([(1, [0, 1], [20, 21])] if step < 5 else []),
+                    (2 if step < 5 else 1, [1, 2, 0], [10 + step % 7, 11, 12]),
+                    *([(2, [0] * 4 if step == 20 else [2, 1, 3, 3], [14, 15, 16, 17])] if step >= 20 else []),
+                )
+            )
+        ]
+    state.retain([])
+    said += [state.admit([prefix(6, seed=5)], [2]), state.advance(rows((0, [0, 0], [10, 11])))]
     return said
 
 
 @torch.inference_mode()
 def test_what_rows_say_is_what_they_say_with_caches_of_their_own(language_model: LanguageModel) -> None:
-    shared = SharedPrefixState(language_model.llm)
-    plain = PlainState(language_model._family._prefill)
+    shared = language_model.build_state()
+    assert isinstance(shared, SharedPrefixState)
+    plain = PlainState(language_model.llm, language_model._family._prefill)
     for ours, theirs in zip(play(shared), play(plain), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 @torch.inference_mode()
 def test_a_prefix_is_read_and_held_once_whatever_the_number_of_its_rows() -> None:
-    llm = build_opt()
+    language_model = BUILDERS["opt"]()
     read: list[int] = []
-    llm.model.decoder.layers[0].register_forward_pre_hook(
+    language_model.llm.model.decoder.layers[0].register_forward_pre_hook(
         lambda _, args: read.append(args[0].shape[:2].numel())
     )
-    state = SharedPrefixState(llm)
-    state.admit(["a", "b"], [prefix(30, seed=0), prefix(30, seed=1)], [16, 16])
+    state = language_model.build_state()
     tokens = list(range(10, 26))
-    state.advance([Growth(key, [0] * 16, tokens) for key in ("a", "b")])
+    state.admit([prefix(30, seed=0), prefix(30, seed=1)], [16, 16])
+    state.advance(rows(*((number, [0] * 16, tokens) for number in range(2))))
     assert read == [2 * 30, 2 * 16]
-    assert held(state) == (2 * 30, 32 * 16)  # tokens: of prefixes, and 16 columns of 32 rows
-    for _ in range(15):
-        state.advance([Growth(key, list(range(16)), tokens) for key in ("a", "b")])
-    assert held(state) == (2 * 30, 32 * 16)
+    assert (
+        state._sight.table.any(axis=1).sum() == 2 * 30 + 2 * 16
+    )  # columns in use: a prefix, and one for each row
+    state.advance(rows(*((number, [3] * 16, tokens) for number in range(2))))
+    assert state._sight.table.any(axis=1).sum() == 2 * 31 + 2 * 16  # all went on from one
 
 
-def held(state: SharedPrefixState) -> tuple[int, int]:
-    """How many tokens have keys in one layer, in prefixes and behind them."""
-    lanes = list(state._lanes.values())
-    of_prefixes = sum(lane.prefixes[0].keys[:, 0, :, 0].numel() for lane in lanes)
-    return of_prefixes, sum(lane.suffixes[0].keys[:, 0, :, 0].numel() for lane in lanes)
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["opt", "untied T5"])
+def test_keys_and_values_take_no_more_bytes_than_was_said(name: str) -> None:
+    language_model = BUILDERS[name]()
+    state = language_model.build_state()
+    extents = [Extent(30, 16, 20), Extent(7, 3, 20), Extent(50, 5, 20)]
+    state.admit(
+        [prefix(extent.num_prefix_tokens, seed=0) for extent in extents],
+        [extent.num_rows for extent in extents],
+    )
+    for step in range(20):
+        growths = [
+            (number, [0] * extent.num_rows if step == 0 else range(extent.num_rows), [10] * extent.num_rows)
+            for number, extent in enumerate(extents)
+        ]
+        state.advance(rows(*growths))
+    held = [tensor for lines in (state._own, state._beside) for layer in lines.layers for tensor in layer]
+    num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in held)
+    assert num_bytes <= state.num_bytes(extents) <= 2 * num_bytes
 
 
-def test_models_that_look_through_a_window_fall_back_to_the_plain_way() -> None:
+def test_a_sequence_gone_leaves_nothing_behind_that_could_harm_its_successor() -> None:
+    language_model = BUILDERS["opt"]()
+    state = language_model.build_state()
+    state.admit([torch.full((20, 32), torch.nan), prefix(8, seed=1)], [1, 1])
+    state.advance(rows((0, [0], [10]), (1, [0], [10])))
+    state.retain([])
+    state.admit([prefix(4, seed=2)], [1])
+    assert state.advance(rows((0, [0], [10]))).isfinite().all()
+
+
+def test_models_that_look_through_a_window_go_the_plain_way_and_say_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     windowed = MistralForCausalLM(
         MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4, layer_types=["sliding_attention"] * 2)
     )
-    assert not fits(windowed)
-    assert fits(build_opt())
+    language_model = LanguageModel(windowed, build_language_tokenizer())
+    assert isinstance(language_model.build_state(), PlainState)
+    assert (
+        "MistralForCausalLM shares no keys and values between beams: it looks through a window" in caplog.text
+    )
+    assert why_not(build_opt()) is None
 
 
 @torch.inference_mode()
 def test_outside_of_decoding_the_model_attends_as_ever() -> None:
-    llm = build_llama()
-    llm.set_attn_implementation("eager")
+    language_model = BUILDERS["llama"]()
+    language_model.llm.set_attn_implementation("eager")
     ids = torch.arange(10, 18)[None]
-    before = llm(input_ids=ids).logits
-    state = SharedPrefixState(llm)
-    state.admit(["a"], [prefix(5, seed=0)], [2])
-    assert llm.config._attn_implementation == "eager"
-    assert torch.equal(llm(input_ids=ids).logits, before)
+    before = language_model.llm(input_ids=ids).logits
+    state = language_model.build_state()
+    state.admit([prefix(5, seed=0)], [2])
+    state.advance(rows((0, [0, 0], [10, 11])))
+    assert language_model.llm.config._attn_implementation == "eager"
+    assert torch.equal(language_model.llm(input_ids=ids).logits, before)

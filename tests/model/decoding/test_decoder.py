@@ -1,7 +1,7 @@
 """Continuous batching: an answer never depends on who shares the batch, joins it or leaves it."""
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from model import (
     InvalidParamsError,
     InvalidPromptError,
 )
-from model.language import DecodingState, Growth, LanguageModel
+from model.language import DecodingState, LanguageModel, Rows
 from tests.builders import MAX_POSITIONS, NUM_QUERY_TOKENS, build_language_model
 from tests.builders_t5 import build_t5_language_model
 from tests.model.decoding.reference import PROMPTS, Pair
@@ -110,15 +110,16 @@ class RecordingState:
         self._state = state
         self._rows = rows
 
-    def admit(
-        self, keys: Sequence[Hashable], prefixes: Sequence[torch.Tensor], widths: Sequence[int]
-    ) -> torch.Tensor:
-        self._rows.append(len(prefixes))
-        return self._state.admit(keys, prefixes, widths)
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._state, name)
 
-    def advance(self, growths: Sequence[Growth]) -> list[torch.Tensor]:
-        self._rows.append(sum(len(growth.tokens) for growth in growths))
-        return self._state.advance(growths)
+    def admit(self, prefixes: Sequence[torch.Tensor], widths: Sequence[int]) -> torch.Tensor:
+        self._rows.append(len(prefixes))
+        return self._state.admit(prefixes, widths)
+
+    def advance(self, rows: Rows) -> torch.Tensor:
+        self._rows.append(len(rows))
+        return self._state.advance(rows)
 
 
 @torch.inference_mode()
