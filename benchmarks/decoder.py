@@ -60,6 +60,7 @@ class Ours:
 
     def __init__(self, directory: Path) -> None:
         self._blip2 = Blip2.from_pretrained(str(directory), LoadOptions(dtype=torch.bfloat16))
+        self._blip2.pack(qformer_dtype=torch.bfloat16)
         self._language_model = self._blip2.require_language_model()
 
     @torch.inference_mode()

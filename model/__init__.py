@@ -1,7 +1,7 @@
 """BLIP-2: tensors in, tensors or text out. Knows nothing of HTTP, environment, service or training."""
 
 from model.blip2 import Blip2
-from model.decoding import DecodeJob, Decoder, Generation, GenerationParams
+from model.decoding import DecodeJob, Decoder, DecoderLimits, Generation, GenerationParams
 from model.errors import (
     CheckpointError,
     InvalidParamsError,
@@ -15,6 +15,7 @@ __all__ = [
     "CheckpointError",
     "DecodeJob",
     "Decoder",
+    "DecoderLimits",
     "Generation",
     "GenerationParams",
     "InvalidParamsError",

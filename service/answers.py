@@ -70,6 +70,14 @@ class MatchTimings(Part):
     total: float
 
 
+class TokenLogprob(Part):
+    """One token of an answer. Their sum, over all, is the log-probability that its score is made of."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
 class Caption(Part):
     """score: log-probability / num_tokens ** length_penalty. num_tokens: the end token counts."""
 
@@ -77,6 +85,7 @@ class Caption(Part):
     score: float
     num_tokens: int
     finish_reason: Literal["stop", "length"]
+    logprobs: list[TokenLogprob] | None = None
 
 
 class CaptionResponse(Part):
@@ -107,6 +116,7 @@ class Alternative(Part):
     answer: str
     score: float
     num_tokens: int
+    logprobs: list[TokenLogprob] | None = None
 
 
 class VqaAnswer(Part):
@@ -116,6 +126,7 @@ class VqaAnswer(Part):
     answer: str
     score: float
     num_tokens: int
+    logprobs: list[TokenLogprob] | None = None
     alternatives: list[Alternative]
 
 

@@ -74,7 +74,7 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Parts:
         device_memory_bytes=lambda: _device_memory_bytes(backend.device),
     )
     inference = Inference(backend, desk, cache, line)
-    replies = Replies(backend.name, backend.matching_name, metrics)
+    replies = Replies(backend, metrics)
     return Parts(backend, desk, redis, line, engine, inference, replies)
 
 

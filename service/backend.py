@@ -65,8 +65,14 @@ class Backend(Protocol):
         self, question: str, history: Sequence[tuple[str, str]], template: str | None
     ) -> str: ...
 
-    def tokenize_prompt(self, prompt: str, max_new_tokens: int) -> tuple[int, ...]:
-        """Raises model.errors.InvalidPromptError where image, prompt and answer together are too long."""
+    def tokenize_prompt(self, prompt: str, params: GenerationParams) -> tuple[int, ...]:
+        """Raises model.errors.InvalidPromptError where image, prompt and answer together are too long.
+
+        Raises model.errors.InvalidParamsError where there would never be room for the answer.
+        """
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Gives the text of each token by itself."""
 
     def to_device(self, tensor: Tensor) -> Tensor: ...
 

@@ -135,7 +135,7 @@ class Inference:
             return await self._served(ticket, time.monotonic() - started)
 
     def _ask(self, prompts: Sequence[str], questions: Sequence[str], params: GenerationParams) -> Asked:
-        prompt_ids = (self._backend.tokenize_prompt(prompt, params.max_new_tokens) for prompt in prompts)
+        prompt_ids = (self._backend.tokenize_prompt(prompt, params) for prompt in prompts)
         return Asked(tuple(prompt_ids), params, tuple(questions) if self._backend.shows_questions else ())
 
     async def _generate(

@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from model import Blip2, DecodeJob, Decoder, GenerationParams
+from model import Blip2, DecodeJob, Decoder, DecoderLimits, GenerationParams
 from model.checkpoints import LoadOptions, locate_retrieval_model
 from model.devices import find_device
 from model.errors import DeviceUnavailableError
@@ -42,10 +43,13 @@ def load_backend(settings: Settings) -> "Blip2Backend":
         quantize=settings.quantize,
         spread=settings.spread,
     )
-    blip2 = Blip2.from_pretrained(settings.model, options, revision=settings.revision)
-    if settings.retrieval_model is None:
-        return Blip2Backend(blip2)
-    return Blip2Backend(blip2, _load_matching(settings.retrieval_model, settings.retrieval_revision, options))
+    blip2, matching = Blip2.from_pretrained(settings.model, options, revision=settings.revision), None
+    if settings.retrieval_model is not None:
+        matching = _load_matching(settings.retrieval_model, settings.retrieval_revision, options)
+    backend = Blip2Backend(blip2, matching, DecoderLimits(max_kv_bytes=settings.kv_bytes))
+    if device.type == "cpu":
+        backend.pack(getattr(torch, settings.qformer_dtype))
+    return backend
 
 
 def _load_matching(name: str, revision: str | None, options: LoadOptions) -> Blip2:
@@ -66,14 +70,24 @@ class Blip2Backend:
     Where their image encoders are equal, one is held, and one pass of it serves both.
     """
 
-    def __init__(self, blip2: Blip2, matching: Blip2 | None = None) -> None:
+    def __init__(
+        self, blip2: Blip2, matching: Blip2 | None = None, limits: DecoderLimits | None = None
+    ) -> None:
         self._blip2 = blip2
+        self._limits = limits or DecoderLimits()
         self._matching = matching or blip2
         self.fingerprint = self._blip2.fingerprint
         if self._matching is not self._blip2:
             both = f"{self._blip2.fingerprint} {self._matching.fingerprint}"
             self.fingerprint = hashlib.sha256(both.encode()).hexdigest()
         self.matching_tower = Tower.MAIN if self._blip2.share_vision_model(self._matching) else Tower.MATCHING
+
+    def pack(self, qformer_dtype: torch.dtype) -> None:
+        """Readies the models for a CPU, see `Blip2.pack`; before the first job."""
+        self._blip2.pack(qformer_dtype)
+        self._matching.pack(qformer_dtype)
+        if qformer_dtype != torch.float32:  # what is cached is not the same
+            self.fingerprint = hashlib.sha256(f"{self.fingerprint} {qformer_dtype}".encode()).hexdigest()
 
     @property
     def name(self) -> str:
@@ -113,14 +127,13 @@ class Blip2Backend:
         prompts = self._blip2.prompts if template is None else replace(self._blip2.prompts, question=template)
         return prompts.question_prompt(question, history)
 
-    def tokenize_prompt(self, prompt: str, max_new_tokens: int) -> tuple[int, ...]:
+    def tokenize_prompt(self, prompt: str, params: GenerationParams) -> tuple[int, ...]:
         prompt_ids = self._language_model.tokenize(prompt)
-        self._language_model.check_length(
-            num_prompt_tokens=len(prompt_ids),
-            num_soft_tokens=self._blip2.query_tokens.shape[1],
-            max_new_tokens=max_new_tokens,
-        )
+        self._idle_decoder.check(len(prompt_ids), self._blip2.query_tokens.shape[1], params)
         return prompt_ids
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return self._language_model.token_texts(token_ids)
 
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._blip2.device)
@@ -138,7 +151,7 @@ class Blip2Backend:
         return self._matcher.image_embeds(self._matcher.encode_image_queries(image_features).query_output)
 
     def build_decoder(self) -> StepDecoder:
-        return Decoder(self._language_model)
+        return Decoder(self._language_model, self._limits)
 
     def build_decode_job(
         self, encoded: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams, question: str | None
@@ -160,6 +173,11 @@ class Blip2Backend:
 
     def _of(self, tower: Tower) -> Blip2:
         return self._blip2 if tower is Tower.MAIN else self._matching
+
+    @cached_property
+    def _idle_decoder(self) -> Decoder:
+        """Which says what it would take in."""
+        return Decoder(self._language_model, self._limits)
 
     @property
     def _language_model(self) -> LanguageModel:

@@ -15,9 +15,11 @@ from service.answers import (
     Problem,
     RetrieveResponse,
     RetrieveResult,
+    TokenLogprob,
     VqaAnswer,
     VqaResponse,
 )
+from service.backend import Backend
 from service.context import RequestContext
 from service.errors import ServiceError
 from service.inference import Served
@@ -26,23 +28,25 @@ from service.metrics import Metrics
 
 
 class Replies:
-    """model, matching_model: the names that answers carry."""
+    """backend: whose answers they are. logprobs, below: whether each token is told."""
 
-    def __init__(self, model: str, matching_model: str, metrics: Metrics) -> None:
-        self._model = model
-        self._matching_model = matching_model
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+        self._backend = backend
         self._metrics = metrics
 
-    def caption(self, served: Served[Generations], context: RequestContext) -> CaptionResponse:
+    def caption(
+        self, served: Served[Generations], context: RequestContext, *, logprobs: bool
+    ) -> CaptionResponse:
         self._count_tokens(served)
         return CaptionResponse(
-            model=self._model,
+            model=self._backend.name,
             captions=[
                 Caption(
                     text=generation.text,
                     score=generation.score,
                     num_tokens=generation.num_tokens,
                     finish_reason=generation.finish_reason,
+                    logprobs=self._tokens(generation) if logprobs else None,
                 )
                 for generation in served.answer.value[0]
             ],
@@ -51,12 +55,16 @@ class Replies:
         )
 
     def captions(
-        self, outcomes: Sequence[Served[Generations] | ServiceError], context: RequestContext
+        self,
+        outcomes: Sequence[Served[Generations] | ServiceError],
+        context: RequestContext,
+        *,
+        logprobs: bool,
     ) -> CaptionsResponse:
         return CaptionsResponse(
-            model=self._model,
+            model=self._backend.name,
             results=[
-                self.caption(outcome, context)
+                self.caption(outcome, context, logprobs=logprobs)
                 if isinstance(outcome, Served)
                 else FailedImage(error=Problem.of(outcome, context.request_id))
                 for outcome in outcomes
@@ -64,13 +72,18 @@ class Replies:
         )
 
     def vqa(
-        self, questions: Sequence[str], served: Served[Generations], context: RequestContext
+        self,
+        questions: Sequence[str],
+        served: Served[Generations],
+        context: RequestContext,
+        *,
+        logprobs: bool,
     ) -> VqaResponse:
         self._count_tokens(served)
         return VqaResponse(
-            model=self._model,
+            model=self._backend.name,
             answers=[
-                _vqa_answer(question, generations)
+                self._vqa_answer(question, generations, logprobs=logprobs)
                 for question, generations in zip(questions, served.answer.value, strict=True)
             ],
             image_cached=served.answer.image_cached,
@@ -79,7 +92,7 @@ class Replies:
 
     def retrieve(self, mode: Mode, served: Served[Matches], context: RequestContext) -> RetrieveResponse:
         return RetrieveResponse(
-            model=self._matching_model,
+            model=self._backend.matching_name,
             mode=mode,
             results=[
                 RetrieveResult(
@@ -115,20 +128,28 @@ class Replies:
         context.image_cached = answer.image_cached and context.image_cached is not False
         return {**timings_ms, "total": context.total_ms()}
 
+    def _vqa_answer(self, question: str, generations: tuple[Generation, ...], *, logprobs: bool) -> VqaAnswer:
+        best, *others = (
+            Alternative(
+                answer=generation.text,
+                score=generation.score,
+                num_tokens=generation.num_tokens,
+                logprobs=self._tokens(generation) if logprobs else None,
+            )
+            for generation in generations
+        )
+        return VqaAnswer(question=question, alternatives=others, **dict(best))
+
+    def _tokens(self, generation: Generation) -> list[TokenLogprob]:
+        texts = self._backend.token_texts(generation.token_ids)
+        return [
+            TokenLogprob(token_id=token_id, token=text, logprob=log_prob)
+            for token_id, text, log_prob in zip(
+                generation.token_ids, texts, generation.log_probs, strict=True
+            )
+        ]
+
     def _count_tokens(self, served: Served[Generations]) -> None:
         self._metrics.generated_tokens.inc(
             sum(generation.num_tokens for group in served.answer.value for generation in group)
         )
-
-
-def _vqa_answer(question: str, generations: tuple[Generation, ...]) -> VqaAnswer:
-    best, *others = generations
-    return VqaAnswer(
-        question=question,
-        answer=best.text,
-        score=best.score,
-        num_tokens=best.num_tokens,
-        alternatives=[
-            Alternative(answer=other.text, score=other.score, num_tokens=other.num_tokens) for other in others
-        ],
-    )

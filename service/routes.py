@@ -75,10 +75,12 @@ class InferenceRoutes:
         deadline, context = deadline_of(request), context_of(request)
         if body.image is not None:
             work = parts.inference.generate(Upload("image", body.image), [prompt], params, deadline)
-            return _json(parts.replies.caption(await while_waited_for(request, deadline, work), context))
+            served = await while_waited_for(request, deadline, work)
+            return _json(parts.replies.caption(served, context, logprobs=body.logprobs))
         images = [Upload(f"images.{index}", image) for index, image in enumerate(body.images or [])]
         works = parts.inference.generate_each(images, prompt, params, deadline)
-        return _json(parts.replies.captions(await while_waited_for(request, deadline, works), context))
+        outcomes = await while_waited_for(request, deadline, works)
+        return _json(parts.replies.captions(outcomes, context, logprobs=body.logprobs))
 
     async def vqa(self, request: Request) -> Response:
         """Answers questions about an image, which is encoded once for all of them."""
@@ -96,7 +98,8 @@ class InferenceRoutes:
             Upload("image", body.image), prompts, params, deadline, questions=body.question
         )
         served = await while_waited_for(request, deadline, work)
-        return _json(parts.replies.vqa(body.question, served, context_of(request)))
+        answer = parts.replies.vqa(body.question, served, context_of(request), logprobs=body.logprobs)
+        return _json(answer)
 
     async def retrieve(self, request: Request) -> Response:
         """Ranks images or texts by how well they fit a text or an image.

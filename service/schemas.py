@@ -88,13 +88,14 @@ class GenerationFields(Body):
     top_p: float = 0.9
     top_k: int = Field(default=0, description="0: off")
     seed: int | None = Field(default=None, description="equal seeds give equal samples")
+    logprobs: bool = Field(default=False, description="tell each token of an answer with its log-probability")
 
     def generation_params(self, count_field: str) -> GenerationParams:
         """Gives the parameters for as many answers as the named field says.
 
         Raises InvalidParamsError where one is out of its bounds, or two contradict each other.
         """
-        shared = {name: getattr(self, name) for name in GenerationFields.model_fields}
+        shared = {name: getattr(self, name) for name in GenerationFields.model_fields if name != "logprobs"}
         if self.do_sample and "num_beams" not in self.model_fields_set:
             shared["num_beams"] = 1
         params = GenerationParams(num_return_sequences=getattr(self, count_field), **shared)

@@ -40,7 +40,10 @@ class Settings(BaseSettings):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="of the image encoder and the language model; the Q-Former stays in float32",
+        description="of the image encoder and the language model",
+    )
+    qformer_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the Q-Former's matrix products; bfloat16 halves them, on a CPU"
     )
     quantize: Literal["none", "int8"] = Field(
         default="none", description="int8 holds the language model's linear layers in 8 bits (needs torchao)"
@@ -76,6 +79,11 @@ class Settings(BaseSettings):
     )
     max_rows: int = Field(
         default=128, ge=16, description="rows (beams, pairs) that run on the device at once"
+    )
+    kv_bytes: int = Field(
+        default=4 * 2**30,
+        ge=2**20,
+        description="of keys and values of the texts that run at once; more texts wait",
     )
     stall_timeout_ms: Annotated[int, Field(ge=100)] | None = Field(
         default=None,

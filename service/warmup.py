@@ -53,7 +53,7 @@ def _warm_images(backend: Backend, tower: Tower) -> list[ImageInput]:
 def _caption_jobs(backend: Backend, images: Sequence[ImageInput]) -> list[GenerateJob]:
     params = GenerationParams()
     prompt = backend.caption_prompt()
-    prompt_ids = backend.tokenize_prompt(prompt, params.max_new_tokens)
+    prompt_ids = backend.tokenize_prompt(prompt, params)
     questions = (prompt,) if backend.shows_questions else ()
     return [GenerateJob(image, (prompt_ids,), params, Ticket(), questions) for image in images]
 

@@ -27,9 +27,9 @@ class Proposals:
 class Board:
     """J jobs, counted from 0 in the order they came in.
 
-    running: what goes on, by rank; finished: the answers so far, best first. num_tokens: [J], of each running
-    text. parents: [J, W], the row that each text goes on from, where rows of the last step are counted without
-    gaps.
+    running: what goes on, by rank; finished: the answers so far, best first. num_tokens: [J], of each
+    running text. parents: [J, W], the row that each text goes on from, where rows of the last step are
+    counted without gaps.
     """
 
     def __init__(self, eos_token_ids: Sequence[int]) -> None:
@@ -94,7 +94,10 @@ class Board:
         return jobs, texts
 
     def histories(self, jobs: Ids, texts: Ids) -> Ids:
-        """Gives the ids in front of each row's next token, [R, T], the newest last; [R, 0] where no rule asks."""
+        """Gives the ids in front of each row's next token, [R, T], the newest last.
+
+        [R, 0] where no rule looks back.
+        """
         if not self.params.needs_history[jobs].any():
             return np.zeros((len(jobs), 0), np.int64)
         num_said = self.num_tokens[jobs, None]

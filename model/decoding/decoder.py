@@ -11,6 +11,7 @@ from torch import Tensor
 from model.decoding.board import Board, Proposals
 from model.decoding.columns import Ids
 from model.decoding.job import DecodeJob, Generation
+from model.decoding.params import GenerationParams
 from model.decoding.scoring import Choice, Chooser, Draw, Request
 from model.errors import InvalidParamsError
 from model.language import Extent, LanguageModel, Rows
@@ -72,14 +73,19 @@ class Decoder:
         InvalidPromptError where image tokens, prompt and answer exceed the positions of the language model.
         """
         job.params.validate()
+        self.check(len(job.prompt_ids), len(job.language_model_inputs), job.params)
+        self._waiting.append(build_task(job, self._language_model))
+
+    def check(self, num_prompt_tokens: int, num_soft_tokens: int, params: GenerationParams) -> None:
+        """Raises what `add` raises for a job that would never have room. May be called from any thread."""
         self._language_model.check_length(
-            num_prompt_tokens=len(job.prompt_ids),
-            num_soft_tokens=len(job.language_model_inputs),
-            max_new_tokens=job.params.max_new_tokens,
+            num_prompt_tokens=num_prompt_tokens,
+            num_soft_tokens=num_soft_tokens,
+            max_new_tokens=params.max_new_tokens,
         )
-        task = build_task(job, self._language_model)
-        self._check_limits(task.extent)
-        self._waiting.append(task)
+        self._check_limits(
+            Extent(num_prompt_tokens + num_soft_tokens, params.num_rows, params.max_new_tokens)
+        )
 
     def cancel(self, job: DecodeJob) -> None:
         """Forgets a job, whose rows are gone at once; nothing happens where it is done already."""

@@ -53,7 +53,10 @@ def keep_top_k(scores: Tensor, top_k: Tensor) -> None:
 
 
 def drop_tail(scores: Tensor, tails: Tensor) -> None:
-    """Rules out the least likely tokens, of a probability 1 - top_p at most together; tails: [R], 1 - top_p."""
+    """Rules out the least likely tokens, of a probability 1 - top_p at most together.
+
+    tails: [R], 1 - top_p.
+    """
     ranked, token_ids = scores.sort(dim=-1)
     is_out = ranked.softmax(dim=-1).cumsum(dim=-1) <= tails[:, None]
     is_out[:, -1] = False  # one is always left

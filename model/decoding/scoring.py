@@ -53,13 +53,12 @@ class Chooser:
         self._device = device
 
     def __call__(self, logits: Tensor, request: Request, count: int) -> Choice:
-        """logits: [R, N]; where they are float32 they may be changed. Launches work only: no sync."""
-        logits = logits.float()
-        totals = logits.logsumexp(dim=-1, keepdim=True)  # instead of a second copy of all scores
+        """logits: [R, N], which may be changed. Launches work only: no sync."""
+        totals = _log_totals(logits)
         scores, offsets = self._apply_rules(logits, totals, request)
         single = ~request.params.is_beam_search
         best = scores.topk(min(1 if single.all() else count, logits.shape[-1]))
-        choice = Choice(best.values - offsets, best.indices)
+        choice = Choice(best.values.float() - offsets, best.indices)
         if single.any():
             rows = self._index(single)
             token_ids = _race(scores, request.draws)[rows].argmax(dim=-1, keepdim=True)
@@ -77,7 +76,7 @@ class Chooser:
             (at,) = is_ruled.nonzero()
             # The reference has its rules see log-probabilities in a beam search, else logits.
             shifts = totals[ruled] * self._tensor(params.is_beam_search[at])[:, None]
-            scores, offsets = logits.clone(), totals.clone()
+            scores, offsets = logits.to(torch.float32, copy=True), totals.clone()
             scores[ruled] = self._ruled(logits[ruled] - shifts, request, at)
             offsets[ruled] = 0
         self._forbid_end(scores, request.may_not_end & ~is_ruled)
@@ -117,6 +116,16 @@ class Chooser:
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def _log_totals(logits: Tensor) -> Tensor:
+    """Gives what makes logits log-probabilities when it is taken from them, [R, 1] float32.
+
+    On a CPU a few rows at a time, which stay in its cache; a copy of all in float32 would take longer.
+    """
+    num_rows = 8 if logits.device.type == "cpu" else len(logits)
+    parts = torch.split(logits, num_rows)
+    return torch.cat([part.float().logsumexp(dim=-1, keepdim=True) for part in parts])
 
 
 def _race(scores: Tensor, draws: Sequence[Draw]) -> Tensor:

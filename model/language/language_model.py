@@ -98,6 +98,11 @@ class LanguageModel(nn.Module):
         text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
         return text.strip()
 
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Gives the text of each token by itself, special tokens by their names."""
+        texts: list[str] = self.tokenizer.batch_decode([[token_id] for token_id in token_ids])
+        return texts
+
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
         """Gives the [.., L] embeddings of [..] ids."""
         return self.llm.get_input_embeddings()(input_ids)

@@ -117,7 +117,7 @@ def test_the_service_and_bulk_work_show_each_question_to_the_q_former(adapter: P
     jobs = [
         GenerateJob(
             ImageInput(str(index), random_pixels(2)[index], {}),
-            tuple(backend.tokenize_prompt(prompt, 8) for prompt in prompts),
+            tuple(backend.tokenize_prompt(prompt, GenerationParams(max_new_tokens=8)) for prompt in prompts),
             PARAMS,
             Ticket(),
             QUESTIONS,

@@ -122,11 +122,14 @@ class FakeBackend:
         turns = " ".join(f"{asked} {answer}" for asked, answer in history)
         return f"{turns} {(template or 'Q {}').replace('{}', question)}".strip()
 
-    def tokenize_prompt(self, prompt: str, max_new_tokens: int) -> tuple[int, ...]:
+    def tokenize_prompt(self, prompt: str, _params: GenerationParams) -> tuple[int, ...]:
         words = prompt.split() or [""]
         if len(words) > MAX_PROMPT_WORDS:
             raise InvalidPromptError(f"the prompt has {len(words)} words, the limit is {MAX_PROMPT_WORDS}")
         return tuple(self._vocabulary.setdefault(word, len(self._vocabulary)) for word in words)
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return [f"t{token_id}" for token_id in token_ids]
 
     def words_of(self, prompt_ids: Sequence[int]) -> list[str]:
         vocabulary = list(self._vocabulary)

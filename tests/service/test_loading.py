@@ -69,7 +69,7 @@ def test_jobs_of_all_kinds_together_are_answered_as_alone(backend: Blip2Backend,
         for index, prompt in ((number % NUM_IMAGES, PROMPTS[number % 3]), (5 - number, PROMPTS[2]))
     ]
     jobs = [
-        GenerateJob(image(index), (backend.tokenize_prompt(prompt, 30),), params, Ticket())
+        GenerateJob(image(index), (backend.tokenize_prompt(prompt, params),), params, Ticket())
         for index, prompt, params in asked
     ]
     matching = MatchJob(TEXTS[0], tuple(image(at) for at in range(NUM_IMAGES)), Mode.ITM, 128, 10, Ticket())
@@ -104,9 +104,9 @@ def test_matches_are_those_of_the_matcher_alone(backend: Blip2Backend, blip2: Bl
 
 
 def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(backend: Blip2Backend) -> None:
-    backend.tokenize_prompt("a " * 50, 30)
+    backend.tokenize_prompt("a " * 50, GenerationParams())
     with pytest.raises(InvalidPromptError, match="96"):
-        backend.tokenize_prompt("a " * 60, 30)
+        backend.tokenize_prompt("a " * 60, GenerationParams())
 
 
 def test_a_template_of_the_callers_takes_the_place_of_the_checkpoints(backend: Blip2Backend) -> None:

@@ -73,7 +73,7 @@ def test_both_answer_as_they_do_alone(tmp_path: Path, seed: int, image_size: int
     backend = load(generation, retrieval)
     is_shared = (seed, image_size) == (0, 32)
     assert (backend.matching_tower is Tower.MAIN) == is_shared
-    prompt_ids = backend.tokenize_prompt("a photo of", 8)
+    prompt_ids = backend.tokenize_prompt("a photo of", GenerationParams(max_new_tokens=8))
     captions = [GenerateJob(image, (prompt_ids,), GREEDY, Ticket()) for image in inputs(backend, Tower.MAIN)]
     match = MatchJob(
         "a red circle", tuple(inputs(backend, backend.matching_tower)), Mode.ITM, 128, 10, Ticket()

@@ -1,0 +1,73 @@
+"""Packed weights: the products of plain ones, and the weights themselves when they are saved."""
+
+import pytest
+import torch
+from torch import nn
+
+from model import Blip2, GenerationParams
+from model.packing import PackedLinear, can_pack, pack_linears
+from tests.builders import build_parts, random_pixels
+from tests.builders_t5 import build_t5_parts
+
+pytestmark = pytest.mark.skipif(not can_pack(), reason="this build of torch is without oneDNN")
+PARAMS = GenerationParams(num_beams=4, num_return_sequences=4, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_packed_layer_gives_what_the_plain_one_gives(dtype: torch.dtype, has_bias: bool) -> None:
+    linear = nn.Linear(46, 33, bias=has_bias).to(dtype)
+    packed = PackedLinear(linear)
+    atol = 1e-6 if dtype == torch.float32 else 2e-2
+    for shape in ((1, 46), (5, 46), (2, 7, 46), (1000, 46), (3, 0, 46)):
+        inputs = torch.randn(shape, dtype=dtype)
+        torch.testing.assert_close(packed(inputs), linear(inputs), rtol=0, atol=atol)
+    inputs = torch.randn(8, 92, dtype=dtype)[::2, ::2]  # not side by side in memory
+    torch.testing.assert_close(packed(inputs), linear(inputs), rtol=0, atol=atol)
+
+
+@torch.inference_mode()
+def test_a_product_may_be_of_another_type_than_what_goes_in_and_comes_out() -> None:
+    linear, inputs = nn.Linear(64, 32), torch.randn(5, 64)
+    output = PackedLinear(linear, torch.bfloat16)(inputs)
+    assert output.dtype == torch.float32
+    assert not torch.equal(output, linear(inputs))
+    torch.testing.assert_close(output, linear(inputs), rtol=0, atol=5e-2)
+
+
+def test_a_packed_layer_is_saved_as_it_was() -> None:
+    layers = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3, bias=False))
+    before = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
+    assert pack_linears(layers) == 2
+    after = layers.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_what_is_no_plain_linear_layer_stays_as_it_is() -> None:
+    class Special(nn.Linear):
+        pass
+
+    layers = nn.ModuleList([Special(4, 4), nn.Linear(4, 4).double(), nn.Linear(4, 4, device="meta")])
+    assert pack_linears(layers) == 0
+    assert pack_linears(nn.Sequential(nn.Linear(4, 4))) == 1
+
+
+@pytest.mark.parametrize("parts", [build_parts, lambda: build_t5_parts("tied")], ids=["opt", "t5"])
+@torch.inference_mode()
+def test_a_packed_model_gives_the_answers_of_the_plain_one(parts: object) -> None:
+    plain, packed = Blip2(parts()).eval(), Blip2(parts()).eval()
+    packed.load_state_dict(plain.state_dict())
+    assert packed.pack() > 20
+    assert packed.pack() == 0
+    assert not any(type(module) is nn.Linear for module in packed.modules())
+    answers = []
+    for blip2 in (plain, packed):
+        inputs = blip2.project_queries(blip2.encode_queries(blip2.encode_images(random_pixels(4))))
+        answers.append(blip2.generate(inputs, ["a photo of"] * 4, PARAMS))
+    for ours, theirs in zip(*answers, strict=True):
+        assert [answer.token_ids for answer in ours] == [answer.token_ids for answer in theirs]
+        assert [answer.score for answer in ours] == pytest.approx(
+            [answer.score for answer in theirs], abs=1e-4
+        )
