@@ -16,6 +16,7 @@ from model.errors import TaskUnavailableError
 from model.language import LanguageModel
 from model.packing import pack_linears
 from model.parts import Blip2Parts
+from model.qformer import QFormer
 
 
 class Blip2(nn.Module):
@@ -78,9 +79,10 @@ class Blip2(nn.Module):
         """Lays the weights of linear layers out for a CPU's products; gives the number of layers.
 
         For a model that lies on a CPU and only computes from now on: see `model.packing`. What it gives is
-        the same up to rounding. qformer_dtype: of the Q-Former's products; bfloat16 halves their time.
+        the same up to rounding. qformer_dtype: of the Q-Formers' products; bfloat16 halves their time.
         """
-        return pack_linears(self.qformer, qformer_dtype) + pack_linears(self)
+        qformers = [module for module in self.modules() if isinstance(module, QFormer)]
+        return sum(pack_linears(qformer, qformer_dtype) for qformer in qformers) + pack_linears(self)
 
     @cached_property
     def fingerprint(self) -> str:

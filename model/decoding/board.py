@@ -13,7 +13,7 @@ import numpy as np
 from model.decoding.columns import Columns, Flags, Ids, Scores
 from model.decoding.params import GenerationParams
 from model.decoding.rules import NOTHING
-from model.decoding.texts import Texts
+from model.decoding.texts import Texts, ranking
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ class Board:
         before, num_texts = self.running.of_jobs(jobs), self.params.num_texts[jobs, None]
         num_candidates = self.num_candidates[jobs, None]
         totals = (proposals.log_probs[jobs] + before.scores[:, :, None]).reshape(len(jobs), -1)
-        best = np.argsort(-totals, axis=1, kind="stable")[:, : num_candidates.max()]  # [J, c]
+        best = ranking(totals)[:, : num_candidates.max()]  # [J, c]
         totals, parents = np.take_along_axis(totals, best, 1), best // proposals.token_ids.shape[2]
         token_ids = np.take_along_axis(proposals.token_ids[jobs].reshape(len(jobs), -1), best, 1)
         log_probs = np.take_along_axis(proposals.log_probs[jobs].reshape(len(jobs), -1), best, 1)

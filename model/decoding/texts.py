@@ -48,7 +48,7 @@ class Texts:
 
     def best(self, count: int) -> "Texts":
         """Gives each job's texts of the highest scores, best first; of equal ones the earlier first."""
-        return self.take(np.argsort(-self.scores, axis=1, kind="stable")[:, :count])
+        return self.take(ranking(self.scores)[:, :count])
 
     def beside(self, others: "Texts") -> "Texts":
         """Gives the texts of both, those of `others` last."""
@@ -83,3 +83,14 @@ class Texts:
             common = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
             new[common] = old[common]
         return resized
+
+
+def ranking(scores: Scores) -> Ids:
+    """Gives the numbers of each row's scores, [J, k], the best first; of equal ones the earlier.
+
+    Last stands -inf, and before it what is not a number, which a broken model gives.
+    """
+    order: Ids = np.argsort(
+        np.nan_to_num(-scores, nan=np.finfo(np.float32).max, posinf=np.inf), axis=1, kind="stable"
+    )
+    return order

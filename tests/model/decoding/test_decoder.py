@@ -1,20 +1,25 @@
 """Continuous batching: an answer never depends on who shares the batch, joins it or leaves it."""
 
+import dataclasses
+import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import (
     DecodeJob,
     Decoder,
+    DecoderLimits,
     Generation,
     GenerationParams,
     InvalidParamsError,
     InvalidPromptError,
 )
-from model.language import DecodingState, LanguageModel, Rows
+from model.language import DecodingState, Extent, LanguageModel, Rows
 from tests.builders import MAX_POSITIONS, NUM_QUERY_TOKENS, build_language_model
 from tests.builders_t5 import build_t5_language_model
 from tests.model.decoding.reference import PROMPTS, Pair
@@ -216,3 +221,137 @@ def test_wrong_parameters_are_refused_before_the_job_is_taken_in(pair: Pair) -> 
     with pytest.raises(InvalidParamsError):
         decoder.add(pair.job(0, "", GenerationParams(num_beams=0)))
     assert decoder.num_jobs == 0
+
+
+@torch.inference_mode()
+def test_each_token_is_told_with_its_log_probability_and_they_make_the_score(pair: Pair) -> None:
+    for params in PARAMS:
+        for answer in run_alone(pair.language_model, pair.job(1, "a photo of", params)):
+            assert len(answer.log_probs) == answer.num_tokens
+            score = sum(answer.log_probs) / answer.num_tokens**params.length_penalty
+            assert answer.score == pytest.approx(score, rel=1e-5, abs=1e-4)
+
+
+@torch.inference_mode()
+def test_the_log_probabilities_of_an_answer_without_rules_are_those_of_the_bare_model(pair: Pair) -> None:
+    (best, *_) = run_alone(pair.language_model, pair.job(2, "", PARAMS[0]))
+    whole = pair.log_probability(2, "", best.token_ids)
+    assert sum(best.log_probs) == pytest.approx(whole, abs=1e-4)
+    first = pair.log_probability(2, "", best.token_ids[:1])
+    assert best.log_probs[0] == pytest.approx(first, abs=1e-4)
+
+
+@torch.inference_mode()
+def test_an_answer_of_one_beam_can_be_read_token_by_token(pair: Pair) -> None:
+    decoder = Decoder(pair.language_model)
+    job = pair.job(0, "a photo of", GenerationParams(num_beams=1, max_new_tokens=8, min_new_tokens=8))
+    decoder.add(pair.job(1, "", PARAMS[0]))
+    decoder.add(job)
+    assert decoder.token_ids(job) == ()
+    read = []
+    answers: Answers = {}
+    while job not in answers:
+        answers.update(decoder.step())
+        read.append(decoder.token_ids(job))
+    whole = answers[job][0].token_ids
+    assert read[:-1] == [whole[: at + 1] for at in range(len(whole) - 1)]
+
+
+def extents(jobs: Sequence[DecodeJob]) -> list[Extent]:
+    return [
+        Extent(
+            len(job.language_model_inputs) + len(job.prompt_ids),
+            job.params.num_rows,
+            job.params.max_new_tokens,
+        )
+        for job in jobs
+    ]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bound", ["rows", "bytes"])
+def test_jobs_wait_for_room_in_their_order_and_answer_as_ever(
+    pair: Pair, jobs: list[DecodeJob], bound: str
+) -> None:
+    state = pair.language_model.build_state()
+    limits = DecoderLimits(max_rows=9)
+    if bound == "bytes":
+        limits = DecoderLimits(max_kv_bytes=max(state.num_bytes([extent] * 2) for extent in extents(jobs)))
+    decoder = Decoder(pair.language_model, limits)
+    for job in jobs:
+        decoder.add(job)
+    answers: Answers = {}
+    begun: list[DecodeJob] = []
+    while decoder.num_jobs:
+        answers.update(decoder.step())
+        running = [task.job for task in decoder._running]
+        begun += [job for job in jobs if job not in begun and (job in running or job in answers)]
+        assert sum(job.params.num_rows for job in running) <= limits.max_rows
+        assert not running or state.num_bytes(extents(running)) <= limits.max_kv_bytes
+    assert begun == jobs  # nobody was overtaken
+    for job in jobs:
+        assert_same_answers(answers[job], run_alone(pair.language_model, job))
+
+
+def test_a_job_that_could_never_run_is_refused_with_the_figures(pair: Pair) -> None:
+    job = pair.job(0, "", GenerationParams(num_beams=5, max_new_tokens=20))
+    with pytest.raises(
+        InvalidParamsError, match="works on 5 beams or samples at once, the limit is 4; lower"
+    ):
+        Decoder(pair.language_model, DecoderLimits(max_rows=4)).add(job)
+    (extent,) = extents([job])
+    needed = pair.language_model.build_state().num_bytes([extent])
+    decoder = Decoder(pair.language_model, DecoderLimits(max_kv_bytes=needed - 1))
+    with pytest.raises(
+        InvalidParamsError,
+        match=f"5 beams of up to 20 new tokens.*up to {needed} bytes of keys.*limit is {needed - 1}; lower",
+    ):
+        decoder.add(job)
+    assert decoder.num_jobs == 0
+    Decoder(pair.language_model, DecoderLimits(max_rows=5, max_kv_bytes=needed)).add(job)
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations that are launched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def test_no_operation_of_a_step_makes_the_host_wait_for_a_value(pair: Pair, jobs: list[DecodeJob]) -> None:
+    decoder = Decoder(pair.language_model)
+    for job in jobs:
+        decoder.add(job)
+    with Operations() as operations:
+        while decoder.num_jobs:
+            decoder.step()
+    assert "topk" in operations.names
+    # Each reads a value, or a size that depends on values, off the device.
+    assert not operations.names & {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"}
+
+
+@torch.inference_mode()
+def test_a_job_whose_scores_are_no_numbers_harms_nobody_and_says_so(pair: Pair) -> None:
+    bad = pair.job(0, "", GenerationParams(num_beams=3, max_new_tokens=5))
+    bad = dataclasses.replace(
+        bad, language_model_inputs=torch.full_like(bad.language_model_inputs, torch.nan)
+    )
+    good = [pair.job(image, "a photo of", PARAMS[0]) for image in range(3)]
+    decoder = Decoder(pair.language_model)
+    answers: Answers = {}
+    for job in (good[0], bad, *good[1:]):
+        decoder.add(job)
+    while decoder.num_jobs:
+        answers.update(decoder.step())
+    assert answers[bad]
+    assert all(math.isnan(answer.score) for answer in answers[bad])
+    for job in good:
+        assert_same_answers(answers[job], run_alone(pair.language_model, job))
