@@ -90,7 +90,5 @@ def ranking(scores: Scores) -> Ids:
 
     Last stands -inf, and before it what is not a number, which a broken model gives.
     """
-    order: Ids = np.argsort(
-        np.nan_to_num(-scores, nan=np.finfo(np.float32).max, posinf=np.inf), axis=1, kind="stable"
-    )
-    return order
+    keys = np.where(np.isnan(scores), np.finfo(np.float32).max, -scores)
+    return np.argsort(keys, axis=1, kind="stable")
