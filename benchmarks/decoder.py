@@ -5,7 +5,8 @@
 Random weights in bfloat16: ViT 768 x 12 at 224/14, Q-Former of BERT-base's size with 32 queries, OPT of 125M
 or T5 of base size; beams 5, 20 new tokens unless said. Every answer has its full length, so both sides do the
 same work. The sides take turns; ratios are made pair by pair, and medians are given. `generate` runs with the
-attention that is faster for it, found first. Set an allocator for both sides, by LD_PRELOAD, or for neither.
+attention that is faster for it, found first; it keeps its Q-Former in float32, ours is in the type of
+--qformer. Set an allocator for both sides, by LD_PRELOAD, or for neither.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from transformers import (
 from model import Blip2, DecodeJob, GenerationParams
 from model.checkpoints import LoadOptions
 from model.decoding import run_jobs
+from model.language import Extent
 
 NUM_QUERY_TOKENS = 32
 VOCABULARY = 50304
@@ -55,19 +57,42 @@ class Request:
     num_beams: int = 5
 
 
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Where the time of one run went, in seconds."""
+
+    vision: float
+    qformer: float
+    language: float
+
+
 class Ours:
     """This project: images encoded together, texts advanced together."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, qformer_dtype: torch.dtype) -> None:
         self._blip2 = Blip2.from_pretrained(str(directory), LoadOptions(dtype=torch.bfloat16))
-        self._blip2.pack(qformer_dtype=torch.bfloat16)
-        self._language_model = self._blip2.require_language_model()
+        self._blip2.pack(qformer_dtype)
+        self.language_model = self._blip2.require_language_model()
 
     @torch.inference_mode()
-    def run(self, requests: Sequence[Request], pixels: Tensor) -> None:
-        chosen = pixels[[request.image for request in requests]]
-        inputs = self._blip2.project_queries(self._blip2.encode_queries(self._blip2.encode_images(chosen)))
-        prompt_ids = self._language_model.tokenize(PROMPT)
+    def run(self, requests: Sequence[Request], pixels: Tensor) -> Stages:
+        started = time.perf_counter()
+        image_features = self._blip2.encode_images(pixels[[request.image for request in requests]])
+        seen = time.perf_counter()
+        inputs = self._blip2.project_queries(self._blip2.encode_queries(image_features))
+        queried = time.perf_counter()
+        self._answer(requests, inputs)
+        return Stages(seen - started, queried - seen, time.perf_counter() - queried)
+
+    def kv_bytes(self, requests: Sequence[Request]) -> int:
+        """Gives the most that keys and values of these requests take together."""
+        num_prefix_tokens = NUM_QUERY_TOKENS + len(self.language_model.tokenize(PROMPT))
+        return self.language_model.build_state().num_bytes(
+            [Extent(num_prefix_tokens, request.num_beams, request.num_tokens) for request in requests]
+        )
+
+    def _answer(self, requests: Sequence[Request], inputs: Tensor) -> None:
+        prompt_ids = self.language_model.tokenize(PROMPT)
         jobs = [
             DecodeJob(
                 one,
@@ -80,7 +105,7 @@ class Ours:
             )
             for one, request in zip(inputs, requests, strict=True)
         ]
-        for request, (answer, *_) in zip(requests, run_jobs(self._language_model, jobs), strict=True):
+        for request, (answer, *_) in zip(requests, run_jobs(self.language_model, jobs), strict=True):
             assert answer.num_tokens == request.num_tokens
 
 
@@ -125,6 +150,7 @@ def main() -> None:
     parser.add_argument("--language-model", choices=["opt", "t5"], default="opt")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--qformer", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--growth", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--out", type=Path, help="write the table here too")
     arguments = parser.parse_args()
@@ -193,16 +219,23 @@ def _t5_config() -> T5Config:
 
 
 def _report(directory: Path, arguments: argparse.Namespace) -> Iterator[str]:
-    ours = Ours(directory)
+    ours = Ours(directory, getattr(torch, arguments.qformer))
     pixels = torch.randn(64, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    peers = {name: Peer(directory, ours._language_model.tokenize(PROMPT), name) for name in ("sdpa", "eager")}
+    peers = {name: Peer(directory, ours.language_model.tokenize(PROMPT), name) for name in ("sdpa", "eager")}
     one, together = [Request(0)], [Request(at) for at in range(NUM_TOGETHER)]
     chosen = {name: _median_s(partial(peer.run, together, pixels), 2) for name, peer in peers.items()}
     best = min(chosen, key=lambda name: chosen[name])
     peer = peers.pop(best)
     peers.clear()
     mixed = _mixed_load()
-    command = f"--language-model {arguments.language_model} --repeats {arguments.repeats}"
+    command = " ".join(
+        f"--{name} {value}"
+        for name, value in (
+            ("language-model", arguments.language_model),
+            ("repeats", arguments.repeats),
+            ("qformer", arguments.qformer),
+        )
+    )
     allocator = Path(os.environ["LD_PRELOAD"]).name if "LD_PRELOAD" in os.environ else "glibc's"
     yield _say(f"# The decoder beside transformers' generate: {arguments.language_model}")
     yield _say("")
@@ -214,7 +247,7 @@ def _report(directory: Path, arguments: argparse.Namespace) -> Iterator[str]:
     yield _say("")
     yield _say("| load | this project, s | generate, s | our time / its time |")
     yield _say("|---|---|---|---|")
-    cases: list[tuple[str, Sequence[Request], Callable[[Sequence[Request], Tensor], None]]] = [
+    cases: list[tuple[str, Sequence[Request], Callable[[Sequence[Request], Tensor], object]]] = [
         ("one image alone", one, peer.run),
         (f"{NUM_TOGETHER} together; it one by one", together, peer.run_one_by_one),
         (f"{NUM_TOGETHER} together; it in one batch", together, peer.run),
@@ -232,12 +265,23 @@ def _report(directory: Path, arguments: argparse.Namespace) -> Iterator[str]:
             f"| {statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f}) |"
         )
     yield _say("")
-    yield _say("| images together | s | captions per second |")
-    yield _say("|---|---|---|")
+    yield from _growth(ours, pixels, arguments)
+
+
+def _growth(ours: Ours, pixels: Tensor, arguments: argparse.Namespace) -> Iterator[str]:
+    yield _say(
+        "| images together | s | captions per second | vision | Q-Former | language model "
+        "| keys and values of each at most, MiB |"
+    )
+    yield _say("|---|---|---|---|---|---|---|")
     for count in arguments.growth:
         requests = [Request(at) for at in range(count)]
-        seconds = _median_s(partial(ours.run, requests, pixels), max(1, arguments.repeats // 2))
-        yield _say(f"| {count} | {seconds:.2f} | {count / seconds:.2f} |")
+        runs = [ours.run(requests, pixels) for _ in range(max(1, arguments.repeats // 2))]
+        stages = [statistics.median(stage) for stage in zip(*map(astuple, runs), strict=True)]
+        seconds = sum(stages)
+        shares = " | ".join(f"{stage / seconds:.0%}" for stage in stages)
+        mebibytes = ours.kv_bytes(requests) / count / 2**20
+        yield _say(f"| {count} | {seconds:.2f} | {count / seconds:.2f} | {shares} | {mebibytes:.1f} |")
 
 
 def _mixed_load() -> list[Request]:
@@ -248,11 +292,11 @@ def _mixed_load() -> list[Request]:
     ]
 
 
-def _median_s(work: Callable[[], None], repeats: int) -> float:
+def _median_s(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(_seconds(work) for _ in range(repeats))
 
 
-def _seconds(work: Callable[[], None]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

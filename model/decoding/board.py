@@ -62,21 +62,17 @@ class Board:
         added = Columns.of(params)
         jobs = len(self.num_tokens) + np.arange(len(params))
         self.params = self.params.joined(added)
+        self.num_tokens = np.append(self.num_tokens, np.zeros(len(params), np.int64))
         self._resize()
         num_first = np.where(added.is_beam_search, 1, added.num_texts)
         texts = np.arange(self.running.scores.shape[1])
         self.running.scores[jobs] = np.where(texts < num_first[:, None], np.float32(0), np.float32(-np.inf))
-        self.num_tokens = np.append(self.num_tokens, np.zeros(len(params), np.int64))
-
         self.parents = np.zeros(self.running.scores.shape, np.int64)
         self._contexts = _stacked([*self._contexts, *map(np.array, contexts)])
 
     def _resize(self) -> None:
-        room = (
-            len(self.params.num_texts),
-            int(self.params.num_texts.max(initial=1)),
-            int(self.params.max_new_tokens.max(initial=1)),
-        )
+        num_tokens = int(self.num_tokens.max(initial=0)) + 1
+        room = (len(self), int(self.params.num_texts.max(initial=1)), 1 << num_tokens.bit_length())
         self.running, self.finished = self.running.resized(*room), self.finished.resized(*room)
 
     def retain(self, order: Sequence[int]) -> None:
@@ -109,6 +105,8 @@ class Board:
 
     def accept(self, proposals: Proposals) -> None:
         """Takes one step's proposals for all jobs in."""
+        if self.num_tokens.max() == self.running.token_ids.shape[2]:
+            self._resize()
         # At its beginning, a job has one row for all its texts.
         former_rows = self.running.present.cumsum(axis=1) - 1
         former_rows[self.num_tokens == 0] = 0

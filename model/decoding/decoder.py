@@ -1,7 +1,6 @@
 """Continuous batching: jobs join and leave between steps, and none can tell who shares the batch."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,30 +12,10 @@ from model.decoding.columns import Ids
 from model.decoding.job import DecodeJob, Generation
 from model.decoding.params import GenerationParams
 from model.decoding.scoring import Choice, Chooser, Draw, Request
-from model.errors import InvalidParamsError
-from model.language import Extent, LanguageModel, Rows
+from model.decoding.task import DecoderLimits, Task, build_task, extent_of
+from model.language import LanguageModel, Rows
 
 Answers = tuple[Generation, ...]  # best first
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderLimits:
-    """What may run at once. max_rows: beams and samples. max_kv_bytes: of their keys and values."""
-
-    max_rows: int = 2**31
-    max_kv_bytes: int = 2**63
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Task:
-    """A job at work.
-
-    context: the ids in front of its answer, as rules see them; generator: where it draws."""
-
-    job: DecodeJob
-    extent: Extent
-    context: Sequence[int]
-    generator: torch.Generator | None
 
 
 class Decoder:
@@ -83,9 +62,7 @@ class Decoder:
             num_soft_tokens=num_soft_tokens,
             max_new_tokens=params.max_new_tokens,
         )
-        self._check_limits(
-            Extent(num_prompt_tokens + num_soft_tokens, params.num_rows, params.max_new_tokens)
-        )
+        self._limits.check(extent_of(num_prompt_tokens + num_soft_tokens, params), self._state)
 
     def cancel(self, job: DecodeJob) -> None:
         """Forgets a job, whose rows are gone at once; nothing happens where it is done already."""
@@ -143,13 +120,15 @@ class Decoder:
 
     def _let_in(self) -> list[Task]:
         """Gives the waiting jobs that there is room for, oldest first; nobody is overtaken."""
-        extents = [task.extent for task in self._running]
-        count = 0
-        for task in self._waiting:
-            extents.append(task.extent)
-            if self._exceeds(extents):
-                break
-            count += 1
+        running = [task.extent for task in self._running]
+        waiting = [task.extent for task in self._waiting]
+        count = len(waiting)
+        if self._limits.are_exceeded(running + waiting, self._state):
+            count = next(
+                number
+                for number in range(len(waiting))
+                if self._limits.are_exceeded(running + waiting[: number + 1], self._state)
+            )
         entering, self._waiting = self._waiting[:count], self._waiting[count:]
         return entering
 
@@ -204,25 +183,6 @@ class Decoder:
             log_probs=log_probs,
         )
 
-    def _exceeds(self, extents: Sequence[Extent]) -> bool:
-        num_rows = sum(extent.num_rows for extent in extents)
-        return num_rows > self._limits.max_rows or self._state.num_bytes(extents) > self._limits.max_kv_bytes
-
-    def _check_limits(self, extent: Extent) -> None:
-        limits = self._limits
-        if extent.num_rows > limits.max_rows:
-            raise InvalidParamsError(
-                f"the job works on {extent.num_rows} beams or samples at once, the limit is "
-                f"{limits.max_rows}; lower num_beams or the number of answers"
-            )
-        num_bytes = self._state.num_bytes([extent])
-        if num_bytes > limits.max_kv_bytes:
-            raise InvalidParamsError(
-                f"{extent.num_rows} beams of up to {extent.max_new_tokens} new tokens behind "
-                f"{extent.num_prefix_tokens} take up to {num_bytes} bytes of keys and values, the limit is "
-                f"{limits.max_kv_bytes}; lower max_new_tokens or num_beams, or raise the limit"
-            )
-
 
 class Chosen(NamedTuple):
     """What may continue R rows; jobs, texts: [R], whose they are."""
@@ -244,23 +204,6 @@ def run_jobs(language_model: LanguageModel, jobs: Sequence[DecodeJob]) -> list[A
     while decoder.num_jobs:
         answers.update(decoder.step())
     return [answers[job] for job in jobs]
-
-
-def build_task(job: DecodeJob, language_model: LanguageModel) -> Task:
-    num_soft_tokens, params = len(job.language_model_inputs), job.params
-    extent = Extent(num_soft_tokens + len(job.prompt_ids), params.num_rows, params.max_new_tokens)
-    context = language_model.answer_context(num_soft_tokens, job.prompt_ids)
-    generator = _build_generator(params.seed, language_model.device) if params.do_sample else None
-    return Task(job, extent, context, generator)
-
-
-def _build_generator(seed: int | None, device: torch.device) -> torch.Generator:
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
 
 
 def packed(kept: Sequence[bool]) -> list[int]:

@@ -1,6 +1,5 @@
 """Decoder-only language models (OPT, Llama): soft tokens, prompt and answer are one sequence."""
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -9,11 +8,8 @@ from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 
 from model.errors import InvalidPromptError
-from model.language.family import DecodingState, Frame
-from model.language.plain import PlainState
-from model.language.shared_prefix import Layer, Reading, SharedPrefixState, why_not
-
-logger = logging.getLogger(__name__)
+from model.language.family import Frame, Reading
+from model.language.lines import parts
 
 UNLIMITED_POSITIONS = 2048  # where a model has no table of them and says no number
 
@@ -79,26 +75,12 @@ class DecoderOnly:
                 "shorten the prompt or lower max_new_tokens"
             )
 
-    def build_state(self) -> DecodingState:
-        reason = why_not(self._llm)
-        if reason is None:
-            return SharedPrefixState(self._llm, self._read, self._step)
-        logger.warning("%s shares no keys and values between beams: %s", type(self._llm).__name__, reason)
-        return PlainState(self._llm, self._prefill)
-
-    def _read(self, prefixes: Sequence[Tensor]) -> Reading:
-        logits, batch = self._prefill(prefixes)
+    def read(self, prefixes: Sequence[Tensor]) -> Reading:
+        logits, batch = self.prefill(prefixes)
         size = max(map(len, prefixes))
-        own = [
-            [
-                Layer(layer.keys[at, :, size - len(prefix) :], layer.values[at, :, size - len(prefix) :])
-                for layer in batch.cache.layers
-            ]
-            for at, prefix in enumerate(prefixes)
-        ]
-        return Reading(logits, own)
+        return Reading(logits, parts(batch.cache, [slice(size - len(prefix), size) for prefix in prefixes]))
 
-    def _step(self, input_ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def step(self, input_ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         output = self._llm(
             input_ids=input_ids,
             attention_mask=torch.zeros(1, 1, 1, 1, device=input_ids.device),  # of 4 dimensions: none is made
@@ -108,7 +90,7 @@ class DecoderOnly:
         )
         return output.logits[:, -1]
 
-    def _prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, DecoderOnlyBatch]:
+    def prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, DecoderOnlyBatch]:
         """Pads on the left, where no other token looks; every sequence keeps its own positions."""
         device = prefixes[0].device
         lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)  # [J]

@@ -1,6 +1,5 @@
 """Encoder-decoder language models (T5): soft tokens and prompt are encoded, the answer is decoded."""
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -9,11 +8,8 @@ from torch.nn import functional as F
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from model.errors import InvalidParamsError, InvalidPromptError, UnfitLanguageModelError
-from model.language.family import DecodingState, Frame
-from model.language.plain import PlainState
-from model.language.shared_prefix import Layer, Reading, SharedPrefixState, why_not
-
-logger = logging.getLogger(__name__)
+from model.language.family import Frame, Reading
+from model.language.lines import parts
 
 TRAINED_POSITIONS = 512  # of every released T5; its relative positions would allow any number
 
@@ -105,28 +101,13 @@ class EncoderDecoder:
                 f"{self.max_positions} tokens; lower max_new_tokens"
             )
 
-    def build_state(self) -> DecodingState:
-        reason = why_not(self._llm)
-        if reason is None:
-            return SharedPrefixState(self._llm, self._read, self._step)
-        logger.warning("%s shares no keys and values between beams: %s", type(self._llm).__name__, reason)
-        return PlainState(self._llm, self._prefill)
+    def read(self, prefixes: Sequence[Tensor]) -> Reading:
+        logits, batch = self.prefill(prefixes)
+        own = parts(batch.cache.self_attention_cache, [slice(1)] * len(prefixes))  # of the start token
+        spans = [slice(len(prefix)) for prefix in prefixes]
+        return Reading(logits, own, parts(batch.cache.cross_attention_cache, spans))
 
-    def _read(self, prefixes: Sequence[Tensor]) -> Reading:
-        logits, batch = self._prefill(prefixes)
-        own, beside = (
-            [
-                [Layer(layer.keys[at, :, :length], layer.values[at, :, :length]) for layer in cache.layers]
-                for at, length in enumerate(lengths)
-            ]
-            for cache, lengths in (
-                (batch.cache.self_attention_cache, [1] * len(prefixes)),  # of the start token
-                (batch.cache.cross_attention_cache, list(map(len, prefixes))),
-            )
-        )
-        return Reading(logits, own, beside)
-
-    def _step(self, input_ids: Tensor, _positions: Tensor, cache: Cache) -> Tensor:
+    def step(self, input_ids: Tensor, _positions: Tensor, cache: Cache) -> Tensor:
         no_mask = torch.zeros(1, 1, 1, 1, device=input_ids.device)  # of 4 dimensions: none is made
         output = self._llm(
             encoder_outputs=(no_mask[0],),  # there, and never looked at
@@ -138,7 +119,7 @@ class EncoderDecoder:
         )
         return output.logits[:, -1]
 
-    def _prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, EncoderDecoderBatch]:
+    def prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, EncoderDecoderBatch]:
         """Pads on the right, where no token looks; the positions of T5 are relative."""
         size = max(map(len, prefixes))
         device = prefixes[0].device

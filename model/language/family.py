@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
+from transformers import Cache
+
+from model.language.lines import Ids, Layer
 
 Frame = tuple[tuple[int, ...], tuple[int, ...]]  # the special tokens in front of a prompt, and behind it
-Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,30 @@ class DecodingState(Protocol):
         ...
 
 
+class Reading(NamedTuple):
+    """What a family makes of J prefixes that were read together.
+
+    logits: [J, N], of the next token. own: for each sequence the layers that its rows go on from. beside:
+    those that they look at beside (an encoder-decoder's prefix), or None.
+    """
+
+    logits: Tensor
+    own: Sequence[Sequence[Layer]]
+    beside: Sequence[Sequence[Layer]] | None = None
+
+
+class Batch(Protocol):
+    """Sequences on a cache of `transformers`' own that were read together, a row for each at first."""
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Makes row i a copy of the former row `rows[i]`; rows not named are forgotten."""
+        ...
+
+    def advance(self, tokens: Sequence[int]) -> Tensor:
+        """Appends one token to each of the R rows; gives the [R, N] logits of the next."""
+        ...
+
+
 class Family(Protocol):
     """A way to read soft tokens and a prompt, and to go on from there."""
 
@@ -93,6 +117,14 @@ class Family(Protocol):
         """Raises InvalidPromptError or InvalidParamsError where a sequence would exceed the positions."""
         ...
 
-    def build_state(self) -> DecodingState:
-        """Gives a state that remembers nothing yet."""
+    def prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, Batch]:
+        """Reads J prefixes, [S_j, L] each; gives the [J, N] logits of the next token, and what goes on."""
+        ...
+
+    def read(self, prefixes: Sequence[Tensor]) -> Reading:
+        """Does the same for a state that keeps keys and values itself."""
+        ...
+
+    def step(self, input_ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Gives the [R, N] logits behind [R, 1] ids at [R, 1] positions; the cache knows what each sees."""
         ...

@@ -1,5 +1,6 @@
 """A frozen language model of either family: tokens in, tokens out."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,10 @@ from model.errors import InvalidPromptError, UnfitLanguageModelError
 from model.language.decoder_only import DecoderOnly
 from model.language.encoder_decoder import EncoderDecoder
 from model.language.family import DecodingState, Family, Frame
+from model.language.plain import PlainState
+from model.language.shared_prefix import SharedPrefixState, why_not
+
+logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
 
@@ -108,8 +113,15 @@ class LanguageModel(nn.Module):
         return self.llm.get_input_embeddings()(input_ids)
 
     def build_state(self) -> DecodingState:
-        """Gives what remembers growing sequences, empty; for one thread."""
-        return self._family.build_state()
+        """Gives what remembers growing sequences, empty; for one thread.
+
+        Where the model does not fit the sharing of keys and values, the log says why.
+        """
+        reason = why_not(self.llm)
+        if reason is None:
+            return SharedPrefixState(self.llm, self._family)
+        logger.warning("%s shares no keys and values between beams: %s", type(self.llm).__name__, reason)
+        return PlainState(self.llm, self._family)
 
     def prefill(
         self,

@@ -3,31 +3,16 @@
 Sequences that were read together advance together. It asks nothing of a model but that it generates.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from model.language.family import Extent, Ids, Rows
+from model.language.family import Batch, Extent, Family, Rows
+from model.language.lines import Ids
 from model.language.shared_prefix import bytes_per_token
-
-
-class Batch(Protocol):
-    """Sequences that were read together, a row for each at first."""
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Makes row i a copy of the former row `rows[i]`; rows not named are forgotten."""
-        ...
-
-    def advance(self, tokens: Sequence[int]) -> Tensor:
-        """Appends one token to each of the R rows; gives the [R, N] logits of the next."""
-        ...
-
-
-Prefill = Callable[[Sequence[Tensor]], tuple[Tensor, Batch]]
 
 
 class Member:
@@ -47,17 +32,17 @@ class Member:
 
 
 class PlainState:
-    """See `model.language.family.DecodingState`. prefill: reads prefixes into a batch of their own."""
+    """See `model.language.family.DecodingState`."""
 
-    def __init__(self, llm: PreTrainedModel, prefill: Prefill) -> None:
+    def __init__(self, llm: PreTrainedModel, family: Family) -> None:
         self._bytes_per_token = bytes_per_token(llm)
-        self._prefill = prefill
+        self._family = family
         self._members: list[Member] = []
         self._num_sequences = 0
 
     def admit(self, prefixes: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
         del widths  # a batch grows rows as they come
-        logits, batch = self._prefill(prefixes)
+        logits, batch = self._family.prefill(prefixes)
         self._members.append(Member(batch, self._num_sequences + np.arange(len(prefixes))))
         self._num_sequences += len(prefixes)
         return logits

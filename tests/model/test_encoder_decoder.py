@@ -157,7 +157,7 @@ def test_what_was_encoded_is_not_copied_when_beams_change_places(language_model:
     soft_tokens = [random_soft_tokens(8, seed=seed) for seed in range(2)]
     prompts = [language_model.tokenize(prompt) for prompt in PROMPTS[:2]]
     prefixes = [language_model.embed_prefix(*each) for each in zip(soft_tokens, prompts, strict=True)]
-    _, state = language_model._family._prefill(prefixes)
+    _, state = language_model._family.prefill(prefixes)
     state.select([0, 0, 1, 1])
     state.advance([10, 11, 12, 13])
     keys = state.cache.cross_attention_cache.layers[0].keys

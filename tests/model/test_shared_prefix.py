@@ -101,7 +101,7 @@ def play(state: DecodingState) -> list[torch.Tensor]:
 def test_what_rows_say_is_what_they_say_with_caches_of_their_own(language_model: LanguageModel) -> None:
     shared = language_model.build_state()
     assert isinstance(shared, SharedPrefixState)
-    plain = PlainState(language_model.llm, language_model._family._prefill)
+    plain = PlainState(language_model.llm, language_model._family)
     for ours, theirs in zip(play(shared), play(plain), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
