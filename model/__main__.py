@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             quantize=arguments.quantize,
         )
         blip2 = Blip2.from_pretrained(arguments.model, options, revision=arguments.revision)
+        blip2.pack()
         work = _work_of(arguments, blip2)
         written, failed = run_bulk(blip2, images, work, arguments.out, batch_size=arguments.batch_size)
     except (ModelError, OSError) as error:

@@ -76,11 +76,14 @@ class Blip2(nn.Module):
         return self.preprocess.makes_same_pixels(other.preprocess)
 
     def pack(self, qformer_dtype: torch.dtype = torch.float32) -> int:
-        """Lays the weights of linear layers out for a CPU's products; gives the number of layers.
+        """Readies a model that only computes from now on for its CPU; gives the number of layers changed.
 
-        For a model that lies on a CPU and only computes from now on: see `model.packing`. What it gives is
-        the same up to rounding. qformer_dtype: of the Q-Formers' products; bfloat16 halves their time.
+        The weights of linear layers are laid out for a CPU's products, see `model.packing`. What the model
+        gives is the same up to rounding, and what lies on another device stays as it is. qformer_dtype: of
+        the Q-Formers' products; bfloat16 halves their time.
         """
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+            self.vision_model.attend_by_products()
         qformers = [module for module in self.modules() if isinstance(module, QFormer)]
         return sum(pack_linears(qformer, qformer_dtype) for qformer in qformers) + pack_linears(self)
 

@@ -17,6 +17,8 @@ from transformers import (
     ViTModel,
 )
 
+from model import image_attention
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionFamily:
@@ -95,6 +97,10 @@ class VisionEncoder(nn.Module):
         """Turns [B, 3, S, S] normalised images of any floating type into [B, P, V] image features."""
         image_features: Tensor = self.tower(pixel_values=pixel_values.to(self.dtype)).last_hidden_state
         return image_features  # [B, P, V]
+
+    def attend_by_products(self) -> None:
+        """Has the tower compute from now on as a CPU does best in bfloat16: see `model.image_attention`."""
+        self.tower.set_attn_implementation(image_attention.NAME)
 
     def computes_as(self, other: "VisionEncoder") -> bool:
         """Whether both give the same features: of one kind and configuration, with equal weights."""

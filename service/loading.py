@@ -36,6 +36,11 @@ def load_backend(settings: Settings) -> "Blip2Backend":
         raise SettingsError(
             f"BLIP2_SPREAD lays the language model over GPUs, and the device is {str(device)!r}; unset it"
         )
+    if settings.qformer_dtype != "float32" and device.type != "cpu":
+        raise SettingsError(
+            f"BLIP2_QFORMER_DTYPE is {settings.qformer_dtype!r}, which is for a CPU, and the device is "
+            f"{str(device)!r}; unset it"
+        )
     options = LoadOptions(
         device=device,
         dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
@@ -47,8 +52,7 @@ def load_backend(settings: Settings) -> "Blip2Backend":
     if settings.retrieval_model is not None:
         matching = _load_matching(settings.retrieval_model, settings.retrieval_revision, options)
     backend = Blip2Backend(blip2, matching, DecoderLimits(max_kv_bytes=settings.kv_bytes))
-    if device.type == "cpu":
-        backend.pack(getattr(torch, settings.qformer_dtype))
+    backend.pack(getattr(torch, settings.qformer_dtype))
     return backend
 
 
@@ -83,7 +87,7 @@ class Blip2Backend:
         self.matching_tower = Tower.MAIN if self._blip2.share_vision_model(self._matching) else Tower.MATCHING
 
     def pack(self, qformer_dtype: torch.dtype) -> None:
-        """Readies the models for a CPU, see `Blip2.pack`; before the first job."""
+        """Readies what lies on a CPU, see `Blip2.pack`; before the first job."""
         self._blip2.pack(qformer_dtype)
         self._matching.pack(qformer_dtype)
         if qformer_dtype != torch.float32:  # what is cached is not the same

@@ -116,7 +116,7 @@ def _attend(
     look = _current.get()
     assert look is not None, "it is registered for `attending` alone"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if not getattr(module, "is_causal", True):
+    if look.hidden_beside.shape[-1] and not module.is_causal:  # an encoder-decoder's look at its prefixes
         hidden = look.hidden_beside
     elif position_bias is None:
         hidden = look.hidden

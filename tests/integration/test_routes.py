@@ -89,6 +89,26 @@ def test_captions_are_those_of_the_model_alone(
     assert [caption["score"] for caption in captions] == pytest.approx([one.score for one in expected])
 
 
+def test_tokens_are_told_with_their_log_probabilities_where_that_is_asked(
+    client: httpx.Client, reference: Reference
+) -> None:
+    body = {"image": in_base64(PICTURES[0]), "prompt": "a photo of", "num_captions": 2}
+    plain = post(client, "/caption", body)["captions"]
+    assert not any("logprobs" in caption for caption in plain)
+    captions = post(client, "/caption", body | {"logprobs": True})["captions"]
+    expected = reference.generate(0, "a photo of", num_return_sequences=2)
+    for caption, generation in zip(captions, expected, strict=True):
+        logprobs = caption["logprobs"]
+        assert tuple(token["token_id"] for token in logprobs) == generation.token_ids
+        assert [token["logprob"] for token in logprobs] == pytest.approx(generation.log_probs, abs=1e-4)
+        words = [token["token"] for token in logprobs if token["token"] in caption["text"].split()]
+        assert words == caption["text"].split()
+    body = {"image": in_base64(PICTURES[0]), "question": "how many", "num_answers": 2, "logprobs": True}
+    (answer,) = post(client, "/vqa", body)["answers"]
+    for each in (answer, *answer["alternatives"]):
+        assert len(each["logprobs"]) == each["num_tokens"]
+
+
 def test_the_default_caption_prompt_is_the_checkpoints(client: httpx.Client, reference: Reference) -> None:
     caption = post(client, "/caption", {"image": in_base64(PICTURES[0])})["captions"][0]
     prompt = reference.blip2.prompts.caption_prompt()

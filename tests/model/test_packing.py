@@ -1,12 +1,16 @@
 """Packed weights: the products of plain ones, and the weights themselves when they are saved."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
-from model import Blip2, GenerationParams
+from model import Blip2, GenerationParams, image_attention
 from model.packing import PackedLinear, can_pack, pack_linears
-from tests.builders import build_parts, random_pixels
+from model.vision import FAMILIES, VisionEncoder
+from tests.builders import build_parts, build_tower, random_pixels
 from tests.builders_t5 import build_t5_parts
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this build of torch is without oneDNN")
@@ -71,3 +75,29 @@ def test_a_packed_model_gives_the_answers_of_the_plain_one(parts: object) -> Non
         assert [answer.score for answer in ours] == pytest.approx(
             [answer.score for answer in theirs], abs=1e-4
         )
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.inference_mode()
+def test_image_features_in_bfloat16_are_those_of_the_plain_tower_up_to_rounding(kind: str) -> None:
+    plain, packed = (
+        Blip2(dataclasses.replace(build_parts(), vision_model=VisionEncoder(build_tower(kind).bfloat16())))
+        for _ in range(2)
+    )
+    packed.load_state_dict(plain.state_dict())
+    packed.pack()
+    pixel_values = torch.randn(5, 3, 32, 32)
+    expected = plain.encode_images(pixel_values).float()
+    features = packed.encode_images(pixel_values).float()
+    assert not torch.equal(features, expected)
+    torch.testing.assert_close(features, expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
+@torch.inference_mode()
+def test_images_attend_alike_however_many_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = torch.randn(3, 7, 4, 50, 16)
+    expected = scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    for most in (1, 4 * 50 * 50 * 3, 2**21):
+        monkeypatch.setattr(image_attention, "_MAX_SCORES", most)
+        output, _ = image_attention._attend(nn.Identity(), query, key, value, None)
+        torch.testing.assert_close(output, expected)

@@ -141,7 +141,7 @@ class FakeBackend:
         score = float("nan") if NAN_WORD in words else -1.0
         text = f"{red} {' '.join(words)}"
         return tuple(
-            Generation(f"{text} #{rank}", (1, 2), score - rank, 2, "stop")
+            Generation(f"{text} #{rank}", (1, 2), score - rank, 2, "stop", (-0.1, -0.2))
             for rank in range(job.params.num_return_sequences)
         )
 

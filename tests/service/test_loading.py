@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import Blip2, Generation, GenerationParams, InvalidPromptError
+from model import (
+    Blip2,
+    DecoderLimits,
+    Generation,
+    GenerationParams,
+    InvalidParamsError,
+    InvalidPromptError,
+)
 from service.cache import MemoryCache
 from service.engine import Engine
 from service.jobs import GenerateJob, ImageInput, Job, MatchJob, Mode, Ticket
@@ -107,6 +114,13 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(backend: Blip2Ba
     backend.tokenize_prompt("a " * 50, GenerationParams())
     with pytest.raises(InvalidPromptError, match="96"):
         backend.tokenize_prompt("a " * 60, GenerationParams())
+
+
+def test_a_text_whose_keys_and_values_could_never_fit_is_refused_at_the_desk(blip2: Blip2) -> None:
+    backend = Blip2Backend(blip2, limits=DecoderLimits(max_kv_bytes=2**15))
+    backend.tokenize_prompt("a photo", GenerationParams(num_beams=1, max_new_tokens=4))
+    with pytest.raises(InvalidParamsError, match=r"16 beams of up to 30 new.*the limit is 32768; lower"):
+        backend.tokenize_prompt("a photo", GenerationParams(num_beams=16))
 
 
 def test_a_template_of_the_callers_takes_the_place_of_the_checkpoints(backend: Blip2Backend) -> None:
