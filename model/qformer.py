@@ -70,6 +70,7 @@ class QFormer(nn.Module):
 
     def encode_queries(self, query_tokens: Tensor, image_features: Tensor) -> QueryStates:
         """Reads [B, P, V] images with [B, Q, D] queries; no text is near (uni-modal mask)."""
+        image_features = self._readied(image_features)
         hidden_states = self._embed(query_tokens)
         cache: list[KeysValues] = []
         for layer in self.layers:
@@ -100,6 +101,7 @@ class QFormer(nn.Module):
         image_features: [B, P, V], seen by the queries alone.
         """
         num_queries = query_tokens.shape[1]
+        image_features = self._readied(image_features)
         hidden_states = self._embed(torch.cat([query_tokens, text_embeds], dim=1))
         visible = F.pad(attention_mask.bool(), (num_queries, 0), value=True)[:, None, None, :]
         for layer in self.layers:
@@ -127,6 +129,12 @@ class QFormer(nn.Module):
             keys, values = (torch.cat(pair, dim=2) for pair in zip(of_queries, of_texts, strict=True))
             hidden_states = layer.finish_texts(layer.attend(hidden_states, (keys, values), visible))
         return hidden_states
+
+    def _readied(self, image_features: Tensor) -> Tensor:
+        """Gives features in the type of the products with them, once for all layers."""
+        layer = self.layers[0]
+        assert layer.crossattention is not None, "the first layer sees the image"
+        return image_features.to(layer.crossattention.attention.key.weight.dtype)
 
     def _embed(self, embeds: Tensor) -> Tensor:
         return self.dropout(self.layernorm(embeds))

@@ -31,7 +31,7 @@ class MultiHeadAttention(nn.Module):
         visible: true where a state may look, broadcast to [B, H, T, S]; None: everywhere.
         """
         keys, values = keys_values
-        queries = self._split_heads(self.query(hidden_states)) * self.head_size**-0.5
+        queries = self._split_heads(self.query(hidden_states)).to(keys.dtype) * self.head_size**-0.5
         # Not scaled_dot_product_attention: at these sizes its bfloat16 backward on a CPU takes 3-6 times
         # as long as two products and a softmax, and in float32 the two are within a quarter of each other.
         scores = queries @ keys.transpose(-1, -2)  # [B, H, T, S]

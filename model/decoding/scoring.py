@@ -1,6 +1,6 @@
 """Chooses, on the device, the tokens that may continue each row: a few out of the whole vocabulary."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from model.decoding import rules
 from model.decoding.columns import Columns, Flags, Ids
+
+_BLOCK = 64  # tokens that are looked at together
 
 
 class Draw(NamedTuple):
@@ -57,8 +59,8 @@ class Chooser:
         totals = _log_totals(logits)
         scores, offsets = self._apply_rules(logits, totals, request)
         single = ~request.params.is_beam_search
-        best = scores.topk(min(1 if single.all() else count, logits.shape[-1]))
-        choice = Choice(best.values.float() - offsets, best.indices)
+        best, token_ids = _best(scores, min(1 if single.all() else count, logits.shape[-1]))
+        choice = Choice(best - offsets, token_ids)
         if single.any():
             rows = self._index(single)
             token_ids = _race(scores, request.draws)[rows].argmax(dim=-1, keepdim=True)
@@ -119,13 +121,39 @@ class Chooser:
 
 
 def _log_totals(logits: Tensor) -> Tensor:
-    """Gives what makes logits log-probabilities when it is taken from them, [R, 1] float32.
+    """Gives what makes logits log-probabilities when it is taken from them, [R, 1] float32."""
+    return torch.cat([part.logsumexp(dim=-1, keepdim=True) for part in _parts(logits)])
 
-    On a CPU a few rows at a time, which stay in its cache; a copy of all in float32 would take longer.
+
+def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Gives values, float32, and ids of the best tokens of each row, [R, k] each."""
+    values, token_ids = zip(*(_best_of_blocks(part, count) for part in _parts(scores)), strict=True)
+    return torch.cat(values), torch.cat(token_ids)
+
+
+def _parts(scores: Tensor) -> Iterator[Tensor]:
+    """Gives the rows in float32: on a CPU a few at a time, which stay in its cache, else all."""
+    for part in torch.split(scores, 8 if scores.device.type == "cpu" else len(scores)):
+        yield part.float()
+
+
+def _best_of_blocks(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Does what topk does, in a fifth of its time on a CPU.
+
+    The k best tokens are among those of the k blocks of tokens with the best maxima.
     """
-    num_rows = 8 if logits.device.type == "cpu" else len(logits)
-    parts = torch.split(logits, num_rows)
-    return torch.cat([part.float().logsumexp(dim=-1, keepdim=True) for part in parts])
+    num_blocks = scores.shape[1] // _BLOCK
+    if num_blocks <= count:
+        values, token_ids = scores.topk(count)
+        return values, token_ids
+    num_blocked = num_blocks * _BLOCK
+    maxima = scores[:, :num_blocked].view(len(scores), num_blocks, _BLOCK).amax(dim=-1)
+    blocks = maxima.topk(count).indices  # [R, k]
+    places = torch.arange(_BLOCK, device=scores.device)
+    rest = torch.arange(num_blocked, scores.shape[1], device=scores.device).expand(len(scores), -1)
+    token_ids = torch.cat([(blocks[:, :, None] * _BLOCK + places).flatten(1), rest], dim=1)
+    best = scores.gather(1, token_ids).topk(count)
+    return best.values, token_ids.gather(1, best.indices)
 
 
 def _race(scores: Tensor, draws: Sequence[Draw]) -> Tensor:
