@@ -1,10 +1,22 @@
 """Finds the device that a model runs on."""
 
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from model.errors import DeviceUnavailableError
 
 CPU = torch.device("cpu")
+
+
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Gives an array as a tensor on a device. It does not wait for what the device is doing."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def find_device(wanted: str) -> torch.device:

@@ -1,7 +1,7 @@
 """Weights laid out for a CPU's matrix products, as oneDNN reads them fastest.
 
 A product with few rows is bound by the reading of its weights, and the order of a checkpoint is a poor one
-for that. What is packed computes only: it is neither trained nor moved, and it is saved as it was.
+for that. What is packed computes only: it is neither trained nor moved.
 """
 
 from typing import Any
@@ -36,9 +36,13 @@ class PackedLinear(nn.Module):
             destination[prefix + "bias"] = self.bias
 
 
-def can_pack() -> bool:
-    """Whether this build of torch has oneDNN's products."""
-    return bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build of torch has oneDNN's products, and this CPU those of a type."""
+    if not (torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
 
 
 def pack_linears(module: nn.Module, dtype: torch.dtype | None = None) -> int:
@@ -47,19 +51,23 @@ def pack_linears(module: nn.Module, dtype: torch.dtype | None = None) -> int:
     One weight after the other, so that no more than one is there twice; one that is an embedding too stays.
     dtype: of the products, None for that of each weight.
     """
-    if not can_pack():
-        return 0
     found = [
-        (parent, name, child)
+        (parent, name)
         for parent in module.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and _is_packable(child.weight)
+        if type(child) is nn.Linear and _is_packable(child.weight, dtype)
     ]
-    for parent, name, child in found:
-        setattr(parent, name, PackedLinear(child, dtype))
+    for parent, name in found:  # not the layers themselves: each is let go of when it is replaced
+        setattr(parent, name, PackedLinear(getattr(parent, name), dtype))
     return len(found)
 
 
-def _is_packable(weight: Tensor) -> bool:
+def _is_packable(weight: Tensor, dtype: torch.dtype | None) -> bool:
     is_plain = type(weight) is nn.Parameter and type(weight.data) is Tensor  # quantised weights are not
-    return is_plain and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    known = (torch.float32, torch.bfloat16)
+    return (
+        is_plain
+        and weight.device.type == "cpu"
+        and weight.dtype in known
+        and can_pack(weight.dtype if dtype is None else dtype)
+    )

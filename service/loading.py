@@ -15,6 +15,7 @@ from model.devices import find_device
 from model.errors import DeviceUnavailableError
 from model.language import LanguageModel
 from model.matching import Matcher
+from model.packing import can_pack
 from service.backend import StepDecoder
 from service.jobs import Kind, Tower
 from service.settings import Settings, SettingsError
@@ -41,6 +42,9 @@ def load_backend(settings: Settings) -> "Blip2Backend":
             f"BLIP2_QFORMER_DTYPE is {settings.qformer_dtype!r}, which is for a CPU, and the device is "
             f"{str(device)!r}; unset it"
         )
+    qformer_dtype = getattr(torch, settings.qformer_dtype)
+    if qformer_dtype != torch.float32 and not can_pack(qformer_dtype):
+        raise SettingsError("BLIP2_QFORMER_DTYPE is 'bfloat16', which this CPU does not compute in; unset it")
     options = LoadOptions(
         device=device,
         dtype=None if settings.dtype == "auto" else getattr(torch, settings.dtype),
@@ -51,8 +55,8 @@ def load_backend(settings: Settings) -> "Blip2Backend":
     blip2, matching = Blip2.from_pretrained(settings.model, options, revision=settings.revision), None
     if settings.retrieval_model is not None:
         matching = _load_matching(settings.retrieval_model, settings.retrieval_revision, options)
-    backend = Blip2Backend(blip2, matching, DecoderLimits(max_kv_bytes=settings.kv_bytes))
-    backend.pack(getattr(torch, settings.qformer_dtype))
+    backend = Blip2Backend(blip2, matching, DecoderLimits(settings.max_rows, settings.kv_bytes))
+    backend.pack(qformer_dtype)
     return backend
 
 

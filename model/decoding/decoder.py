@@ -1,5 +1,6 @@
 """Continuous batching: jobs join and leave between steps, and none can tell who shares the batch."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from model.decoding.job import DecodeJob, Generation
 from model.decoding.params import GenerationParams
 from model.decoding.scoring import Choice, Chooser, Draw, Request
 from model.decoding.task import DecoderLimits, Task, build_task, extent_of
+from model.devices import upload
 from model.language import LanguageModel, Rows
 
 Answers = tuple[Generation, ...]  # best first
@@ -111,11 +113,11 @@ class Decoder:
         first = len(self._board)
         self._running += entering
         self._board.append([task.job.params for task in entering], [task.context for task in entering])
-        logits = self._state.admit(prefixes, [task.extent.num_rows for task in entering])
+        logits = self._state.admit(prefixes, [task.extent for task in entering])
         jobs, texts = self._board.rows()
         jobs, texts = jobs[jobs >= first], texts[jobs >= first]
         if len(jobs) > len(logits):  # samples begin with a row each, all with the scores of one
-            logits = logits[torch.from_numpy(jobs - first).to(logits.device)]
+            logits = logits[upload(jobs - first, logits.device)]
         yield self._choose(logits, jobs, texts)
 
     def _let_in(self) -> list[Task]:
@@ -160,6 +162,8 @@ class Decoder:
 
     def _answers(self, number: int) -> Answers:
         texts, job = self._board.finished, self._running[number].job
+        if not texts.present[number, 0]:  # the model gave no token a chance, not even an end
+            return (Generation("", (), math.nan, 0, "stop"),)
         return tuple(
             self._generation(
                 tuple(texts.token_ids[number, rank, : texts.lengths[number, rank]].tolist()),
@@ -219,11 +223,9 @@ def _to_host(chosen: Sequence[Chosen], board: Board) -> Proposals:
     size = max(each.choice.log_probs.shape[1] for each in chosen)
     shape = (*board.running.scores.shape, size)
     proposals = Proposals(np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32))
-    packed = [
-        torch.stack([each.choice.log_probs, each.choice.token_ids.float()]).flatten() for each in chosen
-    ]
+    flat = [torch.stack([each.choice.log_probs, each.choice.token_ids.float()]).flatten() for each in chosen]
     # The one device-to-host sync of a step. Ids travel as float32, which is exact below 2 ** 24.
-    arrays = np.split(torch.cat(packed).cpu().numpy(), np.cumsum([len(part) for part in packed])[:-1])
+    arrays = np.split(torch.cat(flat).cpu().numpy(), np.cumsum([len(part) for part in flat])[:-1])
     for (jobs, texts, choice), array in zip(chosen, arrays, strict=True):
         log_probs, token_ids = array.reshape(2, *choice.log_probs.shape)
         proposals.log_probs[jobs, texts, : log_probs.shape[1]] = log_probs

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.decoding import rules
 from model.decoding.columns import Columns, Flags, Ids
+from model.devices import upload
 
 _BLOCK = 64  # tokens that are looked at together
 
@@ -117,7 +118,7 @@ class Chooser:
         return self._tensor(where.nonzero()[0])
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return upload(array, self._device)
 
 
 def _log_totals(logits: Tensor) -> Tensor:

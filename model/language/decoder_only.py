@@ -103,7 +103,8 @@ class DecoderOnly:
             attention_mask=attention_mask,
             position_ids=positions.clamp(min=0),
             use_cache=True,
-            logits_to_keep=torch.tensor([size - 1], device=device),  # no slice: that of a batch is slow
+            # No slice: that of a batch is slow. On the CPU, as the last layer may lie on another device.
+            logits_to_keep=torch.tensor([size - 1]),
         )
         state = DecoderOnlyBatch(self._llm, output.past_key_values, attention_mask, lengths)
         return output.logits[:, -1], state

@@ -43,11 +43,11 @@ class DecodingState(Protocol):
     Sequences are counted from 0 in the order they came in.
     """
 
-    def admit(self, prefixes: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
+    def admit(self, prefixes: Sequence[Tensor], extents: Sequence[Extent]) -> Tensor:
         """Reads J prefixes, embeddings of [S_j, L] each, in one pass; none depends on its neighbours.
 
-        widths: the number of rows that each will grow, at most. Gives the [J, N] logits of the next token;
-        each sequence has then one row.
+        extents: how far each will grow, at most. Gives the [J, N] logits of the next token; each sequence
+        has then one row.
         """
         ...
 
@@ -56,11 +56,17 @@ class DecodingState(Protocol):
         ...
 
     def retain(self, order: Sequence[int]) -> None:
-        """Makes sequence i what `order[i]` was; those not named are forgotten."""
+        """Makes sequence i what `order[i]` was: i itself, or one beyond the new number of sequences.
+
+        Those not named are forgotten.
+        """
         ...
 
     def num_bytes(self, extents: Sequence[Extent]) -> int:
-        """Gives the most that the keys and values of such sequences together may take."""
+        """Gives the most that the keys and values of such sequences together may take.
+
+        What is read at `admit` is there once more until it is put in its place.
+        """
         ...
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from model.errors import InvalidPromptError, UnfitLanguageModelError
 from model.language.decoder_only import DecoderOnly
 from model.language.encoder_decoder import EncoderDecoder
-from model.language.family import DecodingState, Family, Frame
+from model.language.family import DecodingState, Extent, Family, Frame
 from model.language.plain import PlainState
 from model.language.shared_prefix import SharedPrefixState, why_not
 
@@ -137,7 +137,11 @@ class LanguageModel(nn.Module):
         """
         state = self.build_state()
         prefixes = [self.embed_prefix(*each) for each in zip(language_model_inputs, prompts, strict=True)]
-        return state.admit(prefixes, widths or [1] * len(prefixes)).float(), state
+        extents = [
+            Extent(len(prefix), num_rows, self.max_positions)
+            for prefix, num_rows in zip(prefixes, widths or [1] * len(prefixes), strict=True)
+        ]
+        return state.admit(prefixes, extents).float(), state
 
     def embed_prefix(self, soft_tokens: Tensor, prompt_ids: Sequence[int]) -> Tensor:
         """Gives the [Q + T, L] embeddings of [Q, L] soft tokens and a prompt behind them."""

@@ -1,5 +1,6 @@
 """The columns of growing texts: where their keys and values lie, and which row sees which."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,14 +37,28 @@ class Lines:
 
     def reserve(self, num_sequences: int, num_columns: int, like: Sequence[Layer]) -> None:
         """Makes room, keeping what there is; like: tensors of the types and on the devices wanted."""
-        held = self.layers or [Layer(*(tensor[None, :, :0] for tensor in layer)) for layer in like]
-        sequences, _, columns, _ = held[0].keys.shape
-        if num_sequences <= sequences and num_columns <= columns:
-            return
-        shape = room(num_sequences, num_columns)
-        self.layers = held  # replaced one by one, so that no more than one layer is there twice
-        for number, layer in enumerate(held):
-            held[number] = Layer(*(_moved(tensor, *shape) for tensor in layer))
+        if not self.layers:
+            self.layers = [Layer(*(tensor[None, :, :0] for tensor in layer)) for layer in like]
+        sequences, columns = self.shape
+        if num_sequences > sequences or num_columns > columns:
+            self._reshape(*room(num_sequences, num_columns))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The sequences and columns that there is room for."""
+        if not self.layers:
+            return 0, 0
+        sequences, _, columns, _ = self.layers[0].keys.shape
+        return sequences, columns
+
+    def shrink(self, num_sequences: int, num_columns: int, *, most: int) -> None:
+        """Gives room back where it is for more than `most` columns in all, but for what is in use."""
+        if math.prod(self.shape) > most:
+            self._reshape(*room(num_sequences, num_columns))
+
+    def _reshape(self, sequences: int, columns: int) -> None:
+        for number, layer in enumerate(self.layers):  # one by one: no more than one is there twice
+            self.layers[number] = Layer(*(_moved(tensor, sequences, columns) for tensor in layer))
 
     def put(self, sequence: int, layers: Sequence[Layer]) -> None:
         """Writes the first columns of a sequence; layers: [H, S, K] each."""
@@ -53,6 +68,7 @@ class Lines:
                 target[sequence, :, source.shape[1] :] = 0  # a sequence gone may have left NaN
 
     def retain(self, order: Sequence[int]) -> None:
+        assert all(new == old or old >= len(order) for new, old in enumerate(order)), "the last fill gaps"
         moved = [(new, old) for new, old in enumerate(order) if new != old]
         for tensor in (tensor for layer in self.layers for tensor in layer):
             for new, old in moved:
@@ -61,7 +77,7 @@ class Lines:
 
 def room(num_sequences: int, num_columns: int) -> tuple[int, int]:
     """Rounds up what is held, so that shapes come again and seldom grow."""
-    return 1 << (num_sequences - 1).bit_length(), -(-num_columns // 64) * 64
+    return 1 << max(0, num_sequences - 1).bit_length(), -(-num_columns // 64) * 64
 
 
 def _moved(tensor: Tensor, sequences: int, columns: int) -> Tensor:
@@ -85,12 +101,9 @@ class Sight:
         self._widths: Ids = np.zeros(0, np.int64)
 
     @property
-    def num_sequences(self) -> int:
-        return self.table.shape[0]
-
-    @property
-    def num_columns(self) -> int:
-        return self.table.shape[2]
+    def shape(self) -> tuple[int, int]:
+        """The numbers of sequences and columns."""
+        return self.table.shape[0], self.table.shape[2]
 
     def append(self, length: int, width: int) -> None:
         """Takes a sequence in, whose first row sees a prefix of so many columns."""
@@ -114,11 +127,11 @@ class Sight:
         seen = self.table[sequences, parents]  # [R, C]
         self.table[:] = False
         self.table[sequences, slots] = seen
-        wanted = np.bincount(sequences, minlength=len(self.table)).max()
+        wanted = np.bincount(sequences, minlength=len(self.table))  # [J]
+        missing = (wanted - (~self.table.any(axis=1)).sum(axis=1)).max()
+        if missing > 0:
+            self._pad(0, 0, _rounded(missing))
         free = ~self.table.any(axis=1)  # [J, C]
-        if free.sum(axis=1).min() < wanted:
-            self._pad(0, 0, _COLUMNS)
-            free = ~self.table.any(axis=1)
         columns: Ids = np.argsort(~free, axis=1, kind="stable")[sequences, slots]
         self.table[sequences, slots, columns] = True
         self.positions[sequences, columns] = self.lengths[sequences]

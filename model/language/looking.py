@@ -116,13 +116,12 @@ def _attend(
     look = _current.get()
     assert look is not None, "it is registered for `attending` alone"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if look.hidden_beside.shape[-1] and not module.is_causal:  # an encoder-decoder's look at its prefixes
-        hidden = look.hidden_beside
-    elif position_bias is None:
-        hidden = look.hidden
-    else:  # [1, H, 1, C], of the distances C - 1 to 0
-        hidden = look.hidden + position_bias[0, :, 0, look.bias_columns].transpose(0, 1)[:, :, None, None]
-    read = look.attend(query[:, :, 0], Layer(key, value), hidden.to(query.device), scale)
+    is_beside = look.hidden_beside.shape[-1] and not module.is_causal  # an encoder-decoder, at its prefixes
+    hidden = (look.hidden_beside if is_beside else look.hidden).to(query.device)
+    if position_bias is not None and not is_beside:  # [1, H, 1, C], of the distances C - 1 to 0
+        bias = position_bias[0, :, 0, look.bias_columns.to(query.device)]  # [H, J, C]
+        hidden = hidden + bias.transpose(0, 1)[:, :, None, None]
+    read = look.attend(query[:, :, 0], Layer(key, value), hidden, scale)
     return read[:, None], None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from model.devices import upload
 from model.language.family import Batch, Extent, Family, Rows
 from model.language.lines import Ids
 from model.language.shared_prefix import bytes_per_token
@@ -40,8 +41,8 @@ class PlainState:
         self._members: list[Member] = []
         self._num_sequences = 0
 
-    def admit(self, prefixes: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
-        del widths  # a batch grows rows as they come
+    def admit(self, prefixes: Sequence[Tensor], extents: Sequence[Extent]) -> Tensor:
+        del extents  # a batch grows rows as they come
         logits, batch = self._family.prefill(prefixes)
         self._members.append(Member(batch, self._num_sequences + np.arange(len(prefixes))))
         self._num_sequences += len(prefixes)
@@ -54,11 +55,11 @@ class PlainState:
             (at,) = np.isin(rows.sequences, member.sequences).nonzero()
             logits.append(member.advance(Rows(rows.sequences[at], rows.parents[at], rows.token_ids[at])))
             places.append(at)
-        order = torch.from_numpy(np.argsort(np.concatenate(places))).to(logits[0].device)
+        order = upload(np.argsort(np.concatenate(places)), logits[0].device)
         return torch.cat(logits)[order]
 
     def retain(self, order: Sequence[int]) -> None:
-        numbers = np.full(self._num_sequences, -1)
+        numbers = np.full(self._num_sequences + 1, -1)  # the last one: what was forgotten before stays so
         numbers[np.array(order, dtype=np.int64)] = np.arange(len(order))
         for member in self._members:  # rows of those forgotten leave with the next step
             member.sequences = numbers[member.sequences]
@@ -67,5 +68,6 @@ class PlainState:
 
     def num_bytes(self, extents: Sequence[Extent]) -> int:
         rows = sum(extent.num_rows for extent in extents)
-        longest = max(extent.num_prefix_tokens + extent.max_new_tokens for extent in extents)
-        return rows * longest * self._bytes_per_token
+        prefix = max(extent.num_prefix_tokens for extent in extents)  # to which a batch is padded
+        new = max(extent.max_new_tokens for extent in extents)
+        return rows * (prefix + new) * self._bytes_per_token

@@ -8,6 +8,7 @@ any of its rows took. Which row sees which column is a table of truth values, th
 rows change places only the table changes, and a column that no row sees any more is written anew.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from model.devices import upload
 from model.language.family import Extent, Family, Rows
 from model.language.lines import Ids, Layer, Lines, Sight, room
 from model.language.looking import Look, StepCache, attending, with_prefixes
@@ -39,6 +41,8 @@ def why_not(llm: PreTrainedModel) -> str | None:
         return "it looks through a window"
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps its attention scores"
+    if any(name.endswith("sinks") for name, _ in llm.named_parameters()):
+        return "it has attention sinks"
     return None
 
 
@@ -55,13 +59,20 @@ class SharedPrefixState:
         self._sight = Sight()
         self._beside = Lines()
         self._lengths_beside: Ids = np.zeros(0, np.int64)
+        self._extents: list[Extent] = []
 
-    def admit(self, prefixes: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
+    def admit(self, prefixes: Sequence[Tensor], extents: Sequence[Extent]) -> Tensor:
+        self._extents += extents
+        own_shape, beside_shape = self._shapes(self._extents)
+        self._own.shrink(*self._sight.shape, most=math.prod(own_shape))
+        self._beside.shrink(
+            len(self._lengths_beside), self._lengths_beside.max(initial=0), most=math.prod(beside_shape)
+        )
         reading = self._family.read(prefixes)
         first = len(self._sight.lengths)
-        for layers, width in zip(reading.own, widths, strict=True):
-            self._sight.append(layers[0].keys.shape[1], width)
-        self._own.reserve(self._sight.num_sequences, self._sight.num_columns, reading.own[0])
+        for layers, extent in zip(reading.own, extents, strict=True):
+            self._sight.append(layers[0].keys.shape[1], extent.num_rows)
+        self._own.reserve(*self._sight.shape, reading.own[0])
         for sequence, layers in enumerate(reading.own, start=first):
             self._own.put(sequence, layers)
         if reading.beside is not None:
@@ -76,6 +87,7 @@ class SharedPrefixState:
             self._beside.put(sequence, layers)
 
     def retain(self, order: Sequence[int]) -> None:
+        self._extents = [self._extents[number] for number in order]
         self._own.retain(order)
         self._sight.retain(order)
         if self._is_encoder_decoder:
@@ -83,21 +95,22 @@ class SharedPrefixState:
             self._lengths_beside = self._lengths_beside[np.array(order, dtype=np.int64)]
 
     def num_bytes(self, extents: Sequence[Extent]) -> int:
-        num_prefix = max(extent.num_prefix_tokens for extent in extents)
-        num_own = max(
-            extent.num_rows * extent.max_new_tokens
-            + (1 if self._is_encoder_decoder else extent.num_prefix_tokens)
-            for extent in extents
-        )
-        sequences, columns = room(len(extents), num_own)
-        beside = room(1, num_prefix)[1] if self._is_encoder_decoder else 0
-        return sequences * (columns + beside) * self._bytes_per_column
+        return sum(map(math.prod, self._shapes(extents))) * self._bytes_per_column
+
+    def _shapes(self, extents: Sequence[Extent]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Gives the sequences and columns that such sequences come to at most, own ones and those beside."""
+        prefix = max(extent.num_prefix_tokens for extent in extents)
+        suffix = [extent.num_rows * extent.max_new_tokens for extent in extents]
+        if self._is_encoder_decoder:
+            return room(len(extents), 1 + max(suffix)), room(len(extents), prefix)
+        whole = (extent.num_prefix_tokens + new for extent, new in zip(extents, suffix, strict=True))
+        return room(len(extents), max(whole)), (0, 0)
 
     def advance(self, rows: Rows) -> Tensor:
         slots = _places(rows.sequences)
         positions = self._sight.lengths[rows.sequences]
         columns = self._sight.grow(rows.sequences, slots, rows.parents)
-        self._own.reserve(self._sight.num_sequences, self._sight.num_columns, self._own.layers)
+        self._own.reserve(*self._sight.shape, self._own.layers)
         look = self._build_look(rows.sequences, slots)
         cache: Cache = StepCache(self._own.layers, look, self._tensor(rows.sequences), self._tensor(columns))
         if self._is_encoder_decoder:
@@ -124,10 +137,10 @@ class SharedPrefixState:
 
     def _hide(self, seen: NDArray[np.bool_]) -> Tensor:
         """Gives what is added to scores, [J, 1, W, 1, C]."""
-        return self._tensor(np.where(seen, np.float32(0), _HIDDEN))[:, None, :, None]
+        return self._tensor(np.where(seen, np.float32(0), np.float32(_HIDDEN)))[:, None, :, None]
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return upload(array, self._device)
 
 
 def _places(sequences: Ids) -> Ids:

@@ -1,19 +1,22 @@
 """Packed weights: the products of plain ones, and the weights themselves when they are saved."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from model import Blip2, GenerationParams, image_attention
+from model import Blip2, GenerationParams, image_attention, packing
 from model.packing import PackedLinear, can_pack, pack_linears
 from model.vision import FAMILIES, VisionEncoder
 from tests.builders import build_parts, build_tower, random_pixels
 from tests.builders_t5 import build_t5_parts
 
-pytestmark = pytest.mark.skipif(not can_pack(), reason="this build of torch is without oneDNN")
+pytestmark = pytest.mark.skipif(
+    not can_pack(torch.bfloat16), reason="this CPU, or this build of torch, computes no bfloat16 by oneDNN"
+)
 PARAMS = GenerationParams(num_beams=4, num_return_sequences=4, max_new_tokens=12)
 
 
@@ -56,6 +59,28 @@ def test_what_is_no_plain_linear_layer_stays_as_it_is() -> None:
     layers = nn.ModuleList([Special(4, 4), nn.Linear(4, 4).double(), nn.Linear(4, 4, device="meta")])
     assert pack_linears(layers) == 0
     assert pack_linears(nn.Sequential(nn.Linear(4, 4))) == 1
+
+
+def test_a_weight_is_let_go_of_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    weights = [weakref.ref(layer.weight) for layer in layers]
+    alive: list[int] = []
+
+    class Noting(PackedLinear):
+        def __init__(self, linear: nn.Linear, dtype: torch.dtype | None = None) -> None:
+            alive.append(sum(weight() is not None for weight in weights))
+            super().__init__(linear, dtype)
+
+    monkeypatch.setattr(packing, "PackedLinear", Noting)
+    pack_linears(layers)
+    assert alive == [5, 4, 3, 2, 1]
+
+
+def test_where_the_cpu_has_no_products_of_a_type_its_layers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "can_pack", lambda dtype: dtype == torch.float32)
+    layers = nn.Sequential(nn.Linear(4, 4).bfloat16(), nn.Linear(4, 4))
+    assert pack_linears(layers, torch.bfloat16) == 0
+    assert pack_linears(layers) == 1
 
 
 @pytest.mark.parametrize("parts", [build_parts, lambda: build_t5_parts("tied")], ids=["opt", "t5"])

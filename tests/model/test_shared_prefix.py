@@ -1,5 +1,7 @@
 """Rows of one sequence share the keys and values of its prefix, and say what they say with their own."""
 
+import random
+
 import pytest
 import torch
 from transformers import (
@@ -12,6 +14,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from model.decoding.decoder import packed
 from model.language import DecodingState, Extent, LanguageModel
 from model.language.plain import PlainState
 from model.language.shared_prefix import SharedPrefixState, why_not
@@ -58,12 +61,17 @@ def prefix(length: int, *, seed: int) -> torch.Tensor:
     return torch.randn(length, 32, generator=torch.Generator().manual_seed(seed))
 
 
+def admit(state: DecodingState, prefixes: list[torch.Tensor], widths: list[int]) -> torch.Tensor:
+    extents = [Extent(len(each), width, 60) for each, width in zip(prefixes, widths, strict=True)]
+    return state.admit(prefixes, extents)
+
+
 def play(state: DecodingState) -> list[torch.Tensor]:
     """Sequences of several widths and lengths that join, reorder their rows, lose some and leave."""
-    said = [state.admit([prefix(9, seed=0), prefix(14, seed=1)], [3, 3])]
+    said = [admit(state, [prefix(9, seed=0), prefix(14, seed=1)], [3, 3])]
     said += [state.advance(rows((0, [0, 0, 0], [10, 11, 12]), (1, [0, 0, 0], [13, 14, 15])))]
     said += [state.advance(rows((0, [1, 0, 1], [19, 20, 21]), (1, [2, 2, 0], [16, 17, 18])))]
-    said += [state.admit([prefix(length, seed=length) for length in (5, 20, 11)], [1, 3, 4])]
+    said += [admit(state, [prefix(length, seed=length) for length in (5, 20, 11)], [1, 3, 4])]
     said += [
         state.advance(
             rows(
@@ -75,12 +83,13 @@ def play(state: DecodingState) -> list[torch.Tensor]:
             )
         )
     ]
-    state.retain([4, 1, 3])
+    state.retain([4, 1, 2, 3])
+    state.retain([0, 1, 3])  # at once after another one
     for step in range(40):  # long enough for columns to be added, and to be written anew
         if step == 5:
             state.retain([0, 2])
         if step == 20:
-            said += [state.admit([prefix(7, seed=3), prefix(33, seed=4)], [16, 2])]
+            said += [admit(state, [prefix(7, seed=3), prefix(33, seed=4)], [16, 2])]
             state.retain([0, 1, 2])
         said += [
             state.advance(
@@ -93,7 +102,7 @@ def play(state: DecodingState) -> list[torch.Tensor]:
             )
         ]
     state.retain([])
-    said += [state.admit([prefix(6, seed=5)], [2]), state.advance(rows((0, [0, 0], [10, 11])))]
+    said += [admit(state, [prefix(6, seed=5)], [2]), state.advance(rows((0, [0, 0], [10, 11])))]
     return said
 
 
@@ -115,7 +124,7 @@ def test_a_prefix_is_read_and_held_once_whatever_the_number_of_its_rows() -> Non
     )
     state = language_model.build_state()
     tokens = list(range(10, 26))
-    state.admit([prefix(30, seed=0), prefix(30, seed=1)], [16, 16])
+    admit(state, [prefix(30, seed=0), prefix(30, seed=1)], [16, 16])
     state.advance(rows(*((number, [0] * 16, tokens) for number in range(2))))
     assert read == [2 * 30, 2 * 16]
     assert (
@@ -125,34 +134,50 @@ def test_a_prefix_is_read_and_held_once_whatever_the_number_of_its_rows() -> Non
     assert state._sight.table.any(axis=1).sum() == 2 * 31 + 2 * 16  # all went on from one
 
 
+def held_bytes(state: SharedPrefixState) -> int:
+    layers = [layer for lines in (state._own, state._beside) for layer in lines.layers]
+    return sum(tensor.numel() * tensor.itemsize for layer in layers for tensor in layer)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["opt", "untied T5"])
-def test_keys_and_values_take_no_more_bytes_than_was_said(name: str) -> None:
-    language_model = BUILDERS[name]()
-    state = language_model.build_state()
-    extents = [Extent(30, 16, 20), Extent(7, 3, 20), Extent(50, 5, 20)]
-    state.admit(
-        [prefix(extent.num_prefix_tokens, seed=0) for extent in extents],
-        [extent.num_rows for extent in extents],
-    )
-    for step in range(20):
-        growths = [
-            (number, [0] * extent.num_rows if step == 0 else range(extent.num_rows), [10] * extent.num_rows)
-            for number, extent in enumerate(extents)
+@pytest.mark.parametrize("seed", range(4))
+def test_no_more_bytes_are_held_than_was_said_when_they_were_let_in(name: str, seed: int) -> None:
+    """Wide and long sequences come and go, whose rows never share a token behind the prefix."""
+    chance = random.Random(seed)
+    state = BUILDERS[name]().build_state()
+    assert isinstance(state, SharedPrefixState)
+    running: list[tuple[Extent, int]] = []  # and how many tokens it has taken
+    most = 0
+    for _ in range(60):
+        entering = [
+            Extent(chance.choice([3, 12, 70]), chance.choice([1, 3, 16]), chance.choice([2, 4, 9]))
+            for _ in range(chance.choice([0, 0, 1, 1, 5]))
         ]
-        state.advance(rows(*growths))
-    held = [tensor for lines in (state._own, state._beside) for layer in lines.layers for tensor in layer]
-    num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in held)
-    assert num_bytes <= state.num_bytes(extents) <= 2 * num_bytes
+        if entering:
+            most = state.num_bytes([*(extent for extent, _ in running), *entering])
+            state.admit([prefix(extent.num_prefix_tokens, seed=0) for extent in entering], entering)
+            running += [(extent, 0) for extent in entering]
+        if running:
+            growths = [
+                (number, range(extent.num_rows) if taken else [0] * extent.num_rows, [10] * extent.num_rows)
+                for number, (extent, taken) in enumerate(running)
+            ]
+            state.advance(rows(*growths))
+            assert held_bytes(state) <= most
+            running = [(extent, taken + 1) for extent, taken in running]
+            order = packed([taken < extent.max_new_tokens - 1 for extent, taken in running])
+            state.retain(order)
+            running = [running[number] for number in order]
 
 
 def test_a_sequence_gone_leaves_nothing_behind_that_could_harm_its_successor() -> None:
     language_model = BUILDERS["opt"]()
     state = language_model.build_state()
-    state.admit([torch.full((20, 32), torch.nan), prefix(8, seed=1)], [1, 1])
+    admit(state, [torch.full((20, 32), torch.nan), prefix(8, seed=1)], [1, 1])
     state.advance(rows((0, [0], [10]), (1, [0], [10])))
     state.retain([])
-    state.admit([prefix(4, seed=2)], [1])
+    admit(state, [prefix(4, seed=2)], [1])
     assert state.advance(rows((0, [0], [10]))).isfinite().all()
 
 
@@ -177,7 +202,7 @@ def test_outside_of_decoding_the_model_attends_as_ever() -> None:
     ids = torch.arange(10, 18)[None]
     before = language_model.llm(input_ids=ids).logits
     state = language_model.build_state()
-    state.admit([prefix(5, seed=0)], [2])
+    admit(state, [prefix(5, seed=0)], [2])
     state.advance(rows((0, [0, 0], [10, 11])))
     assert language_model.llm.config._attn_implementation == "eager"
     assert torch.equal(language_model.llm(input_ids=ids).logits, before)

@@ -31,7 +31,9 @@ from tests.model.decoding.reference import PROMPTS, Pair
 
 NUM_CASES = 60  # for each of nine models
 NUM_IMAGES = 4
-PULLS = {"early": 3.0, "now and then": 0.5, "never": -100.0}  # added to the end token's logit
+NUM_SAMPLED = 12
+PULLS = {"early": 3.0, "now and then": 0.5, "never": -100.0}  # added to the end tokens' logits
+OTHER_END = 11  # a second token that ends the answers of those that end now and then
 
 
 def build_llama_parts() -> Blip2Parts:
@@ -58,10 +60,10 @@ KINDS: dict[str, Callable[[], Blip2Parts]] = {
 }
 
 
-def pull_towards_end(head: nn.Module, token_id: int, pull: float) -> None:
+def pull_towards_ends(head: nn.Module, token_ids: Sequence[int], pull: float) -> None:
     def shift(_module: nn.Module, _args: object, logits: Tensor) -> Tensor:
         shifts = torch.zeros(logits.shape[-1])
-        shifts[token_id] = pull
+        shifts[list(token_ids)] = pull
         return logits + shifts
 
     head.register_forward_hook(shift)
@@ -74,9 +76,12 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     directory = tmp_path_factory.mktemp("reference")
     save_hub(directory, blip2.parts)
     reference = Blip2ForConditionalGeneration.from_pretrained(directory).eval()
-    assert blip2.language_model is not None
-    for llm in (blip2.language_model.llm, reference.language_model):
-        pull_towards_end(llm.get_output_embeddings(), blip2.language_model.eos_token_ids[0], PULLS[temper])
+    language_model = blip2.require_language_model()
+    if temper == "now and then":
+        language_model.eos_token_ids = (*language_model.eos_token_ids, OTHER_END)
+        reference.language_model.generation_config.eos_token_id = list(language_model.eos_token_ids)
+    for llm in (language_model.llm, reference.language_model):
+        pull_towards_ends(llm.get_output_embeddings(), language_model.eos_token_ids, PULLS[temper])
     pixel_values = random_pixels(NUM_IMAGES)
     with torch.inference_mode():
         inputs = blip2.project_queries(blip2.encode_queries(blip2.encode_images(pixel_values)))
@@ -84,7 +89,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def random_params(chance: random.Random) -> GenerationParams:
-    num_beams = chance.randint(1, 8)
+    num_beams = chance.choice([*range(1, 9), 12, 16])
     max_new_tokens = chance.randint(1, 14)
     return GenerationParams(
         num_beams=num_beams,
@@ -95,6 +100,20 @@ def random_params(chance: random.Random) -> GenerationParams:
         repetition_penalty=chance.choice([1.0, 1.0, 1.3, 0.8]),
         no_repeat_ngram_size=chance.choice([0, 0, 1, 2, 3]),
         early_stopping=chance.choice([False, True]),
+    )
+
+
+def sampling(seed: int) -> GenerationParams:
+    return GenerationParams(
+        num_beams=1,
+        num_return_sequences=1 + seed % 5,
+        max_new_tokens=4 + seed,
+        do_sample=True,
+        seed=seed,
+        temperature=1.5,
+        top_p=0.5 + 0.05 * (seed % 11),
+        top_k=seed % 3 * 10,
+        repetition_penalty=1 + seed % 2 / 5,
     )
 
 
@@ -118,8 +137,12 @@ def test_answers_are_those_of_transformers_alone_together_and_in_turns(pair: Pai
         for _ in range(NUM_CASES)
     ]
     jobs = [pair.job(*case) for case in cases]
+    sampled = [pair.job(seed % NUM_IMAGES, "a photo of", sampling(seed)) for seed in range(NUM_SAMPLED)]
     together = run_jobs(pair.language_model, jobs)
-    in_turns = run_in_turns(pair, jobs, chance)
+    in_turns = run_in_turns(pair, [*jobs, *sampled], chance)
+    for job in sampled:
+        (alone,) = run_jobs(pair.language_model, [job])
+        assert [answer.token_ids for answer in in_turns[job]] == [answer.token_ids for answer in alone]
     num_tokens: set[int] = set()
     for case, job, answers in zip(cases, jobs, together, strict=True):
         image, prompt, params = case

@@ -92,8 +92,8 @@ class Pair:
         return llm(inputs_embeds=inputs_embeds[None], **inputs)
 
     def _until_end(self, token_ids: list[int]) -> tuple[int, ...]:
-        (end,) = self.language_model.eos_token_ids
-        return tuple(token_ids[: token_ids.index(end) + 1] if end in token_ids else token_ids)
+        ends = [at for at, token in enumerate(token_ids) if token in self.language_model.eos_token_ids]
+        return tuple(token_ids[: ends[0] + 1] if ends else token_ids)
 
 
 def label(params: GenerationParams) -> str:

@@ -20,6 +20,7 @@ from model import (
     InvalidPromptError,
 )
 from model.language import DecodingState, Extent, LanguageModel, Rows
+from model.language.plain import PlainState
 from tests.builders import MAX_POSITIONS, NUM_QUERY_TOKENS, build_language_model
 from tests.builders_t5 import build_t5_language_model
 from tests.model.decoding.reference import PROMPTS, Pair
@@ -96,6 +97,33 @@ def test_jobs_that_join_later_and_jobs_that_are_cancelled_change_nobodys_answer(
             assert_same_answers(answers[job], run_alone(pair.language_model, job))
 
 
+@torch.inference_mode()
+def test_jobs_on_the_plain_way_join_and_are_cancelled_without_harm(
+    pair: Pair, jobs: list[DecodeJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [run_alone(pair.language_model, job) for job in jobs]
+    family = pair.language_model._family
+    monkeypatch.setattr(
+        pair.language_model, "build_state", lambda: PlainState(pair.language_model.llm, family)
+    )
+    chance = random.Random(0)
+    decoder, waiting = Decoder(pair.language_model), list(jobs)
+    answers: Answers = {}
+    cancelled: set[DecodeJob] = set()
+    while waiting or decoder.num_jobs:
+        for _ in range(min(chance.randint(0, 6), len(waiting))):
+            decoder.add(waiting.pop())
+        answers.update(decoder.step())
+        for task in chance.sample(decoder._running, min(2, len(decoder._running) // 3)):
+            decoder.cancel(task.job)  # more than one between two steps
+            cancelled.add(task.job)
+    assert cancelled
+    assert answers
+    for job, alone in zip(jobs, expected, strict=True):
+        if job not in cancelled:
+            assert_same_answers(answers[job], alone)
+
+
 class RecordingLanguageModel:
     """A language model that notes how many rows each pass had."""
 
@@ -118,9 +146,9 @@ class RecordingState:
     def __getattr__(self, name: str) -> object:
         return getattr(self._state, name)
 
-    def admit(self, prefixes: Sequence[torch.Tensor], widths: Sequence[int]) -> torch.Tensor:
+    def admit(self, prefixes: Sequence[torch.Tensor], extents: Sequence[Extent]) -> torch.Tensor:
         self._rows.append(len(prefixes))
-        return self._state.admit(prefixes, widths)
+        return self._state.admit(prefixes, extents)
 
     def advance(self, rows: Rows) -> torch.Tensor:
         self._rows.append(len(rows))
