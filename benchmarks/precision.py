@@ -2,12 +2,13 @@
 
     python benchmarks/precision.py [--scenes 100] [--out benchmarks/precision.md]
 
-Every row is asked the same as float32: five questions and a caption of each scene, in the service's ways, on
-packed weights as in the service. int8 needs torchao; without it, its rows are left out.
+Every row is asked the same as float32: five questions and a caption of each scene, in the service's ways. The
+Q-Former in bfloat16 runs under autocast. int8 needs torchao; without it, its rows are left out.
 """
 
 import argparse
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -28,7 +29,7 @@ from training.scenes import Scene
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A row of the table; q_former: the type of its products."""
+    """A row of the table; q_former: the type it computes in."""
 
     name: str
     frozen: torch.dtype = torch.float32
@@ -39,9 +40,7 @@ class Setting:
 SETTINGS = (
     Setting("float32"),
     Setting("frozen parts bfloat16 (BLIP2_DTYPE=bfloat16)", frozen=torch.bfloat16),
-    Setting(
-        "the Q-Former too (BLIP2_QFORMER_DTYPE=bfloat16)", frozen=torch.bfloat16, q_former=torch.bfloat16
-    ),
+    Setting("all bfloat16, the Q-Former too", frozen=torch.bfloat16, q_former=torch.bfloat16),
     Setting("language model int8 (BLIP2_QUANTIZE=int8)", quantize="int8"),
     Setting("frozen parts bfloat16, language model int8", frozen=torch.bfloat16, quantize="int8"),
 )
@@ -95,18 +94,22 @@ def _report(plan: Plan) -> Iterator[str]:
 def _ask(name: str, setting: Setting, scenes: Sequence[Scene], asked: Sequence[Sequence[Question]]) -> Said:
     blip2 = Blip2.from_pretrained(name, LoadOptions(dtype=setting.frozen, quantize=setting.quantize))
     assert blip2.language_model is not None
-    blip2.pack(setting.q_former)
-    speaker = PromptedSpeaker(blip2.language_model, blip2.prompts, partial(_read, blip2))
+    speaker = PromptedSpeaker(blip2.language_model, blip2.prompts, partial(_read, blip2, setting))
     answers = speaker.answer(scenes, [[item.question for item in row] for row in asked])
     captions = speaker.caption(scenes)
     with torch.inference_mode():
-        inputs = _read(blip2, scenes)
+        inputs = _read(blip2, setting, scenes)
     return Said([one.text for row in answers for one in row], [one.text for one in captions], inputs)
 
 
-def _read(blip2: Blip2, scenes: Sequence[Scene]) -> Tensor:
+def _read(blip2: Blip2, setting: Setting, scenes: Sequence[Scene]) -> Tensor:
     image_features = blip2.encode_images(prepare_pixels(scenes, blip2.preprocess))
-    return blip2.project_queries(blip2.encode_queries(image_features))
+    with _computing_in(setting.q_former):
+        return blip2.project_queries(blip2.encode_queries(image_features)).float()
+
+
+def _computing_in(dtype: torch.dtype) -> AbstractContextManager[object]:
+    return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
 
 
 def _row(

@@ -13,9 +13,6 @@ from service.jobs import Kind, Tower
 class StepDecoder(Protocol):
     """The batched decoder: jobs join and leave between steps."""
 
-    @property
-    def num_rows(self) -> int: ...
-
     def add(self, job: DecodeJob) -> None: ...
 
     def step(self) -> Sequence[tuple[DecodeJob, tuple[Generation, ...]]]: ...

@@ -54,10 +54,6 @@ class FakeDecoder:
         self._backend = backend
         self._steps: dict[DecodeJob, int] = {}
 
-    @property
-    def num_rows(self) -> int:
-        return sum(job.params.num_rows for job in self._steps)
-
     def add(self, job: DecodeJob) -> None:
         self._steps[job] = 0
 
