@@ -114,7 +114,7 @@ def test_image_features_in_bfloat16_are_those_of_the_plain_tower_up_to_rounding(
     pixel_values = torch.randn(5, 3, 32, 32)
     expected = plain.encode_images(pixel_values).float()
     features = packed.encode_images(pixel_values).float()
-    assert not torch.equal(features, expected)
+    assert packed.vision_model.tower.config._attn_implementation == image_attention.NAME
     torch.testing.assert_close(features, expected, rtol=0, atol=0.05 * expected.abs().max().item())
 
 
