@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.decoding.columns import Columns, Flags, Ids, Scores
+from model.decoding.param_table import Flags, Ids, ParamTable, Scores
 from model.decoding.params import GenerationParams
 from model.decoding.rules import NOTHING
 from model.decoding.texts import Texts, ranking
@@ -34,7 +34,7 @@ class Board:
 
     def __init__(self, eos_token_ids: Sequence[int]) -> None:
         self._eos_token_ids = np.array(eos_token_ids)
-        self.params = Columns.of([])
+        self.params = ParamTable.of([])
         self.running = Texts.none(0, 1, 1)
         self.finished = Texts.none(0, 1, 1)
         self.num_tokens: Ids = np.zeros(0, np.int64)
@@ -59,7 +59,7 @@ class Board:
 
         contexts: the ids in front of each answer, which the rules about repetition count.
         """
-        added = Columns.of(params)
+        added = ParamTable.of(params)
         jobs = len(self.num_tokens) + np.arange(len(params))
         self.params = self.params.joined(added)
         self.num_tokens = np.append(self.num_tokens, np.zeros(len(params), np.int64))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from model.decoding.board import Board, Proposals
-from model.decoding.columns import Ids
 from model.decoding.job import DecodeJob, Generation
+from model.decoding.param_table import Ids
 from model.decoding.params import GenerationParams
 from model.decoding.scoring import Choice, Chooser, Draw, Request
 from model.decoding.task import DecoderLimits, Task, build_task, extent_of

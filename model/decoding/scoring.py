@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.decoding import rules
-from model.decoding.columns import Columns, Flags, Ids
+from model.decoding.param_table import Flags, Ids, ParamTable
 from model.devices import upload
 
 _BLOCK = 64  # tokens that are looked at together
@@ -32,7 +32,7 @@ class Request:
     histories: [R, T] ids, the newest last, `rules.NOTHING` in front; needed where `params.needs_history`.
     """
 
-    params: Columns
+    params: ParamTable
     may_not_end: Flags
     histories: Ids
     draws: Sequence[Draw]

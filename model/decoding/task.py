@@ -44,7 +44,8 @@ class DecoderLimits:
 class Task:
     """A job at work.
 
-    context: the ids in front of its answer, as rules see them; generator: where it draws."""
+    context: the ids in front of its answer, as rules see them. generator: where a sample is drawn from.
+    """
 
     job: DecodeJob
     extent: Extent

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from model.decoding.columns import Flags, Ids, Scores
+from model.decoding.param_table import Flags, Ids, Scores
 
 
 @dataclass(slots=True)

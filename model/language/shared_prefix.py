@@ -1,8 +1,5 @@
 """Keys and values of growing texts, where the rows of one sequence share all that they have in common.
 
-The seams are `transformers`' own: a `Cache` that takes each layer's keys and values in, and an attention
-function, registered by name, that looks at them. Any model that uses both runs on it as it is.
-
 A sequence has one line of columns in each layer, [H, C, K]: its prefix, then a column for each token that
 any of its rows took. Which row sees which column is a table of truth values, the same for all layers. Where
 rows change places only the table changes, and a column that no row sees any more is written anew.
@@ -58,8 +55,14 @@ class SharedPrefixState:
         self._own = Lines()
         self._sight = Sight()
         self._beside = Lines()
-        self._lengths_beside: Ids = np.zeros(0, np.int64)
         self._extents: list[Extent] = []
+
+    @property
+    def _lengths_beside(self) -> Ids:
+        """Of the prefixes that are looked at beside the own columns, [J]; 0 where they are part of those."""
+        return np.array(
+            [extent.num_prefix_tokens * self._is_encoder_decoder for extent in self._extents], np.int64
+        )
 
     def admit(self, prefixes: Sequence[Tensor], extents: Sequence[Extent]) -> Tensor:
         self._extents += extents
@@ -80,9 +83,7 @@ class SharedPrefixState:
         return reading.logits
 
     def _admit_beside(self, first: int, beside: Sequence[Sequence[Layer]]) -> None:
-        lengths = [layers[0].keys.shape[1] for layers in beside]
-        self._lengths_beside = np.append(self._lengths_beside, lengths)
-        self._beside.reserve(len(self._lengths_beside), self._lengths_beside.max(), beside[0])
+        self._beside.reserve(len(self._extents), self._lengths_beside.max(), beside[0])
         for sequence, layers in enumerate(beside, start=first):
             self._beside.put(sequence, layers)
 
@@ -90,9 +91,7 @@ class SharedPrefixState:
         self._extents = [self._extents[number] for number in order]
         self._own.retain(order)
         self._sight.retain(order)
-        if self._is_encoder_decoder:
-            self._beside.retain(order)
-            self._lengths_beside = self._lengths_beside[np.array(order, dtype=np.int64)]
+        self._beside.retain(order)
 
     def num_bytes(self, extents: Sequence[Extent]) -> int:
         return sum(map(math.prod, self._shapes(extents))) * self._bytes_per_column

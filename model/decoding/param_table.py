@@ -14,7 +14,7 @@ Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class ParamTable:
     """See `GenerationParams`; [J] each.
 
     num_texts: those a job works on, beams or samples. tail: 1 - top_p.
@@ -34,7 +34,7 @@ class Columns:
     tail: Scores
 
     @classmethod
-    def of(cls, params: Sequence[GenerationParams]) -> "Columns":
+    def of(cls, params: Sequence[GenerationParams]) -> "ParamTable":
         return cls(
             num_texts=np.array([each.num_rows for each in params], np.int64),
             is_beam_search=np.array([each.num_beams > 1 for each in params], bool),
@@ -50,11 +50,11 @@ class Columns:
             tail=np.array([1 - each.top_p for each in params], np.float32),
         )
 
-    def of_jobs(self, jobs: Ids) -> "Columns":
-        return Columns(*(getattr(self, field.name)[jobs] for field in fields(self)))
+    def of_jobs(self, jobs: Ids) -> "ParamTable":
+        return ParamTable(*(getattr(self, field.name)[jobs] for field in fields(self)))
 
-    def joined(self, others: "Columns") -> "Columns":
-        return Columns(
+    def joined(self, others: "ParamTable") -> "ParamTable":
+        return ParamTable(
             *(np.append(getattr(self, field.name), getattr(others, field.name)) for field in fields(self))
         )
 
