@@ -9,6 +9,8 @@ from torch import Tensor
 from model.errors import DeviceUnavailableError
 
 CPU = torch.device("cpu")
+# torch has a class for the allocator of the GPU alone.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -17,6 +19,13 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an operation failed because the device, or the host, had no memory for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def find_device(wanted: str) -> torch.device:

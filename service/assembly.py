@@ -62,7 +62,7 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Parts:
     )
     rate = ServiceRate()
     line = Line(settings.max_waiting, rate)
-    engine = Engine(backend, line, memory, rate=rate, max_rows=settings.max_rows, rows_seen=metrics.saw_rows)
+    engine = Engine(backend, line, memory, rate=rate, max_rows=settings.max_rows, meter=metrics)
     metrics.set_model(
         name=backend.name, fingerprint=backend.fingerprint, device=backend.device, dtype=backend.dtype
     )

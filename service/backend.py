@@ -76,6 +76,9 @@ class Backend(Protocol):
     def synchronize(self) -> None:
         """Waits until the device has done all it was given, so that clocks tell the truth."""
 
+    def free_memory(self) -> None:
+        """Gives back what the allocator keeps for later, after the device ran out of memory."""
+
     def encode_images(self, pixel_values: Tensor, tower: Tower) -> Tensor:
         """Turns [B, 3, S, S] into the [B, P, V] image_features of a tower."""
 

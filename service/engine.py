@@ -1,7 +1,8 @@
 """The one thread that owns the device: jobs in, answers out. Knows no HTTP.
 
-Each turn takes in waiting jobs, encodes one batch of images, scores one chunk of pairs for each match job,
-and advances every running text by one token. Nobody waits for a batch to fill; it blocks only when idle.
+Each turn takes in waiting jobs and does one piece of work: it encodes a batch of images, scores a batch of
+pairs, or advances every running text by one token, whichever has had the least of the device (`SHARES`).
+Nobody waits for a batch to fill; it blocks only when idle.
 """
 
 import logging
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -16,19 +18,34 @@ from service.backend import Backend
 from service.errors import DeadlineExceededError, NotReadyError
 from service.jobs import GenerateJob, Job
 from service.scheduler import Line, ServiceRate
+from service.stages.admission import open_lanes
 from service.stages.encode import EncodeStage, EncodingMemory
 from service.stages.generate import GenerateStage
 from service.stages.match import MAX_PAIRS_PER_TURN, MatchStage
+from service.stages.meter import Meter
 from service.stages.running import Running
+from service.stages.shares import DeviceShares
 
 logger = logging.getLogger(__name__)
+
+# Of the device's time, while all have work. Images go first, for what is decoded together costs less.
+SHARES = {"vision": 3.0, "match": 1.0, "decode": 1.0}
+
+
+class Stage(Protocol):
+    """One kind of work, in pieces. `step` is called where there is work, `recover` where it failed."""
+
+    def has_work(self) -> bool: ...
+
+    def step(self) -> None: ...
+
+    def recover(self, error: Exception) -> None: ...
 
 
 class Engine:
     """Serves the jobs of `line` until `stop`, or until the device is lost.
 
-    max_rows: bounds the rows (beams, pairs) that run at once. rows_seen(stage, rows) is told of every batch.
-    longest_turn_s: so far.
+    max_rows: bounds the rows (beams, pairs) that run at once. longest_turn_s: so far.
     """
 
     def __init__(
@@ -39,14 +56,21 @@ class Engine:
         *,
         rate: ServiceRate,
         max_rows: int,
-        rows_seen: Callable[[str, int], None],
+        meter: Meter,
     ) -> None:
         self._line = line
         self._rate = rate
         self._max_rows = max_rows
-        self._encode = EncodeStage(backend, memory, rows_seen)
-        self._generate = GenerateStage(backend, max_rows=max_rows, rows_seen=rows_seen)
-        self._match = MatchStage(backend, rows_seen=rows_seen)
+        self._meter = meter
+        self._encode = EncodeStage(backend, memory, meter)
+        self._match = MatchStage(backend, meter=meter)
+        self._generate = GenerateStage(backend, max_rows=max_rows, meter=meter)
+        self._stages: dict[str, Stage] = {
+            "vision": self._encode,
+            "match": self._match,
+            "decode": self._generate,
+        }
+        self._shares = DeviceShares(SHARES)
         self._running: list[Running] = []
         self._beat: float | None = None
         self._stopping = False
@@ -60,8 +84,16 @@ class Engine:
         """Ends the thread after its present turn; what is unanswered then fails with NotReadyError."""
         self._stopping = True
         _refuse(self._line.close("the service is shutting down"))
-        if self._thread.ident is not None:  # it may never have been started
-            self._thread.join(timeout_s)
+        if self._thread.ident is None:  # it was never started
+            return
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self.give_up("the engine did not end in time")
+
+    def give_up(self, reason: str) -> None:
+        """Tells all callers that no answer will come, for the thread hangs or has died. From any thread."""
+        self._stopping = True
+        _refuse([*self._line.close(reason), *(running.job for running in list(self._running))])
 
     @property
     def alive(self) -> bool:
@@ -97,24 +129,17 @@ class Engine:
     def _turn(self) -> None:
         started = self._beat = time.monotonic()
         self._admit()
-        lacking = [running.slots for running in self._running if not (running.encoded or running.settled)]
-        self._guarded(partial(self._encode.step, lacking), self._encode.isolate)
         self._hand_on()
-        for scoring in self._match.under_way():
-            self._guarded(partial(self._match.step, scoring), scoring.running.fail)
-        self._match.under_way()  # lets go of the images of those just answered
-        self._guarded(self._generate.step, self._generate.isolate)
+        self._work()
         self._let_go(time.monotonic() - started)
 
     def _admit(self) -> None:
-        num_rows = sum(running.num_rows for running in self._running)
-        while num_rows < self._max_rows and (taken := self._line.take()):
+        while taken := self._line.take(open_lanes(self._running, self._max_rows)):
             job, num_items = taken
             if job.ticket.expired(time.monotonic()):
                 job.ticket.fail(DeadlineExceededError("the deadline passed while the request was in line"))
             elif not job.ticket.settled:
                 self._guarded(partial(self._take_in, job, num_items), job.ticket.fail)
-                num_rows = sum(running.num_rows for running in self._running)
 
     def _take_in(self, job: Job, num_items: int) -> None:
         running = Running(job, num_items, _num_rows(job))
@@ -131,6 +156,19 @@ class Engine:
                 running.fail(running.encode_error)
             elif running.encoded:
                 self._guarded(partial(self._begin, running), running.fail)
+
+    def _work(self) -> None:
+        self._encode.wait_for(
+            [running.slots for running in self._running if not (running.encoded or running.settled)]
+        )
+        ready = [name for name, stage in self._stages.items() if stage.has_work()]
+        if not ready:
+            return
+        name, started = self._shares.next(ready), time.monotonic()
+        self._guarded(self._stages[name].step, self._stages[name].recover)
+        seconds = time.monotonic() - started
+        self._shares.charge(name, seconds)
+        self._meter.spent(name, seconds)
 
     def _begin(self, running: Running) -> None:
         running.work_started = time.monotonic()

@@ -171,6 +171,11 @@ class InferenceFailedError(ServiceError):
     title = "Inference failed"
 
 
+class OutOfDeviceMemoryError(InferenceFailedError):
+    code = "out_of_device_memory"
+    title = "The device's memory is too small for this"
+
+
 _FROM_MODEL: dict[type[model_errors.ModelError], type[ServiceError]] = {
     model_errors.InvalidPromptError: InvalidPromptError,
     model_errors.InvalidParamsError: InvalidParamsError,

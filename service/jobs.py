@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from torch import Tensor
 
@@ -38,6 +38,16 @@ class Mode(StrEnum):
     ITM = "itm"
     RERANK = "rerank"
 
+
+class Lane(StrEnum):
+    """Who waits for whom: each lane has room of its own on the device, and none waits for the others."""
+
+    SHORT = "short"  # texts
+    LONG = "long"  # texts of many tokens, which occupy their rows for long
+    MATCH = "match"
+
+
+MAX_SHORT_TOKENS: Final = 32
 
 Encodings = Mapping[Kind, Tensor]
 
@@ -152,6 +162,10 @@ class GenerateJob:
         return (self.image,)
 
     @property
+    def lane(self) -> Lane:
+        return Lane.SHORT if self.params.max_new_tokens <= MAX_SHORT_TOKENS else Lane.LONG
+
+    @property
     def needs(self) -> frozenset[Kind]:
         return generate_needs(shows_questions=bool(self.questions))
 
@@ -196,6 +210,10 @@ class MatchJob:
     def texts(self) -> tuple[str, ...]:
         sides = (self.query, *self.candidates)
         return tuple(side for side in sides if isinstance(side, str))
+
+    @property
+    def lane(self) -> Lane:
+        return Lane.MATCH
 
     @property
     def needs(self) -> frozenset[Kind]:

@@ -150,6 +150,10 @@ class Blip2Backend:
         if self._blip2.device.type == "cuda":
             torch.cuda.synchronize(self._blip2.device)
 
+    def free_memory(self) -> None:
+        if self._blip2.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def encode_images(self, pixel_values: Tensor, tower: Tower) -> Tensor:
         return self._of(tower).encode_images(pixel_values)
 

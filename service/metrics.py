@@ -22,6 +22,7 @@ ABANDONED_REASONS: Final = ("deadline", "disconnected")
 
 _STATUSES: Final = ("200", "400", "404", "405", "413", "415", "422", "429", "499", "500", "503", "504")
 _SECONDS: Final = (*(0.001 * 2**power for power in range(16)), 60.0)  # geometric from 1 ms to 60 s
+_SHARES: Final = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 _ROWS: Final = tuple(2**power for power in range(11))
 
 
@@ -61,6 +62,18 @@ class Metrics:
         )
         self.cache_requests = Counter(
             "blip2_cache_requests", "Look-ups", ["tier", "kind", "result"], registry=registry
+        )
+        self.padding_waste = Histogram(
+            "blip2_padding_waste_ratio",
+            "Share of padding where prompts are read together",
+            buckets=_SHARES,
+            registry=registry,
+        )
+        self.device_seconds = Counter(
+            "blip2_device_seconds", "Time the device worked for each stage", ["stage"], registry=registry
+        )
+        self.out_of_memory = Counter(
+            "blip2_out_of_memory", "Batches the device's memory did not hold", ["stage"], registry=registry
         )
         self._waiting = Gauge("blip2_waiting", "Items in the line", registry=registry)
         self._running = Gauge("blip2_running", "Items on the device", registry=registry)
@@ -102,6 +115,15 @@ class Metrics:
     def saw_rows(self, stage: str, num_rows: int) -> None:
         self.batch_rows.labels(stage).observe(num_rows)
 
+    def saw_padding(self, ratio: float) -> None:
+        self.padding_waste.observe(ratio)
+
+    def spent(self, stage: str, seconds: float) -> None:
+        self.device_seconds.labels(stage).inc(seconds)
+
+    def ran_out_of_memory(self, stage: str) -> None:
+        self.out_of_memory.labels(stage).inc()
+
     def count_lookup(self, tier: str, kind: Kind, result: str) -> None:
         self.cache_requests.labels(tier, kind.value, result).inc()
 
@@ -118,6 +140,9 @@ class Metrics:
             self.stage_seconds.labels(stage)
         for stage in ("vision", "qformer", "decode", "match"):
             self.batch_rows.labels(stage)
+        for stage in ("vision", "decode", "match"):
+            self.device_seconds.labels(stage)
+            self.out_of_memory.labels(stage)
         for reason in SHED_REASONS:
             self.shed.labels(reason)
         for reason in ABANDONED_REASONS:

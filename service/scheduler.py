@@ -9,12 +9,12 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Self
 
 from service.errors import NotReadyError, OverloadedError
-from service.jobs import Job
+from service.jobs import Job, Lane
 
 _RATE_MEMORY_S = 30.0
 _MIN_RETRY_S, _MAX_RETRY_S = 1, 60
@@ -125,15 +125,16 @@ class Line:
                 if place.job is not None:
                     self._queue.remove(place)
 
-    def take(self) -> tuple[Job, int] | None:
-        """Takes the job at the front and its number of items, for the engine; None where nobody waits."""
+    def take(self, lanes: Collection[Lane]) -> tuple[Job, int] | None:
+        """Takes the oldest job of these lanes and its number of items; None where none of them waits."""
         with self._changed:
-            if not self._queue:
-                return None
-            place = self._queue.popleft()
-            self._give_up(place)
-        assert place.job is not None
-        return place.job, place.num_items
+            for place in self._queue:
+                assert place.job is not None
+                if place.job.lane in lanes:
+                    self._queue.remove(place)
+                    self._give_up(place)
+                    return place.job, place.num_items
+        return None
 
     def wait(self) -> bool:
         """Blocks until a job waits; False once the line is closed."""

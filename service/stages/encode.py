@@ -1,7 +1,7 @@
 """Turns the images of the running jobs into what those jobs need, one batch a turn, each image once."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from typing import Protocol
@@ -10,10 +10,15 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from model.devices import is_out_of_memory
 from service.backend import Backend
+from service.errors import OutOfDeviceMemoryError
 from service.jobs import FreshEncoding, ImageInput, Kind, Tower
+from service.stages.batch_size import TURN_S, BatchSize
+from service.stages.meter import Meter
+from service.stages.suspects import Suspects
 
-MAX_IMAGES_PER_TURN = 8  # bounds the turn, and with it the wait of those who are decoding
+MAX_IMAGES_PER_TURN = 8
 
 
 class EncodingMemory(Protocol):
@@ -45,12 +50,16 @@ class ImageSlot:
     have: dict[Kind, Tensor] = field(default_factory=dict)
     fresh: list[FreshEncoding] = field(default_factory=list)
     batches: list[EncodeBatch] = field(default_factory=list)
-    suspect: bool = False
     error: Exception | None = None
 
     @property
     def missing(self) -> set[Kind]:
         return self.needs - self.have.keys()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it is still to be encoded."""
+        return self.error is None and bool(self.missing)
 
     def holds(self, needs: frozenset[Kind]) -> bool:
         return needs <= self.have.keys()
@@ -66,14 +75,15 @@ class ImageSlot:
 
 
 class EncodeStage:
-    """rows_seen(stage, rows) is told of each batch."""
+    """One batch a step, of images of the jobs that wait, an equal part for each."""
 
-    def __init__(
-        self, backend: Backend, memory: EncodingMemory, rows_seen: Callable[[str, int], None]
-    ) -> None:
+    def __init__(self, backend: Backend, memory: EncodingMemory, meter: Meter) -> None:
         self._backend = backend
         self._memory = memory
-        self._rows_seen = rows_seen
+        self._meter = meter
+        self._size = BatchSize(MAX_IMAGES_PER_TURN, turn_s=TURN_S)
+        self._suspects: Suspects[ImageSlot] = Suspects()
+        self._waiting: list[Sequence[ImageSlot]] = []
         # Equal images in flight meet here: a slot lives as long as a running job holds it.
         self._slots: WeakValueDictionary[str, ImageSlot] = WeakValueDictionary()
         self._in_hand: list[ImageSlot] = []
@@ -102,11 +112,16 @@ class EncodeStage:
             slot.have[Kind.IMAGE_FEATURES] = self._backend.to_device(features)
         return slot
 
-    def step(self, waiting: Sequence[Sequence[ImageSlot]]) -> None:
-        """Encodes one batch of the slots that the waiting jobs, oldest first, still lack."""
-        self._in_hand = slots = _next_batch(waiting)
-        if not slots:
-            return
+    def wait_for(self, waiting: Sequence[Sequence[ImageSlot]]) -> None:
+        """Says what is to be encoded: the slots of the jobs that cannot begin yet, oldest first."""
+        self._waiting = list(waiting)
+
+    def has_work(self) -> bool:
+        return any(slot.wanted for slots in self._waiting for slot in slots)
+
+    def step(self) -> None:
+        """Encodes one batch."""
+        self._in_hand = slots = self._next_batch()
         batch = EncodeBatch(time.monotonic(), len(slots))
         for slot in slots:
             slot.batches.append(batch)
@@ -114,14 +129,33 @@ class EncodeStage:
         self._encode_queries(slots, batch)
         for slot in slots:
             _let_go(slot)
-        self._in_hand = []
+        self._size.went_well(len(slots), time.monotonic() - batch.started)
+        self._waiting, self._in_hand = [], []  # or they would hold the images while nothing is to be done
 
-    def isolate(self, error: Exception) -> None:
-        """After a failed step: blames the only image of the batch, else has each of them tried alone."""
-        if len(self._in_hand) == 1:
-            self._in_hand[0].error = error
-        for slot in self._in_hand:
-            slot.suspect = True
+    def recover(self, error: Exception) -> None:
+        """After a failed step: finds the image at fault, or takes fewer at once if memory was."""
+        slots = self._in_hand
+        if is_out_of_memory(error):
+            self._meter.ran_out_of_memory("vision")
+            self._backend.free_memory()
+            self._size.ran_out(len(slots))
+            if len(slots) == 1:
+                slots[0].error = OutOfDeviceMemoryError(
+                    "the device's memory does not hold one more image; try later, or load a smaller model"
+                )
+        elif culprit := self._suspects.accuse(slots):
+            culprit.error = error
+
+    def _next_batch(self) -> list[ImageSlot]:
+        # One image of each job, then a second of each: a job of many images does not hold up those behind it.
+        rounds = chain.from_iterable(
+            zip_longest(*([s for s in slots if s.wanted] for slots in self._waiting))
+        )
+        slots = list(dict.fromkeys(slot for slot in rounds if slot is not None))
+        while self._suspects:
+            if group := [slot for slot in self._suspects.next_group() if slot in slots]:
+                return group
+        return [slot for slot in slots if slot.tower is slots[0].tower][: self._size.limit]
 
     def _encode_features(self, slots: Sequence[ImageSlot], batch: EncodeBatch) -> None:
         if not slots:
@@ -130,7 +164,7 @@ class EncodeStage:
         image_features = self._backend.encode_images(self._backend.to_device(pixel_values), slots[0].tower)
         self._backend.synchronize()  # one sync per vision batch: its time is in every answer
         batch.vision_s = time.monotonic() - batch.started
-        self._rows_seen("vision", len(slots))
+        self._meter.saw_rows("vision", len(slots))
         for slot, features in zip(slots, image_features, strict=True):
             slot.have[Kind.IMAGE_FEATURES] = features.clone()  # a view would keep the whole batch alive
             if Kind.IMAGE_FEATURES in slot.needs:
@@ -144,7 +178,7 @@ class EncodeStage:
             image_features = torch.stack([slot.have[Kind.IMAGE_FEATURES] for slot in lacking])
             encoded = self._backend.encode_kind(kind, image_features)
             self._backend.synchronize()
-            self._rows_seen("qformer", len(lacking))
+            self._meter.saw_rows("qformer", len(lacking))
             for slot, tensor in zip(lacking, encoded, strict=True):
                 slot.have[kind] = tensor.clone()
                 self._keep(slot, kind)
@@ -160,16 +194,6 @@ def _let_go(slot: ImageSlot) -> None:
     slot.pixel_values = None
     if Kind.IMAGE_FEATURES not in slot.needs:
         del slot.have[Kind.IMAGE_FEATURES]
-
-
-def _next_batch(waiting: Sequence[Sequence[ImageSlot]]) -> list[ImageSlot]:
-    # One image of each job, then a second of each: a job of many images does not hold up those behind it.
-    rounds = chain.from_iterable(zip_longest(*([s for s in slots if s.missing] for slots in waiting)))
-    slots = list(dict.fromkeys(slot for slot in rounds if slot is not None and slot.error is None))
-    if slots and slots[0].suspect:
-        return slots[:1]
-    usual = [slot for slot in slots if not slot.suspect and slot.tower is slots[0].tower]
-    return usual[:MAX_IMAGES_PER_TURN]
 
 
 def _pixels_of(slot: ImageSlot) -> Tensor:

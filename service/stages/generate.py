@@ -1,32 +1,50 @@
 """Runs generation jobs in the one decoder: they join and leave between two tokens."""
 
 import math
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from torch import Tensor
+
 from model import DecodeJob, Generation
+from model.devices import is_out_of_memory
 from service.backend import Backend, StepDecoder
-from service.errors import InferenceFailedError
-from service.jobs import GenerateJob
+from service.errors import InferenceFailedError, OutOfDeviceMemoryError
+from service.jobs import GenerateJob, Lane
+from service.stages.batch_size import BatchSize
+from service.stages.meter import Meter
 from service.stages.running import Running
+from service.stages.suspects import Suspects
+
+LONG_SHARE = 0.75  # of the rows, which long texts may hold
+MAX_PROMPT_TOKENS_PER_TURN = 1024  # read in one step, those of the images included; one prompt always is
 
 
 @dataclass(slots=True, eq=False)
 class Text:
-    """One prompt of a running job, which holds one group of texts for each prompt."""
+    """One prompt of a running job, which holds one group of texts for each prompt.
+
+    encoded: what is known of the image. question: for the Q-Former, if it reads them.
+    """
 
     running: Running
     job: GenerateJob
     group: "list[Text]"
-    decode_job: DecodeJob
+    encoded: Tensor
+    prompt_ids: tuple[int, ...]
+    question: str | None
     generations: tuple[Generation, ...] = ()
-    suspect: bool = False
 
     @property
     def num_rows(self) -> int:
-        return self.decode_job.params.num_rows
+        return self.job.params.num_rows
+
+    @property
+    def is_long(self) -> bool:
+        return self.job.lane is Lane.LONG
 
     @property
     def settled(self) -> bool:
@@ -34,15 +52,18 @@ class Text:
 
 
 class GenerateStage:
-    """Answers each job when it is due. max_rows: bounds the decoder, but one job is always let in."""
+    """Answers each job when it is due. max_rows: bounds the decoder, but one text is always let in."""
 
-    def __init__(self, backend: Backend, *, max_rows: int, rows_seen: Callable[[str, int], None]) -> None:
+    def __init__(self, backend: Backend, *, max_rows: int, meter: Meter) -> None:
         self._backend = backend
-        self._max_rows = max_rows
-        self._rows_seen = rows_seen
+        self._meter = meter
+        self._size = BatchSize(max_rows)
         self._decoder: StepDecoder | None = None  # built when needed: a checkpoint may lack a language model
         self._waiting: deque[Text] = deque()
         self._active: dict[DecodeJob, Text] = {}
+        self._entering: list[Text] = []  # on their way into the decoder
+        self._suspects: Suspects[Text] = Suspects()
+        self._on_trial = False  # those in the decoder are a group of suspects
 
     def begin(self, running: Running, job: GenerateJob) -> None:
         """Takes a job whose image is encoded."""
@@ -50,66 +71,119 @@ class GenerateStage:
         encoded = running.slots[0].have[kind]
         group: list[Text] = []
         for prompt_ids, question in zip_longest(job.prompts, job.questions):
-            decode_job = self._backend.build_decode_job(encoded, prompt_ids, job.params, question)
-            group.append(Text(running, job, group, decode_job))
+            group.append(Text(running, job, group, encoded, prompt_ids, question))
         self._waiting.extend(group)
+
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._active or self._suspects)
 
     def step(self) -> None:
         """Lets in whom there is room for, and advances every running beam by one token."""
-        if not (self._waiting or self._active):
+        started = time.monotonic()
+        self._drop_settled()
+        self._let_in()
+        if self._decoder is None or not self._active:
             return
-        if self._decoder is None:
-            self._decoder = self._backend.build_decoder()
-        self._drop_settled(self._decoder)
-        self._let_in(self._decoder)
-        if not self._active:
-            return
-        self._rows_seen("decode", self._num_rows())
+        num_rows = self._num_rows()
+        self._meter.saw_rows("decode", num_rows)
         for decode_job, generations in self._decoder.step():
             text = self._active.pop(decode_job)
             text.generations = generations
             if all(sibling.generations for sibling in text.group):
                 _settle(text)
+        self._size.went_well(num_rows, time.monotonic() - started)
 
-    def isolate(self, error: Exception) -> None:
-        """After a failed step: blames the only text in the decoder, else has each of them run alone, anew."""
-        texts = list(self._active.values())
+    def recover(self, error: Exception) -> None:
+        """After a failed step: finds the text at fault, or lets in fewer if memory was. All begin anew."""
+        texts = list(dict.fromkeys([*self._active.values(), *self._entering]))
         self._active.clear()
+        self._entering.clear()
         self._decoder = None
-        if len(texts) == 1:
-            texts[0].running.fail(error)
-            return
-        for text in texts:
-            text.suspect = True
-        self._waiting.extendleft(reversed(texts))
+        if is_out_of_memory(error):
+            self._ran_out_of_memory(texts)
+        elif culprit := self._suspects.accuse(texts):
+            culprit.running.fail(error)
 
-    def _drop_settled(self, decoder: StepDecoder) -> None:
+    def _ran_out_of_memory(self, texts: Sequence[Text]) -> None:
+        num_rows = sum(text.num_rows for text in texts)
+        self._meter.ran_out_of_memory("decode")
+        self._backend.free_memory()
+        self._size.ran_out(num_rows)
+        if len(texts) > 1:
+            self._waiting.extendleft(reversed(texts))
+        else:
+            texts[0].running.fail(_too_large(num_rows))
+
+    def _drop_settled(self) -> None:
         if any(text.settled for text in self._waiting):
             self._waiting = deque(text for text in self._waiting if not text.settled)
-        for text in [text for text in self._active.values() if text.settled]:
-            del self._active[text.decode_job]
-            decoder.cancel(text.decode_job)
+        for decode_job, text in list(self._active.items()):
+            if text.settled and self._decoder is not None:
+                del self._active[decode_job]
+                self._decoder.cancel(decode_job)
 
-    def _let_in(self, decoder: StepDecoder) -> None:
-        before = len(self._active)
-        while self._waiting and self._fits(self._waiting[0]):
-            text = self._waiting.popleft()
-            self._active[text.decode_job] = text
-            decoder.add(text.decode_job)
-        if len(self._active) > before:
-            num_rows = self._num_rows()
-            for text in self._active.values():
-                text.running.saw_rows(num_rows)
+    def _let_in(self) -> None:
+        self._entering = list(self._next_texts())
+        if not self._entering:
+            return
+        decoder = self._decoder = self._decoder or self._backend.build_decoder()
+        lengths: list[int] = []
+        for text in self._entering:
+            decode_job = self._backend.build_decode_job(
+                text.encoded, text.prompt_ids, text.job.params, text.question
+            )
+            decoder.add(decode_job)
+            self._active[decode_job] = text
+            text.running.is_ahead = False
+            lengths.append(len(decode_job.language_model_inputs) + len(decode_job.prompt_ids))
+        self._entering.clear()
+        self._meter.saw_padding(1 - sum(lengths) / (len(lengths) * max(lengths)))
+        num_rows = self._num_rows()
+        for text in self._active.values():
+            text.running.saw_rows(num_rows)
 
-    def _fits(self, text: Text) -> bool:
+    def _next_texts(self) -> Iterator[Text]:
         if not self._active:
-            return True
-        if text.suspect or any(active.suspect for active in self._active.values()):
-            return False
-        return self._num_rows() + text.num_rows <= self._max_rows
+            self._on_trial = False
+        while self._suspects and not self._active:
+            if group := [text for text in self._suspects.next_group() if not text.settled]:
+                self._on_trial = True
+                yield from group
+                return
+        if not self._on_trial:
+            yield from self._newcomers()
+
+    def _newcomers(self) -> Iterator[Text]:
+        """Takes those out of the waiting who may enter now, oldest first.
+
+        Long texts wait while they hold their share of the rows, and are passed meanwhile; nobody else is.
+        """
+        num_rows = self._num_rows()
+        num_long = sum(text.num_rows for text in self._active.values() if text.is_long)
+        num_tokens = 0
+        for text in list(self._waiting):
+            if text.is_long and num_long and num_long + text.num_rows > LONG_SHARE * self._size.limit:
+                continue
+            num_tokens += len(text.prompt_ids) + len(text.encoded)
+            is_too_much = (
+                num_rows + text.num_rows > self._size.limit or num_tokens > MAX_PROMPT_TOKENS_PER_TURN
+            )
+            if num_rows and is_too_much:
+                return
+            num_rows += text.num_rows
+            num_long += text.num_rows * text.is_long
+            self._waiting.remove(text)
+            yield text
 
     def _num_rows(self) -> int:
         return sum(text.num_rows for text in self._active.values())
+
+
+def _too_large(num_rows: int) -> OutOfDeviceMemoryError:
+    return OutOfDeviceMemoryError(
+        f"the device's memory does not hold this text's {num_rows} beams or samples by themselves; "
+        "lower num_beams or max_new_tokens"
+    )
 
 
 def _settle(text: Text) -> None:

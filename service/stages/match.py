@@ -1,16 +1,23 @@
-"""Scores candidates against a query: cosines at once, then the matching head in bounded chunks of pairs."""
+"""Scores candidates against a query: cosines at once, then the matching head in bounded batches of pairs."""
 
 import math
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from model.devices import is_out_of_memory
 from service.backend import Backend
-from service.errors import InferenceFailedError
+from service.errors import InferenceFailedError, OutOfDeviceMemoryError
 from service.jobs import Kind, Match, MatchJob, Mode
+from service.stages.batch_size import TURN_S, BatchSize
+from service.stages.meter import Meter
 from service.stages.running import Running
+from service.stages.suspects import Suspects
 from service.stages.texts import TextEmbeds
 
 MAX_PAIRS_PER_TURN = 32
@@ -42,51 +49,130 @@ class Scoring:
         return self.chosen[len(self.logits) :]
 
 
-class MatchStage:
-    """Answers each job as soon as it is scored. rows_seen(stage, rows) is told of every chunk."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What is in hand: so many texts or pairs of these jobs, and what bounds them."""
 
-    def __init__(self, backend: Backend, *, rows_seen: Callable[[str, int], None]) -> None:
+    size: BatchSize
+    scorings: Sequence[Scoring] = ()
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An image and a text for the matching head."""
+
+    scoring: Scoring
+    index: int  # of the candidate
+
+    @property
+    def image_features(self) -> Tensor:
+        slots = self.scoring.running.slots
+        slot = slots[self.index] if isinstance(self.scoring.job.query, str) else slots[0]
+        return slot.have[Kind.IMAGE_FEATURES]  # [P, V]
+
+    @property
+    def text(self) -> str:
+        job = self.scoring.job
+        return job.query if isinstance(job.query, str) else str(job.candidates[self.index])
+
+
+class MatchStage:
+    """Answers each job as soon as it is scored. A step is one batch: of texts, or of pairs."""
+
+    def __init__(self, backend: Backend, *, meter: Meter) -> None:
         self._backend = backend
-        self._rows_seen = rows_seen
+        self._meter = meter
         self._text_embeds = TextEmbeds(backend.embed_texts, max_texts=_MAX_TEXTS_KEPT)
-        self._scorings: list[Scoring] = []
+        self._text_size = BatchSize(MAX_TEXTS_PER_TURN, turn_s=TURN_S)
+        self._pair_size = BatchSize(MAX_PAIRS_PER_TURN, turn_s=TURN_S)
+        self._scorings: deque[Scoring] = deque()
+        self._suspects: Suspects[Scoring] = Suspects()
+        self._batch = Batch(self._text_size)
 
     def begin(self, running: Running, job: MatchJob) -> None:
         """Takes a job whose images are encoded."""
         self._scorings.append(Scoring(running, job, self._text_embeds.recall(job.texts)))
 
-    def under_way(self) -> list[Scoring]:
-        """Gives the jobs to be stepped; forgets those that are answered, or that nobody waits for."""
-        self._scorings = [scoring for scoring in self._scorings if not scoring.running.settled]
-        return self._scorings
+    def has_work(self) -> bool:
+        self._forget_settled()
+        return bool(self._scorings)
 
-    def step(self, scoring: Scoring) -> None:
-        """Does as much of one job as a turn has room for."""
-        lacking = scoring.lacking_texts
-        if lacking:
-            scoring.texts |= self._text_embeds.embed(lacking[:MAX_TEXTS_PER_TURN])
-        if len(lacking) > MAX_TEXTS_PER_TURN:
-            return
-        if not scoring.itc:
-            self._compare(scoring)
-        if scoring.remaining:
-            self._score_pairs(scoring)
-        if not scoring.remaining:
-            _settle(scoring)
+    def step(self) -> None:
+        """Does one batch for the job whose turn it is, filled up with the like of those behind it."""
+        started = time.monotonic()
+        scorings = self._next_group()
+        if scorings[0].lacking_texts:
+            self._embed_texts(scorings)
+        else:
+            self._score([scoring for scoring in scorings if not scoring.lacking_texts])
+        if self._batch.count:
+            self._batch.size.went_well(self._batch.count, time.monotonic() - started)
+        self._batch = Batch(self._pair_size)  # lets go of the images
+        self._forget_settled()
+
+    def recover(self, error: Exception) -> None:
+        """After a failed step: finds the job at fault, or takes fewer at once if memory was."""
+        batch = self._batch
+        if is_out_of_memory(error):
+            self._meter.ran_out_of_memory("match")
+            self._backend.free_memory()
+            batch.size.ran_out(batch.count)
+            if batch.count <= 1:
+                batch.scorings[0].running.fail(_too_large())
+        elif culprit := self._suspects.accuse(batch.scorings):
+            culprit.running.fail(error)
+
+    def _forget_settled(self) -> None:
+        self._scorings = deque(scoring for scoring in self._scorings if not scoring.running.settled)
+
+    def _next_group(self) -> Sequence[Scoring]:
+        while self._suspects:
+            if group := [scoring for scoring in self._suspects.next_group() if not scoring.running.settled]:
+                return group
+        scorings = list(self._scorings)
+        self._scorings.rotate(-1)
+        return scorings
+
+    def _embed_texts(self, scorings: Sequence[Scoring]) -> None:
+        lacking = dict.fromkeys(text for scoring in scorings for text in scoring.lacking_texts)
+        texts = list(islice(lacking, self._text_size.limit))
+        waiting = [scoring for scoring in scorings if not set(texts).isdisjoint(scoring.lacking_texts)]
+        self._batch = Batch(self._text_size, waiting, len(texts))
+        embeds = self._text_embeds.embed(texts)
+        for scoring in waiting:
+            scoring.texts |= {text: embeds[text] for text in scoring.lacking_texts if text in embeds}
+
+    def _score(self, scorings: Sequence[Scoring]) -> None:
+        for scoring in scorings:
+            self._batch = Batch(self._pair_size, [scoring])
+            if not scoring.itc:
+                self._compare(scoring)
+        waiting = (Pair(scoring, index) for scoring in scorings for index in scoring.remaining)
+        self._score_pairs(list(islice(waiting, self._pair_size.limit)))
 
     def _compare(self, scoring: Scoring) -> None:
         job = scoring.job
         scoring.itc = itc = self._similarities(scoring).tolist()
         ranked = sorted(range(len(itc)), key=lambda index: -itc[index])
         scoring.chosen = ranked[: {Mode.ITC: 0, Mode.ITM: len(itc), Mode.RERANK: job.rerank_k}[job.mode]]
+        if not scoring.remaining:
+            _settle(scoring)
 
-    def _score_pairs(self, scoring: Scoring) -> None:
-        indices = scoring.remaining[:MAX_PAIRS_PER_TURN]
-        image_features, texts = _pairs(scoring, indices)
-        logits = self._backend.match_logits(image_features, texts)  # [K, 2]
-        scoring.logits.extend((no, yes) for no, yes in logits.tolist())
-        self._rows_seen("match", len(indices))
-        scoring.running.saw_rows(len(indices))
+    def _score_pairs(self, pairs: Sequence[Pair]) -> None:
+        scorings = list(dict.fromkeys(pair.scoring for pair in pairs))
+        self._batch = Batch(self._pair_size, scorings, len(pairs))
+        if not pairs:
+            return
+        image_features = torch.stack([pair.image_features for pair in pairs])  # [K, P, V]
+        logits = self._backend.match_logits(image_features, [pair.text for pair in pairs])  # [K, 2]
+        for pair, (no, yes) in zip(pairs, logits.tolist(), strict=True):
+            pair.scoring.logits.append((no, yes))
+        self._meter.saw_rows("match", len(pairs))
+        for scoring in scorings:
+            scoring.running.saw_rows(len(pairs))
+            if not scoring.remaining:
+                _settle(scoring)
 
     def _similarities(self, scoring: Scoring) -> Tensor:
         """Gives [M] cosines of the query with each candidate, in [-1, 1]."""
@@ -104,15 +190,10 @@ class MatchStage:
         return self._backend.similarities(torch.stack(images[1:]), images[0]).mean(dim=1)
 
 
-def _pairs(scoring: Scoring, indices: list[int]) -> tuple[Tensor, list[str]]:
-    job, slots = scoring.job, scoring.running.slots
-    if isinstance(job.query, str):
-        texts = [job.query] * len(indices)
-        features = [slots[index].have[Kind.IMAGE_FEATURES] for index in indices]
-    else:
-        texts = [str(job.candidates[index]) for index in indices]
-        features = [slots[0].have[Kind.IMAGE_FEATURES]] * len(indices)
-    return torch.stack(features), texts  # [K, P, V]
+def _too_large() -> OutOfDeviceMemoryError:
+    return OutOfDeviceMemoryError(
+        "the device's memory does not hold one more text or pair; try again later, or send fewer candidates"
+    )
 
 
 def _settle(scoring: Scoring) -> None:

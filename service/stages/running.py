@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from service.jobs import Answer, DeviceTimes, Job
+from service.jobs import Answer, DeviceTimes, Job, Lane
 from service.stages.encode import ImageSlot
 
 T = TypeVar("T")
@@ -14,7 +14,8 @@ T = TypeVar("T")
 class Running:
     """num_rows: how many it may occupy at once. image_cached: it has images, and the tower need not run.
 
-    slots: one for each of the job's images. max_rows: the most that ran at once, so far.
+    slots: one for each of the job's images. is_ahead: it is taken in, and occupies no rows yet. max_rows: the
+    most that ran at once, so far.
     """
 
     job: Job
@@ -22,9 +23,14 @@ class Running:
     num_rows: int
     slots: tuple[ImageSlot, ...] = ()
     image_cached: bool = False
+    is_ahead: bool = True
     admitted: float = field(default_factory=time.monotonic)
     work_started: float | None = None
     max_rows: int = 1
+
+    @property
+    def lane(self) -> Lane:
+        return self.job.lane
 
     @property
     def settled(self) -> bool:

@@ -47,6 +47,10 @@ def _number(text: str) -> float:
         return 0.5
 
 
+def out_of_memory() -> Exception:
+    return torch.OutOfMemoryError("CUDA out of memory (said by a fake)")
+
+
 class FakeDecoder:
     """Ends each job after as many steps as its prompt has words; the text tells image and prompt."""
 
@@ -66,6 +70,8 @@ class FakeDecoder:
         backend.decode_gate.wait(TIMEOUT_S)
         words = [backend.words_of(job.prompt_ids) for job in self._steps]
         backend.decode_batches.append(len(words))
+        if sum(job.params.num_rows for job in self._steps) > backend.memory_rows:
+            raise out_of_memory()
         if any(DEADLY_WORD in spoken for spoken in words):
             raise torch.AcceleratorError("the device is lost")
         if any(POISON_WORD in spoken for spoken in words):
@@ -92,6 +98,7 @@ class FakeBackend:
     fingerprint: str = "f" * 64
     device: str = "cpu"
     dtype: str = "float32"
+    memory_rows: int = 10**9  # of images, texts, pairs or beams; a batch of more runs out of memory
     encode_gate: threading.Event = field(default_factory=threading.Event)
     decode_gate: threading.Event = field(default_factory=threading.Event)
     vision_batches: list[list[int]] = field(default_factory=list)
@@ -100,6 +107,7 @@ class FakeBackend:
     decode_batches: list[int] = field(default_factory=list)
     num_cancelled: int = 0
     num_preprocessed: int = 0
+    num_freed: int = 0
     _vocabulary: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -147,10 +155,15 @@ class FakeBackend:
     def synchronize(self) -> None:
         pass
 
+    def free_memory(self) -> None:
+        self.num_freed += 1
+
     def encode_images(self, pixel_values: Tensor, tower: Tower) -> Tensor:
         self.encode_gate.wait(TIMEOUT_S)
         reds = [round(image.mean().item() * 255) for image in pixel_values]
         self.vision_batches.append(reds)
+        if len(reds) > self.memory_rows:
+            raise out_of_memory()
         if POISON_RED in reds:
             raise RuntimeError("a poisoned image")
         return pixel_values.mean(dim=(1, 2, 3))[:, None, None].expand(-1, 2, 3)  # [B, P, V]
@@ -169,6 +182,8 @@ class FakeBackend:
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """A text that is a number is near the images of that red; others lie in the middle."""
         self.text_batches.append(len(texts))
+        if len(texts) > self.memory_rows:
+            raise out_of_memory()
         return torch.tensor([[_number(text), 0.0] for text in texts])  # [M, E]
 
     def similarities(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
@@ -178,6 +193,8 @@ class FakeBackend:
     def match_logits(self, image_features: Tensor, texts: Sequence[str]) -> Tensor:
         """The higher red and number together, the better the match: not the order of the cosines."""
         self.match_batches.append(len(texts))
+        if len(texts) > self.memory_rows:
+            raise out_of_memory()
         numbers = torch.tensor([_number(text) for text in texts])
         yes = image_features[:, 0, 0] + numbers
         if bool((image_features[:, 0, 0] * 255).round().eq(POISON_RED + 1).any()):

@@ -17,6 +17,7 @@ from service.cache import MemoryCache
 from service.engine import Engine
 from service.jobs import GenerateJob, ImageInput, Job, MatchJob, Mode, Ticket
 from service.lifecycle import Lifecycle
+from service.metrics import Metrics
 from service.scheduler import Line, ServiceRate
 from service.settings import Settings
 from tests.service.fakes import TIMEOUT_S, FakeBackend, pixels
@@ -98,7 +99,7 @@ def workshop(
     backend = backend or FakeBackend()
     rate = ServiceRate(jitter=lambda: 0.0)
     line, memory = Line(max_items, rate), MemoryCache(cache_bytes)
-    engine = Engine(backend, line, memory, rate=rate, max_rows=max_rows, rows_seen=lambda _stage, _rows: None)
+    engine = Engine(backend, line, memory, rate=rate, max_rows=max_rows, meter=Metrics())
     if started:
         engine.start()
     try:

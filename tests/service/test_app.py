@@ -12,7 +12,7 @@ from starlette.types import Message
 
 from model import CheckpointError
 from service.app import create_app
-from service.lifecycle import StartupError
+from service.lifecycle import FatalError
 from service.settings import Settings
 from tests.service.fakes import (
     DEADLY_WORD,
@@ -406,7 +406,7 @@ async def test_a_model_that_gives_no_numbers_never_becomes_ready() -> None:
 
 
 async def test_a_model_that_cannot_be_loaded_is_told_in_one_line() -> None:
-    failures: list[StartupError] = []
+    failures: list[FatalError] = []
 
     def load() -> FakeBackend:
         raise CheckpointError("no such directory: /nowhere; set BLIP2_MODEL")

@@ -17,6 +17,7 @@ from service.cache import MemoryCache
 from service.engine import Engine
 from service.jobs import GenerateJob, ImageInput, Job, MatchJob, Mode, Ticket
 from service.loading import Blip2Backend, load_backend
+from service.metrics import Metrics
 from service.scheduler import Line, ServiceRate
 from service.settings import Settings, SettingsError
 from tests.builders import random_pixels
@@ -53,7 +54,7 @@ def serve(backend: Blip2Backend, jobs: list[Job]) -> None:
     rate = ServiceRate()
     line = Line(100, rate)
     memory = MemoryCache(0)
-    engine = Engine(backend, line, memory, rate=rate, max_rows=40, rows_seen=lambda _stage, _rows: None)
+    engine = Engine(backend, line, memory, rate=rate, max_rows=40, meter=Metrics())
     for job in jobs:
         line.reserve(1)[0].put(job)
     engine.start()

@@ -6,13 +6,14 @@ import pytest
 
 from model import GenerationParams
 from service.errors import NotReadyError, OverloadedError
-from service.jobs import GenerateJob, ImageInput, Ticket
+from service.jobs import GenerateJob, ImageInput, Lane, Ticket
 from service.scheduler import Line, ServiceRate
 from tests.service.fakes import TIMEOUT_S
 
 
-def job() -> GenerateJob:
-    return GenerateJob(ImageInput("digest", None, {}), ((1,),), GenerationParams(), Ticket())
+def job(max_new_tokens: int = 10) -> GenerateJob:
+    params = GenerationParams(max_new_tokens=max_new_tokens)
+    return GenerateJob(ImageInput("digest", None, {}), ((1,),), params, Ticket())
 
 
 def line(max_items: int = 4) -> Line:
@@ -45,9 +46,20 @@ def test_jobs_are_taken_in_the_order_in_which_they_came() -> None:
     jobs = [job(), job()]
     for one in jobs:
         waiting.reserve(2)[0].put(one)
-    assert [waiting.take(), waiting.take()] == [(jobs[0], 2), (jobs[1], 2)]
-    assert waiting.take() is None
+    assert [waiting.take(Lane), waiting.take(Lane)] == [(jobs[0], 2), (jobs[1], 2)]
+    assert waiting.take(Lane) is None
     assert waiting.num_items == 0
+
+
+def test_a_lane_without_room_is_passed_and_keeps_its_order() -> None:
+    waiting = line()
+    short, long, late = job(), job(max_new_tokens=100), job()
+    for one in (long, short, late):
+        waiting.reserve(1)[0].put(one)
+    assert waiting.take({Lane.SHORT, Lane.MATCH}) == (short, 1)
+    assert waiting.take(Lane) == (long, 1)
+    assert waiting.take({Lane.LONG}) is None
+    assert waiting.take({Lane.SHORT}) == (late, 1)
 
 
 def test_a_place_that_is_left_withdraws_its_job() -> None:
@@ -56,7 +68,7 @@ def test_a_place_that_is_left_withdraws_its_job() -> None:
     with place:
         place.put(job())
     assert waiting.num_items == 0
-    assert waiting.take() is None
+    assert waiting.take(Lane) is None
 
 
 def test_a_place_that_is_left_after_its_job_was_taken_changes_nothing() -> None:
@@ -64,7 +76,7 @@ def test_a_place_that_is_left_after_its_job_was_taken_changes_nothing() -> None:
     (place,) = waiting.reserve(3)
     with place:
         place.put(job())
-        assert waiting.take() is not None
+        assert waiting.take(Lane) is not None
         waiting.reserve(2)
     assert waiting.num_items == 2
 
@@ -75,7 +87,7 @@ def test_waiting_ends_when_a_job_comes_and_when_the_line_closes() -> None:
     watcher = threading.Thread(target=lambda: seen.extend([waiting.wait(), waiting.wait()]))
     waiting.reserve(1)[0].put(job())
     assert waiting.wait()
-    waiting.take()
+    waiting.take(Lane)
     watcher.start()
     waiting.reserve(1)[0].put(job())
     waiting.close("closed for the test")

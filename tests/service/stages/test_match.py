@@ -79,7 +79,7 @@ def test_pairs_are_scored_in_bounded_chunks_between_which_others_run() -> None:
         shop.engine.start()
         assert len(matches_of(many)) == 60
         assert len(matches_of(other)) == 40
-        assert shop.backend.match_batches == [32, 32, 28, 8]
+        assert shop.backend.match_batches == [32, 32, 32, 4]
         assert many.ticket.future.result().max_rows == 32
 
 
@@ -91,7 +91,7 @@ def test_many_texts_are_embedded_in_bounded_batches_between_which_others_run() -
         shop.engine.start()
         assert [match.index for match in matches_of(few)] == [0, 1]
         assert matches_of(many)[0].index == 149  # the fake embeddings are not of unit length
-        assert shop.backend.text_batches == [64, 1, 64, 22]
+        assert shop.backend.text_batches == [64, 64, 22]
 
 
 def test_texts_that_were_embedded_before_are_not_embedded_again() -> None:

@@ -1,0 +1,51 @@
+"""How many go to the device at once: no more than a turn has time for, nor than its memory has held."""
+
+import math
+
+_PATIENCE, _MAX_PATIENCE = 32, 16384
+_FULL = 0.75  # of the limit: rows come by the job, and seldom reach it exactly
+TURN_S = 0.1  # of a piece of work, about: nobody waits much longer for the device
+_MEMORY = 0.8  # weight of earlier batches, in the time of one item
+
+
+class BatchSize:
+    """At most `most`; where `turn_s` is given, about as many as take that long, but one always.
+
+    After `ran_out` it stays at what is known to fit, or at half. After 32 full batches that went well it
+    tries half as many again; after each try that fails it waits twice as long for the next.
+    """
+
+    def __init__(self, most: int, *, turn_s: float = math.inf) -> None:
+        self._most = most
+        self._turn_s = turn_s
+        self._item_s = 0.0
+        self._fits = most  # as far as is known
+        self._proven = 0  # the largest that went well
+        self._num_well = 0
+        self._patience = _PATIENCE
+
+    @property
+    def limit(self) -> int:
+        if self._item_s * self._fits <= self._turn_s:
+            return self._fits
+        return max(1, int(self._turn_s / self._item_s))
+
+    def went_well(self, count: int, seconds: float) -> None:
+        """Learns from a batch of so many, which took so long."""
+        item_s = seconds / count
+        self._item_s = item_s if not self._item_s else _MEMORY * self._item_s + (1 - _MEMORY) * item_s
+        self._proven = max(self._proven, count)
+        if count < _FULL * self.limit or self._fits == self._most:
+            return
+        self._num_well += 1
+        if self._num_well >= self._patience:
+            self._fits = min(self._most, self._fits + max(1, self._fits // 2))
+            self._num_well = 0
+
+    def ran_out(self, count: int) -> None:
+        """Learns that the device's memory did not hold a batch of so many."""
+        was_try = count > self._proven > 0
+        self._fits = max(self._proven, count // 2) if was_try else max(1, count // 2)
+        self._proven = min(self._proven, self._fits)
+        self._patience = min(_MAX_PATIENCE, 2 * self._patience) if was_try else _PATIENCE
+        self._num_well = 0
