@@ -14,12 +14,12 @@ def main() -> int:
     except (SettingsError, ListenError) as exc:
         return _give_up(exc)
     # torch takes seconds to import: what can be wrong before is told before.
-    from service.lifecycle import StartupError
+    from service.lifecycle import FatalError
     from service.server import serve
 
     try:
         serve(settings, listener)
-    except StartupError as exc:
+    except FatalError as exc:
         return _give_up(exc)
     return 0
 

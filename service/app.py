@@ -26,7 +26,7 @@ from service.errors import (
     for_caller,
 )
 from service.health import DISTRIBUTION, HealthRoutes
-from service.lifecycle import Lifecycle, Loader, StartupError
+from service.lifecycle import FatalError, Lifecycle, Loader
 from service.metrics import Metrics
 from service.routes import InferenceRoutes
 from service.settings import Settings
@@ -43,7 +43,7 @@ def create_app(
     load: Loader,
     *,
     on_ready: Callable[[Backend], None] = lambda _: None,
-    on_failure: Callable[[StartupError], None] = lambda _: None,
+    on_failure: Callable[[FatalError], None] = lambda _: None,
 ) -> FastAPI:
     """Gives the application; it loads the model in the background once it is started.
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Final, Literal
@@ -12,6 +14,7 @@ from service.assembly import Parts, assemble
 from service.backend import Backend
 from service.context import Traffic
 from service.errors import DrainingError, NotReadyError, TaskUnavailableError
+from service.logs import FIELDS
 from service.metrics import Metrics
 from service.settings import Settings, SettingsError
 from service.warmup import SelfTestError, warm_up
@@ -21,20 +24,31 @@ logger = logging.getLogger(__name__)
 _RETRY_S: Final = 5
 _MIN_STALL_TIMEOUT_S: Final = 5.0
 _LAST_ANSWERS_S: Final = 2.0
+_LOOK_S: Final = 0.25
+_LAST_LOOK_S: Final = 1.0  # for probes and new callers, to hear what is wrong
 
 Task = Literal["caption", "vqa", "retrieve"]
 Loader = Callable[[], Backend]
 
 
-class StartupError(Exception):
-    """The model could not be loaded; the message is one line for the operator."""
+class FatalError(Exception):
+    """This process cannot serve, and must end; the message is one line for the operator."""
+
+
+class StartupError(FatalError):
+    """The model could not be loaded."""
+
+
+class EngineLostError(FatalError):
+    """The engine's thread is dead, or hangs."""
 
 
 class Lifecycle:
     """Loads in the background, so that the probes answer meanwhile.
 
-    on_ready(backend) and on_failure(error) are called on the event loop, one of them once. After a failed
-    self-test neither is: the process stays, and says at /readyz why it will not serve.
+    on_ready(backend) and on_failure(error) are called on the event loop, each at most once. After a failed
+    self-test neither is: the process stays, and says at /readyz why it will not serve. An engine that is lost
+    has its callers told so at once, and is a failure a moment later, so that probes see the reason.
     """
 
     def __init__(
@@ -45,7 +59,7 @@ class Lifecycle:
         load: Loader,
         *,
         on_ready: Callable[[Backend], None],
-        on_failure: Callable[[StartupError], None],
+        on_failure: Callable[[FatalError], None],
     ) -> None:
         self._settings = settings
         self._metrics = metrics
@@ -59,6 +73,7 @@ class Lifecycle:
         self._ready = False
         self._draining = False
         self._startup: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     @property
     def backend(self) -> Backend | None:
@@ -134,9 +149,10 @@ class Lifecycle:
     async def aclose(self) -> None:
         """Lets go of everything."""
         self._draining = True
-        if self._startup is not None:
-            self._startup.cancel()
-            await asyncio.gather(self._startup, return_exceptions=True)
+        for task in (self._startup, self._watch):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         await self._stop_engine()
         if self._parts is not None:
             await self._parts.aclose()
@@ -150,10 +166,23 @@ class Lifecycle:
         except SelfTestError as exc:
             logger.critical("not ready: %s", exc)
             self._why_not_ready = str(exc)
+            if self._parts is not None and not self._parts.engine.alive:
+                raise StartupError(str(exc)) from exc
             return
         self._stall_timeout_s = self._pick_stall_timeout(self._parts.engine.longest_turn_s)
         self._ready = True
+        self._watch = asyncio.create_task(self._watch_engine(), name="watch")
         self._on_ready(backend)
+
+    async def _watch_engine(self) -> None:
+        assert self._parts is not None
+        while not (problem := self.stalled):  # noqa: ASYNC110 - a thread that hangs sets no event
+            await asyncio.sleep(min(_LOOK_S, self._stall_timeout_s / 4))
+        logger.critical("the engine is lost: %s", problem, extra={FIELDS: {"stacks": _stacks()}})
+        self._parts.engine.give_up(problem)
+        await self._traffic.wait_idle(_LAST_ANSWERS_S)
+        await asyncio.sleep(_LAST_LOOK_S)
+        self._on_failure(EngineLostError(problem))
 
     def _started(self, startup: asyncio.Task[None]) -> None:
         error = None if startup.cancelled() else startup.exception()
@@ -169,7 +198,7 @@ class Lifecycle:
         return max(_MIN_STALL_TIMEOUT_S, 4 * longest_turn_s)
 
     async def _stop_engine(self) -> None:
-        if self._parts is not None:
+        if self._parts is not None and not self.stalled:
             await asyncio.to_thread(self._parts.stop_engine)
 
 
@@ -178,6 +207,15 @@ def tasks_of(backend: Backend) -> list[Task]:
     generating: list[Task] = ["caption", "vqa"] if backend.can_generate else []
     matching: list[Task] = ["retrieve"] if backend.can_match else []
     return generating + matching
+
+
+def _stacks() -> dict[str, str]:
+    """Gives where each thread is."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return {
+        names.get(ident, str(ident)): "".join(traceback.format_stack(frame))
+        for ident, frame in sys._current_frames().items()
+    }
 
 
 async def _in_daemon_thread(load: Loader) -> Backend:

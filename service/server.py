@@ -1,16 +1,18 @@
 """The process around the application: signals, draining, exit."""
 
 import asyncio
+import os
 import socket
 import sys
 from functools import partial
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 
 from service.app import create_app
 from service.backend import Backend
-from service.lifecycle import Lifecycle, StartupError
+from service.lifecycle import EngineLostError, FatalError, Lifecycle, Loader
 from service.listener import BACKLOG
 from service.loading import load_backend
 from service.logs import configure_logs
@@ -27,13 +29,13 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._lifecycle = lifecycle
         self._draining: asyncio.Task[None] | None = None
-        self.failure: StartupError | None = None
+        self.failure: FatalError | None = None
 
     def handle_exit(self, _sig: int, _frame: FrameType | None) -> None:
         # Not remembered as uvicorn does, which would raise the signal again at the end: the exit code is 0.
         asyncio.get_running_loop().call_soon_threadsafe(self._leave)
 
-    def fail(self, failure: StartupError) -> None:
+    def fail(self, failure: FatalError) -> None:
         """Ends the server, for it cannot serve."""
         self.failure = failure
         self.should_exit = True
@@ -51,22 +53,33 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
 
-def serve(settings: Settings, listener: socket.socket) -> None:
-    """Serves on a listening socket until told to stop. Raises StartupError where it cannot serve at all."""
+def serve(settings: Settings, listener: socket.socket, load: Loader | None = None) -> None:
+    """Serves on a listening socket until told to stop. Raises FatalError where it cannot serve, or no longer.
+
+    load: gives the model; None: the one the settings name.
+    """
     configure_logs(settings.log_level)
-    server = _build_server(settings, listener)
+    server = _build_server(settings, listener, load or partial(load_backend, settings))
     server.run(sockets=[listener])
+    if isinstance(server.failure, EngineLostError):
+        _leave_at_once(server.failure)
     if server.failure is not None:
         raise server.failure
 
 
-def _build_server(settings: Settings, listener: socket.socket) -> Server:
-    def fail(failure: StartupError) -> None:
+def _leave_at_once(failure: EngineLostError) -> NoReturn:
+    sys.stderr.write(f"blip2: {failure}\n")
+    sys.stderr.flush()
+    os._exit(1)  # the interpreter's own end may wait for the device, which does not answer
+
+
+def _build_server(settings: Settings, listener: socket.socket, load: Loader) -> Server:
+    def fail(failure: FatalError) -> None:
         server.fail(failure)
 
     app = create_app(
         settings,
-        partial(load_backend, settings),
+        load,
         on_ready=partial(_say_ready, listener),
         on_failure=fail,
     )
