@@ -21,27 +21,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from random_checkpoint import IMAGE_TOKEN, NUM_QUERY_TOKENS, make_checkpoint
 from torch import Tensor
-from transformers import (
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    Blip2QFormerConfig,
-    Blip2VisionConfig,
-    OPTConfig,
-    PreTrainedTokenizerFast,
-    T5Config,
-)
+from transformers import Blip2ForConditionalGeneration
 
 from model import Blip2, DecodeJob, GenerationParams
 from model.checkpoints import LoadOptions
 from model.decoding import run_jobs
 from model.language import Extent
 
-NUM_QUERY_TOKENS = 32
-VOCABULARY = 50304
-IMAGE_TOKEN = 50265
 PROMPT = "w7 w8 w9"
 NUM_TOGETHER = 16
 PEER_BATCH = 16
@@ -161,61 +149,6 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     if arguments.out is not None:
         arguments.out.write_text(text, encoding="utf-8")
-
-
-def make_checkpoint(directory: Path, language_model: str) -> None:
-    """Writes a model of these sizes with weights from N(0, 0.02), in the Hub's format."""
-    config = Blip2Config(
-        vision_config=Blip2VisionConfig(
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            image_size=224,
-            patch_size=14,
-        ).to_dict(),
-        qformer_config=Blip2QFormerConfig(encoder_hidden_size=768).to_dict(),
-        text_config=(_opt_config() if language_model == "opt" else _t5_config()).to_dict(),
-        num_query_tokens=NUM_QUERY_TOKENS,
-        image_token_index=IMAGE_TOKEN,
-    )
-    model = Blip2ForConditionalGeneration(config).to(torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            is_norm = "norm" in name and name.endswith("weight")
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02 + is_norm)
-    model.tie_weights()
-    model.save_pretrained(directory)
-    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | {f"w{at}": at for at in range(4, VOCABULARY)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
-
-
-def _opt_config() -> OPTConfig:
-    return OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=768,
-        word_embed_proj_dim=768,
-        ffn_dim=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        eos_token_id=50118,
-    )
-
-
-def _t5_config() -> T5Config:
-    return T5Config(
-        vocab_size=VOCABULARY,
-        d_model=768,
-        d_kv=64,
-        d_ff=2048,
-        num_layers=12,
-        num_heads=12,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
-    )
 
 
 def _report(directory: Path, arguments: argparse.Namespace) -> Iterator[str]:

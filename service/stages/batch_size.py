@@ -23,6 +23,7 @@ class BatchSize:
         self._proven = 0  # the largest that went well
         self._num_well = 0
         self._patience = _PATIENCE
+        self._is_try = False  # it has grown since memory ran out last
 
     @property
     def limit(self) -> int:
@@ -41,11 +42,14 @@ class BatchSize:
         if self._num_well >= self._patience:
             self._fits = min(self._most, self._fits + max(1, self._fits // 2))
             self._num_well = 0
+            self._is_try = True
 
     def ran_out(self, count: int) -> None:
         """Learns that the device's memory did not hold a batch of so many."""
-        was_try = count > self._proven > 0
-        self._fits = max(self._proven, count // 2) if was_try else max(1, count // 2)
+        known = self._proven if self._proven < count else 0
+        self._fits = max(known, count // 2, 1)
         self._proven = min(self._proven, self._fits)
-        self._patience = min(_MAX_PATIENCE, 2 * self._patience) if was_try else _PATIENCE
+        if self._is_try:
+            self._patience = min(_MAX_PATIENCE, 2 * self._patience)
+        self._is_try = False
         self._num_well = 0
