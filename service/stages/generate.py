@@ -9,7 +9,7 @@ from itertools import zip_longest
 
 from torch import Tensor
 
-from model import DecodeJob, Generation
+from model import DecodeJob, Generation, GenerationParams
 from model.devices import is_out_of_memory
 from service.backend import Backend, StepDecoder
 from service.errors import InferenceFailedError, OutOfDeviceMemoryError
@@ -23,28 +23,43 @@ LONG_SHARE = 0.75  # of the rows, which long texts may hold
 MAX_PROMPT_TOKENS_PER_TURN = 1024  # read in one step, those of the images included; one prompt always is
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """A running job, and its answers so far: none, or those to a prompt, for each prompt."""
+
+    running: Running
+    job: GenerateJob
+    generations: list[tuple[Generation, ...]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Text:
-    """One prompt of a running job, which holds one group of texts for each prompt.
+    """The prompt of this number of a request.
 
     encoded: what is known of the image. question: for the Q-Former, if it reads them.
     """
 
-    running: Running
-    job: GenerateJob
-    group: "list[Text]"
+    request: Request
+    number: int
     encoded: Tensor
     prompt_ids: tuple[int, ...]
     question: str | None
-    generations: tuple[Generation, ...] = ()
+
+    @property
+    def running(self) -> Running:
+        return self.request.running
+
+    @property
+    def params(self) -> GenerationParams:
+        return self.request.job.params
 
     @property
     def num_rows(self) -> int:
-        return self.job.params.num_rows
+        return self.params.num_rows
 
     @property
     def is_long(self) -> bool:
-        return self.job.lane is Lane.LONG
+        return self.running.lane is Lane.LONG
 
     @property
     def settled(self) -> bool:
@@ -69,10 +84,9 @@ class GenerateStage:
         """Takes a job whose image is encoded."""
         (kind,) = job.needs
         encoded = running.slots[0].have[kind]
-        group: list[Text] = []
-        for prompt_ids, question in zip_longest(job.prompts, job.questions):
-            group.append(Text(running, job, group, encoded, prompt_ids, question))
-        self._waiting.extend(group)
+        request = Request(running, job, [()] * len(job.prompts))
+        for number, (prompt_ids, question) in enumerate(zip_longest(job.prompts, job.questions)):
+            self._waiting.append(Text(request, number, encoded, prompt_ids, question))
 
     def has_work(self) -> bool:
         return bool(self._waiting or self._active or self._suspects)
@@ -88,9 +102,9 @@ class GenerateStage:
         self._meter.saw_rows("decode", num_rows)
         for decode_job, generations in self._decoder.step():
             text = self._active.pop(decode_job)
-            text.generations = generations
-            if all(sibling.generations for sibling in text.group):
-                _settle(text)
+            text.request.generations[text.number] = generations
+            if all(text.request.generations):
+                _settle(text.request)
         self._size.went_well(num_rows, time.monotonic() - started)
 
     def recover(self, error: Exception) -> None:
@@ -130,7 +144,7 @@ class GenerateStage:
         lengths: list[int] = []
         for text in self._entering:
             decode_job = self._backend.build_decode_job(
-                text.encoded, text.prompt_ids, text.job.params, text.question
+                text.encoded, text.prompt_ids, text.params, text.question
             )
             decoder.add(decode_job)
             self._active[decode_job] = text
@@ -186,9 +200,9 @@ def _too_large(num_rows: int) -> OutOfDeviceMemoryError:
     )
 
 
-def _settle(text: Text) -> None:
-    generations = tuple(sibling.generations for sibling in text.group)
+def _settle(request: Request) -> None:
+    generations = tuple(request.generations)
     if all(math.isfinite(generation.score) for group in generations for generation in group):
-        text.job.ticket.resolve(text.running.answer(generations))
+        request.job.ticket.resolve(request.running.answer(generations))
     else:
-        text.running.fail(InferenceFailedError("the model gave a score that is not a number"))
+        request.running.fail(InferenceFailedError("the model gave a score that is not a number"))

@@ -1,5 +1,6 @@
 """The engine over a fake model: what shares a batch, who is answered when, and what a failure does."""
 
+import gc
 import time
 from concurrent.futures import CancelledError
 
@@ -84,6 +85,16 @@ def test_what_was_computed_is_handed_out_once_to_be_stored() -> None:
         shop.engine.start()
         fresh = [fresh for job in jobs for fresh in job.ticket.future.result(TIMEOUT_S).fresh]
         assert [(item.digest, item.kind) for item in fresh] == [("digest-9", Kind.QUERY_OUTPUT)]
+
+
+def test_the_image_of_a_caption_is_let_go_without_waiting_for_the_garbage_collector() -> None:
+    gc.disable()
+    try:
+        with workshop() as shop:
+            text_of(shop.caption(7))
+            until(lambda: shop.engine.num_images == 0)
+    finally:
+        gc.enable()
 
 
 def test_a_short_job_leaves_before_a_long_one_that_came_first() -> None:
