@@ -52,7 +52,7 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Parts:
         max_pixels=settings.max_image_pixels,
         num_threads=settings.preprocess_threads,
     )
-    memory, redis = MemoryCache(settings.cache_bytes), _open_redis(settings)
+    memory, redis = MemoryCache(settings.cache_bytes), _open_redis(settings, metrics)
     cache = EmbeddingCache(
         memory,
         redis,
@@ -78,11 +78,11 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Parts:
     return Parts(backend, desk, redis, line, engine, inference, replies)
 
 
-def _open_redis(settings: Settings) -> RedisTier | None:
+def _open_redis(settings: Settings, metrics: Metrics) -> RedisTier | None:
     if settings.redis_url is None:
         return None
     store = open_redis(settings.redis_url.get_secret_value())
-    return RedisTier(store, CircuitBreaker(), ttl_s=settings.redis_ttl_s)
+    return RedisTier(store, CircuitBreaker(), ttl_s=settings.redis_ttl_s, count_writes=metrics.count_writes)
 
 
 def _device_memory_bytes(device: str) -> int:

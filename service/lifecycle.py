@@ -162,6 +162,8 @@ class Lifecycle:
             backend = await _in_daemon_thread(self._load)
             self._why_not_ready = "the model is being warmed up"
             self._parts = assemble(self._settings, backend, self._metrics)
+            if self._parts.redis is not None:
+                await self._parts.redis.greet()
             await warm_up(backend, self._parts.line, self._parts.engine.start)
         except SelfTestError as exc:
             logger.critical("not ready: %s", exc)

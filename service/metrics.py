@@ -63,6 +63,9 @@ class Metrics:
         self.cache_requests = Counter(
             "blip2_cache_requests", "Look-ups", ["tier", "kind", "result"], registry=registry
         )
+        self.cache_writes = Counter(
+            "blip2_cache_writes", "Embeddings given to Redis", ["result"], registry=registry
+        )
         self.padding_waste = Histogram(
             "blip2_padding_waste_ratio",
             "Share of padding where prompts are read together",
@@ -127,6 +130,9 @@ class Metrics:
     def count_lookup(self, tier: str, kind: Kind, result: str) -> None:
         self.cache_requests.labels(tier, kind.value, result).inc()
 
+    def count_writes(self, result: str, num_values: int) -> None:
+        self.cache_writes.labels(result).inc(num_values)
+
     def exposition(self) -> bytes:
         """Gives the text that Prometheus scrapes."""
         return generate_latest(self.registry)
@@ -147,6 +153,8 @@ class Metrics:
             self.shed.labels(reason)
         for reason in ABANDONED_REASONS:
             self.abandoned.labels(reason)
+        for result in ("written", "refused", "error", "skipped", "dropped"):
+            self.cache_writes.labels(result)
         for kind in Kind:
             for tier, results in (
                 ("memory", ("hit", "miss")),

@@ -6,7 +6,7 @@ from typing import Protocol, cast
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 _CONNECT_TIMEOUT_S = 0.1
 _SOCKET_TIMEOUT_S = 0.3
@@ -19,8 +19,12 @@ class StoreError(Exception):
     """The store did not answer, or not as it should."""
 
 
+class RefusedError(StoreError):
+    """The store answers, and does not do as it was told: it is full, or only to be read."""
+
+
 class ByteStore(Protocol):
-    """Keeps bytes by key for a while. All but `aclose` raise StoreError."""
+    """Keeps bytes by key for a while. All but `aclose` raise StoreError, `set_many` RefusedError too."""
 
     async def get_many(self, keys: Sequence[str]) -> Sequence[bytes | None]: ...
 
@@ -47,6 +51,8 @@ class RedisStore:
                 for key, value in items.items():
                     pipeline.set(key, value, ex=ttl_s)
                 await pipeline.execute()
+        except ResponseError as exc:
+            raise RefusedError(str(exc)) from exc
         except (RedisError, OSError) as exc:
             raise StoreError(repr(exc)) from exc
 

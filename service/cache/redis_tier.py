@@ -3,70 +3,72 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from service.cache.breaker import CircuitBreaker
-from service.cache.redis_store import ByteStore, StoreError
+from service.cache.read_line import FAILED, Read, ReadLine
+from service.cache.redis_store import ByteStore, RefusedError, StoreError
 from service.cache.wire import WireError, pack, unpack
 from service.jobs import Kind
 
 logger = logging.getLogger(__name__)
 
-_KEYS_PER_READ = {Kind.QUERY_OUTPUT: 32, Kind.IMAGE_EMBEDS: 32, Kind.IMAGE_FEATURES: 1}  # by their size
-_MAX_READS = 8
-_READ_BUDGET_S = 1.0  # for all reads of one request
+_KEYS_PER_READ, _MAX_READS = 32, 2
+_LARGE = frozenset({Kind.IMAGE_FEATURES})  # a megabyte each: faster one by one, several at once
+_MAX_LARGE_READS = 8
+_READ_BUDGET_S = 1.0
 _VALUES_PER_WRITE = 8
 _MAX_WAITING_BYTES = 64 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
-    """result: hit, miss, error (Redis failed, or the entry is corrupt), or skipped (the breaker is open)."""
-
-    tensor: Tensor | None
-    result: str
-
-
 class RedisTier:
-    """Reads on the event loop; writes behind the answers, in a task of its own, dropping what is too much."""
+    """Reads on the event loop; writes behind the answers, in a task of its own, dropping what is too much.
 
-    def __init__(self, store: ByteStore, breaker: CircuitBreaker, *, ttl_s: int) -> None:
+    count_writes(result, number of values) is told what became of each: written, refused (by a Redis that is
+    full, say), error, skipped (the breaker is open) or dropped (too many waited).
+    """
+
+    def __init__(
+        self,
+        store: ByteStore,
+        breaker: CircuitBreaker,
+        *,
+        ttl_s: int,
+        count_writes: Callable[[str, int], None] = lambda _result, _count: None,
+    ) -> None:
         self._store = store
         self._breaker = breaker
         self._ttl_s = ttl_s
-        self._reads = asyncio.Semaphore(_MAX_READS)
+        self._count_writes = count_writes
+        self._small = ReadLine(
+            self._read, per_read=_KEYS_PER_READ, max_reads=_MAX_READS, budget_s=_READ_BUDGET_S
+        )
+        self._large = ReadLine(self._read, per_read=1, max_reads=_MAX_LARGE_READS, budget_s=_READ_BUDGET_S)
         self._waiting: deque[tuple[str, Tensor]] = deque()
         self._waiting_bytes = 0
         self._writer: asyncio.Task[None] | None = None
+        self._is_refused = False
 
     @property
     def breaker_open(self) -> bool:
         return self._breaker.is_open
 
+    async def greet(self) -> None:
+        """Says in the log where Redis does not answer; it is used all the same, as soon as it does."""
+        (read,) = await self._small.get(["blip2:greeting"])
+        if read.result == "error":
+            logger.warning("Redis does not answer; until it does, embeddings are kept in this process alone")
+
     async def get(self, kind: Kind, keys: Sequence[str]) -> list[Read]:
-        """Reads so many of one kind, within a second."""
-        step = _KEYS_PER_READ[kind]
-        chunks = [keys[start : start + step] for start in range(0, len(keys), step)]
-        reads: list[list[Read]] = [[Read(None, "error")] * len(chunk) for chunk in chunks]
-
-        async def read(index: int) -> None:
-            async with self._reads:
-                reads[index] = await self._read(chunks[index])
-
-        try:
-            async with asyncio.timeout(_READ_BUDGET_S), asyncio.TaskGroup() as group:
-                for index in range(len(chunks)):
-                    group.create_task(read(index))
-        except TimeoutError:
-            logger.warning("Redis took more than %s s for one request", _READ_BUDGET_S)
-        return [read for chunk in reads for read in chunk]
+        """Reads so many of one kind, within a second; together with those of other requests."""
+        return await (self._large if kind in _LARGE else self._small).get(keys)
 
     def put(self, key: str, tensor: Tensor) -> None:
         """Has a tensor written soon; drops it where too many wait already."""
         if self._waiting_bytes + tensor.nbytes > _MAX_WAITING_BYTES:
+            self._count_writes("dropped", 1)
             return
         self._waiting.append((key, tensor))
         self._waiting_bytes += tensor.nbytes
@@ -78,16 +80,19 @@ class RedisTier:
         if self._writer is not None:
             await asyncio.wait([self._writer], timeout=timeout_s)
             self._writer.cancel()
+        await self._small.aclose()
+        await self._large.aclose()
         await self._store.aclose()
 
     async def _read(self, keys: Sequence[str]) -> list[Read]:
         if not self._breaker.allow():
             return [Read(None, "skipped")] * len(keys)
         try:
-            values = await self._store.get_many(keys)
-        except StoreError as exc:
+            async with asyncio.timeout(_READ_BUDGET_S):
+                values = await self._store.get_many(keys)
+        except (StoreError, TimeoutError) as exc:
             self._failed(exc)
-            return [Read(None, "error")] * len(keys)
+            return [FAILED] * len(keys)
         except asyncio.CancelledError:
             self._breaker.abandoned()
             raise
@@ -98,24 +103,40 @@ class RedisTier:
         while self._waiting:
             batch = [self._waiting.popleft() for _ in range(min(_VALUES_PER_WRITE, len(self._waiting)))]
             self._waiting_bytes -= sum(tensor.nbytes for _, tensor in batch)
-            if not self._breaker.allow():
-                continue
-            try:
-                await self._store.set_many({key: pack(tensor) for key, tensor in batch}, self._ttl_s)
-            except StoreError as exc:
-                self._failed(exc)
-            except asyncio.CancelledError:
-                self._breaker.abandoned()
-                raise
-            else:
-                self._succeeded()
+            self._count_writes(await self._write(batch), len(batch))
+
+    async def _write(self, batch: Sequence[tuple[str, Tensor]]) -> str:
+        if not self._breaker.allow():
+            return "skipped"
+        try:
+            await self._store.set_many({key: pack(tensor) for key, tensor in batch}, self._ttl_s)
+        except RefusedError as exc:
+            self._succeeded()  # it answers, and what it holds can be read
+            self._refused(exc)
+            return "refused"
+        except StoreError as exc:
+            self._failed(exc)
+            return "error"
+        except asyncio.CancelledError:
+            self._breaker.abandoned()
+            raise
+        self._succeeded()
+        self._is_refused = False
+        return "written"
+
+    def _refused(self, error: RefusedError) -> None:
+        if not self._is_refused:
+            logger.warning(
+                "Redis does not take what is written; what it holds is read all the same: %s", error
+            )
+        self._is_refused = True
 
     def _succeeded(self) -> None:
         if self._breaker.is_open:
             logger.info("Redis answers again")
         self._breaker.succeeded()
 
-    def _failed(self, error: StoreError) -> None:
+    def _failed(self, error: Exception) -> None:
         was_open = self._breaker.is_open
         self._breaker.failed()
         if self._breaker.is_open and not was_open:

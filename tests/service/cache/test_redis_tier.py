@@ -1,12 +1,14 @@
 """The Redis level over a store that fails as the test wants; the real one is met in tests/integration."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+import pytest
 import torch
 
 from service.cache.breaker import CircuitBreaker
-from service.cache.redis_store import StoreError
+from service.cache.redis_store import RefusedError, StoreError
 from service.cache.redis_tier import RedisTier
 from service.cache.wire import pack
 from service.jobs import Kind
@@ -19,6 +21,7 @@ class FakeStore:
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
         self.failing = False
+        self.refusing = False
         self.hanging = False
         self.reads: list[int] = []
         self.num_writes = 0
@@ -38,6 +41,8 @@ class FakeStore:
     async def set_many(self, items: Mapping[str, bytes], ttl_s: int) -> None:
         self.num_writes += 1
         await self._misbehave()
+        if self.refusing:
+            raise RefusedError("OOM command not allowed when used memory > 'maxmemory'.")
         self.values.update(items)
 
     async def aclose(self) -> None:
@@ -73,6 +78,55 @@ async def test_small_values_are_read_many_at_once_and_large_ones_one_by_one() ->
     await under_test.get(Kind.IMAGE_FEATURES, [str(index) for index in range(20)])
     assert store.reads == [1] * 20
     assert store.most_concurrent <= 8
+
+
+async def test_requests_that_come_while_one_is_read_share_the_next_round_trip() -> None:
+    store = FakeStore()
+    store.values = {str(index): pack(torch.tensor([float(index)])) for index in range(10)}
+    under_test = tier(store)
+    reads = await asyncio.gather(*(under_test.get(Kind.QUERY_OUTPUT, [str(index)]) for index in range(10)))
+    assert [read.tensor.item() for (read,) in reads if read.tensor is not None] == list(range(10))
+    assert sum(store.reads) == 10
+    assert len(store.reads) <= 3
+
+
+async def test_a_request_that_is_given_up_costs_the_others_nothing() -> None:
+    store = FakeStore()
+    store.values = {"b": pack(torch.ones(2))}
+    under_test = tier(store)
+    given_up = asyncio.create_task(under_test.get(Kind.QUERY_OUTPUT, ["a"]))
+    kept = asyncio.create_task(under_test.get(Kind.QUERY_OUTPUT, ["b"]))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    assert [read.result for read in await kept] == ["hit"]
+    assert not under_test.breaker_open
+
+
+async def test_a_store_that_refuses_writes_is_read_all_the_same() -> None:
+    store, counts = FakeStore(), Counter[str]()
+    store.refusing = True
+    store.values = {"a": pack(torch.ones(2))}
+    under_test = RedisTier(
+        store, CircuitBreaker(), ttl_s=60, count_writes=lambda result, count: counts.update({result: count})
+    )
+    for index in range(100):
+        under_test.put(str(index), torch.ones(2))
+    await until_async(lambda: counts["refused"] == 100)
+    assert [read.result for read in await under_test.get(Kind.QUERY_OUTPUT, ["a"])] == ["hit"]
+    store.refusing = False
+    under_test.put("b", torch.ones(2))
+    await under_test.aclose(5)
+    assert counts == {"refused": 100, "written": 1}
+
+
+@pytest.mark.parametrize("failing", [True, False])
+async def test_a_store_that_does_not_answer_at_the_start_is_told_of_in_the_log(
+    failing: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FakeStore()
+    store.failing = failing
+    await tier(store).greet()
+    assert ("Redis does not answer" in caplog.text) is failing
 
 
 async def test_a_corrupt_entry_is_an_error_and_gives_no_tensor() -> None:
@@ -112,7 +166,7 @@ async def test_a_store_that_hangs_costs_a_second_at_most() -> None:
     async with asyncio.timeout(10):
         reads = await tier(store).get(Kind.IMAGE_FEATURES, [str(index) for index in range(30)])
     assert [read.result for read in reads] == ["error"] * 30
-    assert store.concurrent == 0
+    await until_async(lambda: store.concurrent == 0)
 
 
 async def test_writes_follow_in_the_background_and_closing_waits_for_them() -> None:
