@@ -74,6 +74,7 @@ class Engine:
         self._running: list[Running] = []
         self._beat: float | None = None
         self._stopping = False
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.longest_turn_s = 0.0
 
@@ -97,7 +98,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._ended
 
     @property
     def num_running(self) -> int:
@@ -122,6 +123,7 @@ class Engine:
                 if not self._running:
                     self._beat = None
         finally:
+            self._ended = True
             # Also where the device was lost: nobody may wait for an answer that cannot come.
             _refuse(self._line.close("the engine has stopped; this process must be restarted"))
             _refuse([running.job for running in self._running])

@@ -74,6 +74,7 @@ class Lifecycle:
         self._draining = False
         self._startup: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._lost: str | None = None
 
     @property
     def backend(self) -> Backend | None:
@@ -87,8 +88,8 @@ class Lifecycle:
     @property
     def stalled(self) -> str | None:
         """Says what is wrong with the engine; None while it makes progress, or has nothing to do."""
-        if self._parts is None or not self._ready:
-            return None
+        if self._lost or self._parts is None or not self._ready:
+            return self._lost
         if not self._parts.engine.alive and not self._draining:
             return "the engine's thread has died; this process must be restarted"
         age_s = self._parts.engine.heartbeat_age_s()
@@ -180,6 +181,7 @@ class Lifecycle:
         assert self._parts is not None
         while not (problem := self.stalled):  # noqa: ASYNC110 - a thread that hangs sets no event
             await asyncio.sleep(min(_LOOK_S, self._stall_timeout_s / 4))
+        self._lost = problem
         logger.critical("the engine is lost: %s", problem, extra={FIELDS: {"stacks": _stacks()}})
         self._parts.engine.give_up(problem)
         await self._traffic.wait_idle(_LAST_ANSWERS_S)

@@ -1,11 +1,13 @@
-"""An engine with its line, and an application with its lifespan, over a fake model."""
+"""An engine with its line, and an application with its lifespan, over a fake model; how to look at them."""
 
 import asyncio
 import inspect
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 from fastapi import FastAPI
@@ -16,7 +18,7 @@ from service.backend import Backend
 from service.cache import MemoryCache
 from service.engine import Engine
 from service.jobs import GenerateJob, ImageInput, Job, MatchJob, Mode, Ticket
-from service.lifecycle import Lifecycle
+from service.lifecycle import FatalError, Lifecycle
 from service.metrics import Metrics
 from service.scheduler import Line, ServiceRate
 from service.settings import Settings
@@ -130,12 +132,18 @@ class Site:
 
 @asynccontextmanager
 async def site(
-    backend: Backend | None = None, settings: Settings | None = None, *, wait: bool = True
+    backend: Backend | None = None,
+    settings: Settings | None = None,
+    *,
+    wait: bool = True,
+    on_failure: Callable[[FatalError], None] = lambda _: None,
 ) -> AsyncIterator[Site]:
     """Serves `backend` in this process, without sockets."""
     ready = asyncio.Event()
     model = backend or FakeBackend()
-    app = create_app(settings or Settings(), lambda: model, on_ready=lambda _: ready.set())
+    app = create_app(
+        settings or Settings(), lambda: model, on_ready=lambda _: ready.set(), on_failure=on_failure
+    )
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -144,3 +152,36 @@ async def site(
         if wait:
             await asyncio.wait_for(ready.wait(), TIMEOUT_S)
         yield Site(app, client)
+
+
+def assert_problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    problem: dict[str, Any] = response.json()
+    assert (problem["status"], problem["code"]) == (status, code)
+    assert problem["type"] == f"urn:blip2:problem:{code}"
+    assert problem["title"]
+    assert problem["request_id"] == response.headers["x-request-id"]
+    assert response.headers["server-timing"].startswith(("total;dur=", "queue;dur="))
+    return problem
+
+
+def sample(metrics: str, series: str) -> float:
+    found = re.search(rf"^{re.escape(series)} (\S+)$", metrics, re.MULTILINE)
+    assert found, f"{series} is not among the metrics"
+    return float(found[1])
+
+
+async def metric(running: Site, series: str) -> float:
+    return sample((await running.client.get("/metrics")).text, series)
+
+
+async def until_waiting(running: Site, num_items: int) -> None:
+    async def arrived() -> bool:
+        return await metric(running, "blip2_waiting") == num_items
+
+    await until_async(arrived)
+
+
+async def answers(running: Site, path: str, status: int) -> bool:
+    return (await running.client.get(path)).status_code == status

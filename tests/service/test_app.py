@@ -2,63 +2,29 @@
 
 import asyncio
 import re
-import threading
-from functools import partial
 from typing import Any
 
-import httpx
 import pytest
 from starlette.types import Message
 
-from model import CheckpointError
-from service.app import create_app
-from service.lifecycle import FatalError
 from service.settings import Settings
 from tests.service.fakes import (
-    DEADLY_WORD,
     NAN_WORD,
     POISON_RED,
-    TIMEOUT_S,
     FakeBackend,
     png,
     png_base64,
 )
-from tests.service.running import Site, site, until_async
+from tests.service.running import (
+    assert_problem,
+    metric,
+    sample,
+    site,
+    until_async,
+    until_waiting,
+)
 
 IMAGE = png_base64(100)
-
-
-def assert_problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/problem+json"
-    problem: dict[str, Any] = response.json()
-    assert (problem["status"], problem["code"]) == (status, code)
-    assert problem["type"] == f"urn:blip2:problem:{code}"
-    assert problem["title"]
-    assert problem["request_id"] == response.headers["x-request-id"]
-    assert response.headers["server-timing"].startswith(("total;dur=", "queue;dur="))
-    return problem
-
-
-def sample(metrics: str, series: str) -> float:
-    found = re.search(rf"^{re.escape(series)} (\S+)$", metrics, re.MULTILINE)
-    assert found, f"{series} is not among the metrics"
-    return float(found[1])
-
-
-async def metric(running: Site, series: str) -> float:
-    return sample((await running.client.get("/metrics")).text, series)
-
-
-async def until_waiting(running: Site, num_items: int) -> None:
-    async def arrived() -> bool:
-        return await metric(running, "blip2_waiting") == num_items
-
-    await until_async(arrived)
-
-
-async def answers(running: Site, path: str, status: int) -> bool:
-    return (await running.client.get(path)).status_code == status
 
 
 async def test_a_caption_has_the_promised_shape() -> None:
@@ -312,109 +278,6 @@ async def test_a_client_that_hangs_up_is_forgotten_before_the_device() -> None:
         assert (await first).status_code == 200
         assert not any(77 in batch for batch in backend.vision_batches)
         assert sent[0]["status"] == 499
-
-
-async def test_the_probes_tell_of_loading_and_never_wait() -> None:
-    backend = FakeBackend()
-    backend.encode_gate.clear()
-    async with site(backend, wait=False) as running:
-        assert (await running.client.get("/livez")).json() == {"status": "ok"}
-        for path in ("/readyz", "/startupz", "/health"):
-            response = await running.client.get(path)
-            assert_problem(response, 503, "not_ready")
-            assert response.headers["retry-after"] == "5"
-        assert_problem(await running.client.post("/caption", json={"image": IMAGE}), 503, "not_ready")
-        assert await metric(running, 'blip2_shed_total{reason="not_ready"}') >= 1
-        backend.encode_gate.set()
-        await until_async(partial(answers, running, "/readyz", 200))
-        assert (await running.client.get("/startupz")).status_code == 200
-
-
-async def test_while_the_device_hangs_livez_turns_red_and_green_again() -> None:
-    backend = FakeBackend()
-    async with site(backend, Settings(stall_timeout_ms=100)) as running:
-        backend.encode_gate.clear()
-        hung = asyncio.create_task(running.client.post("/caption", json={"image": png_base64(55)}))
-        await until_async(partial(answers, running, "/livez", 503))
-        problem = assert_problem(await running.client.get("/livez"), 503, "not_ready")
-        assert "BLIP2_STALL_TIMEOUT_MS" in problem["detail"]
-        assert (await running.client.get("/readyz")).status_code == 503
-        assert await metric(running, "blip2_engine_heartbeat_age_seconds") >= 0.1
-        backend.encode_gate.set()
-        assert (await hung).status_code == 200
-        assert (await running.client.get("/livez")).status_code == 200
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it is meant to die
-async def test_where_the_engine_dies_its_jobs_get_503_and_the_probes_turn_red() -> None:
-    async with site() as running:
-        response = await running.client.post("/caption", json={"image": IMAGE, "prompt": DEADLY_WORD})
-        assert_problem(response, 503, "not_ready")
-        await until_async(lambda: running.lifecycle.stalled)
-        assert "restarted" in assert_problem(await running.client.get("/livez"), 503, "not_ready")["detail"]
-        assert (await running.client.get("/readyz")).status_code == 503
-        assert_problem(await running.client.post("/caption", json={"image": IMAGE}), 503, "not_ready")
-
-
-async def test_draining_refuses_new_work_and_finishes_what_runs() -> None:
-    backend = FakeBackend()
-    async with site(backend) as running:
-        backend.decode_gate.clear()
-        job = asyncio.create_task(running.client.post("/caption", json={"image": png_base64(55)}))
-        await until_async(lambda: [55] in backend.vision_batches)
-        draining = asyncio.create_task(running.lifecycle.drain())
-        await until_async(lambda: running.lifecycle.draining)
-        refused = await running.client.post("/caption", json={"image": IMAGE})
-        assert_problem(refused, 503, "draining")
-        assert refused.headers["connection"] == "close"
-        assert refused.headers["retry-after"]
-        assert_problem(await running.client.get("/readyz"), 503, "draining")
-        assert (await running.client.get("/livez")).status_code == 200
-        assert not draining.done()
-        backend.decode_gate.set()
-        assert (await job).status_code == 200
-        await asyncio.wait_for(draining, TIMEOUT_S)
-
-
-async def test_what_is_not_done_when_draining_ends_is_told_so() -> None:
-    backend = FakeBackend()
-    async with site(backend, Settings(drain_timeout_ms=50)) as running:
-        backend.decode_gate.clear()
-        job = asyncio.create_task(running.client.post("/caption", json={"image": png_base64(55)}))
-        await until_async(lambda: [55] in backend.vision_batches)
-        draining = asyncio.create_task(running.lifecycle.drain())
-        release = threading.Timer(0.2, backend.decode_gate.set)  # the device comes back too late
-        release.start()
-        assert_problem(await job, 503, "not_ready")
-        await asyncio.wait_for(draining, TIMEOUT_S)
-        release.join()
-
-
-async def test_a_model_that_gives_no_numbers_never_becomes_ready() -> None:
-    class Broken(FakeBackend):
-        def caption_prompt(self) -> str:
-            return NAN_WORD
-
-    async with site(Broken(), wait=False) as running:
-
-        async def told() -> bool:
-            return "self-test failed" in (await running.client.get("/readyz")).json()["detail"]
-
-        await until_async(told)
-        assert_problem(await running.client.get("/startupz"), 503, "not_ready")
-        assert_problem(await running.client.post("/caption", json={"image": IMAGE}), 503, "not_ready")
-
-
-async def test_a_model_that_cannot_be_loaded_is_told_in_one_line() -> None:
-    failures: list[FatalError] = []
-
-    def load() -> FakeBackend:
-        raise CheckpointError("no such directory: /nowhere; set BLIP2_MODEL")
-
-    app = create_app(Settings(), load, on_failure=failures.append)
-    async with app.router.lifespan_context(app):
-        await until_async(lambda: failures)
-    assert str(failures[0]) == "no such directory: /nowhere; set BLIP2_MODEL"
 
 
 async def test_version_names_service_and_model() -> None:
