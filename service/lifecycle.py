@@ -5,9 +5,9 @@ import logging
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from model import ModelError
 from service.assembly import Parts, assemble
@@ -27,6 +27,7 @@ _LAST_ANSWERS_S: Final = 2.0
 _LOOK_S: Final = 0.25
 _LAST_LOOK_S: Final = 1.0  # for probes and new callers, to hear what is wrong
 
+T = TypeVar("T")
 Task = Literal["caption", "vqa", "retrieve"]
 Loader = Callable[[], Backend]
 
@@ -71,7 +72,7 @@ class Lifecycle:
         self._stall_timeout_s = 0.0
         self._why_not_ready = "the weights are being loaded"
         self._ready = False
-        self._draining = False
+        self._drain_begun = asyncio.Event()
         self._startup: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._lost: str | None = None
@@ -83,14 +84,14 @@ class Lifecycle:
 
     @property
     def draining(self) -> bool:
-        return self._draining
+        return self._drain_begun.is_set()
 
     @property
     def stalled(self) -> str | None:
         """Says what is wrong with the engine; None while it makes progress, or has nothing to do."""
         if self._lost or self._parts is None or not self._ready:
             return self._lost
-        if not self._parts.engine.alive and not self._draining:
+        if not self._parts.engine.alive and not self.draining:
             return "the engine's thread has died; this process must be restarted"
         age_s = self._parts.engine.heartbeat_age_s()
         if age_s > self._stall_timeout_s:
@@ -112,8 +113,8 @@ class Lifecycle:
 
     def check_ready(self) -> None:
         """Raises NotReadyError or DrainingError where new work would not be answered."""
-        if self._draining:
-            raise DrainingError("this process is shutting down; ask another", retry_after_s=_RETRY_S)
+        if self.draining:
+            raise _draining()
         self.check_started()
         self.check_alive()
 
@@ -131,6 +132,19 @@ class Lifecycle:
             )
         return self._parts
 
+    async def unless_draining(self, upload: Coroutine[Any, Any, T]) -> T:
+        """Gives what is uploaded. Raises DrainingError where draining begins first, which would wait for it."""
+        task, drain = asyncio.create_task(upload), asyncio.create_task(self._drain_begun.wait())
+        try:
+            await asyncio.wait({task, drain}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise _draining()
+            return task.result()
+        finally:
+            task.cancel()
+            drain.cancel()
+            await asyncio.gather(task, drain, return_exceptions=True)
+
     def start(self) -> None:
         """Begins to load; to be called once, on the event loop."""
         self._startup = asyncio.create_task(self._start_up(), name="start-up")
@@ -138,7 +152,7 @@ class Lifecycle:
 
     async def drain(self) -> None:
         """Refuses new work, waits for what runs, as long as the settings allow, and stops the engine."""
-        self._draining = True
+        self._drain_begun.set()
         logger.info("draining, %d requests in flight", self._traffic.num_requests)
         in_time = await self._traffic.wait_idle(self._settings.drain_timeout_ms / 1000)
         if not in_time:
@@ -149,7 +163,7 @@ class Lifecycle:
 
     async def aclose(self) -> None:
         """Lets go of everything."""
-        self._draining = True
+        self._drain_begun.set()
         for task in (self._startup, self._watch):
             if task is not None:
                 task.cancel()
@@ -204,6 +218,10 @@ class Lifecycle:
     async def _stop_engine(self) -> None:
         if self._parts is not None and not self.stalled:
             await asyncio.to_thread(self._parts.stop_engine)
+
+
+def _draining() -> DrainingError:
+    return DrainingError("this process is shutting down; ask another", retry_after_s=_RETRY_S)
 
 
 def tasks_of(backend: Backend) -> list[Task]:

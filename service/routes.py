@@ -1,5 +1,7 @@
 """The inference routes: HTTP to parameters, and answers back to HTTP."""
 
+from typing import TypeVar
+
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
@@ -10,9 +12,10 @@ from service.context import context_of
 from service.inference import Upload
 from service.lifecycle import Lifecycle
 from service.openapi import problem_responses, request_body
-from service.schemas import CaptionRequest, RetrieveRequest, VqaRequest
+from service.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
 from service.settings import Settings
 
+B = TypeVar("B", bound=Body)
 _PROBLEMS = problem_responses(400, 404, 413, 415, 422, 429, 500, 503, 504)
 
 
@@ -65,10 +68,15 @@ class InferenceRoutes:
         )
         return router
 
+    async def _read(self, request: Request, schema: type[B]) -> B:
+        return await self._lifecycle.unless_draining(
+            read_body(request, schema, self._settings.max_body_bytes)
+        )
+
     async def caption(self, request: Request) -> Response:
         """Describes an image; or several, each with a result of its own, so that a bad one fails alone."""
         parts = self._lifecycle.parts_for("caption")
-        body = await read_body(request, CaptionRequest, self._settings.max_body_bytes)
+        body = await self._read(request, CaptionRequest)
         body.check(self._settings)
         params = body.generation_params("num_captions")
         prompt = parts.backend.caption_prompt() if body.prompt is None else body.prompt
@@ -85,7 +93,7 @@ class InferenceRoutes:
     async def vqa(self, request: Request) -> Response:
         """Answers questions about an image, which is encoded once for all of them."""
         parts = self._lifecycle.parts_for("vqa")
-        body = await read_body(request, VqaRequest, self._settings.max_body_bytes)
+        body = await self._read(request, VqaRequest)
         body.check(self._settings)
         params = body.generation_params("num_answers")
         history = [(turn.question, turn.answer) for turn in body.history]
@@ -107,7 +115,7 @@ class InferenceRoutes:
         Texts beyond the length the checkpoint was trained for lose their tail.
         """
         parts = self._lifecycle.parts_for("retrieve")
-        body = await read_body(request, RetrieveRequest, self._settings.max_body_bytes)
+        body = await self._read(request, RetrieveRequest)
         body.check(self._settings)
         deadline = deadline_of(request)
         images = [Upload(f"candidates.images.{i}", image) for i, image in enumerate(body.candidate_images)]

@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -36,17 +37,28 @@ async def poll_async(condition: Callable[[], Awaitable[object]], timeout_s: floa
 
 
 class ServiceProcess:
-    """`python -m service` with these settings; its output goes to files in `directory`."""
+    """`python -m service` with these settings; its output goes to files in `directory`.
 
-    def __init__(self, directory: Path, **settings: object) -> None:
+    module: runs in place of `service`. variables: beside the settings.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        module: str = "service",
+        variables: Mapping[str, str] | None = None,
+        **settings: object,
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._output, self._errors = directory / "stdout", directory / "stderr"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("BLIP2_")}
         environment |= {"OMP_NUM_THREADS": "1", "BLIP2_PORT": "0"}
+        environment |= variables or {}
         environment |= {f"BLIP2_{name.upper()}": str(value) for name, value in settings.items()}
         with self._output.open("wb") as output, self._errors.open("wb") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "service"], env=environment, stdout=output, stderr=errors
+                [sys.executable, "-m", module], env=environment, stdout=output, stderr=errors
             )
         self.url = ""
 
@@ -71,6 +83,11 @@ class ServiceProcess:
         self.url = match[1]
         poll(lambda: httpx.get(f"{self.url}/readyz").status_code == 200, START_TIMEOUT_S, "readiness")
 
+    def total(self, name: str) -> float:
+        """Gives the sum of all series of this name."""
+        text = httpx.get(f"{self.url}/metrics").text
+        return sum(float(value) for value in re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE))
+
     def metric(self, series: str) -> float:
         text = httpx.get(f"{self.url}/metrics").text
         found = re.search(rf"^{re.escape(series)} (\S+)$", text, re.MULTILINE)
@@ -91,8 +108,8 @@ class ServiceProcess:
 
 
 @contextmanager
-def service(directory: Path, **settings: object) -> Iterator[ServiceProcess]:
-    """A service that is ready, and gone afterwards."""
+def service(directory: Path, **settings: Any) -> Iterator[ServiceProcess]:
+    """A service that is ready, and gone afterwards; see `ServiceProcess`."""
     started = ServiceProcess(directory, **settings)
     try:
         started.wait_ready()

@@ -1,0 +1,95 @@
+"""A device that fails, runs out of memory, dies or hangs under a real service: who is told what, how soon."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.clients import ask, ask_together, client_of, faulty_service, has, is_red, request, texts_of
+from tests.faults.faulty_service import HANG, LOSE, MEMORY_ROWS, RAISE
+from tests.integration.processes import ServiceProcess, poll_async, service
+
+NUM_TOGETHER = 16
+LONG = {"num_beams": 4, "min_new_tokens": 60, "max_new_tokens": 60}
+STALL_TIMEOUT_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def sound(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    """The service as it is, to compare answers with."""
+    with service(tmp_path_factory.mktemp("sound"), model=random_checkpoint, dtype="float32") as started:
+        yield started
+
+
+async def test_a_job_that_raises_in_a_full_batch_fails_alone(
+    random_checkpoint: Path, sound: ServiceProcess, tmp_path: Path
+) -> None:
+    with faulty_service(tmp_path, model=random_checkpoint, dtype="float32") as faulty:
+        bodies = [request(seed) for seed in range(NUM_TOGETHER)]
+        bodies[5]["temperature"] = RAISE
+        answers = await ask_together(faulty.url, bodies)
+        assert answers[5].status_code == 500
+        assert answers[5].json()["code"] == "inference_failed"
+        assert "asked for" not in answers[5].text
+        del bodies[5], answers[5]
+        assert [answer.status_code for answer in answers] == [200] * (NUM_TOGETHER - 1)
+        assert texts_of(answers) == texts_of(await ask_together(sound.url, bodies))
+        assert faulty.process.poll() is None
+
+
+async def test_beyond_four_rows_of_memory_all_are_answered_in_smaller_batches(
+    random_checkpoint: Path, sound: ServiceProcess, tmp_path: Path
+) -> None:
+    with faulty_service(tmp_path, model=random_checkpoint, dtype="float32") as small:
+        (tmp_path / MEMORY_ROWS).write_text("4")
+        bodies = [request(seed) for seed in range(NUM_TOGETHER)]
+        answers = await ask_together(small.url, bodies)
+        assert [answer.status_code for answer in answers] == [200] * NUM_TOGETHER
+        assert texts_of(answers) == texts_of(await ask_together(sound.url, bodies))
+        num_failed = small.total("blip2_out_of_memory_total")
+        assert num_failed > 0
+        again = await ask_together(small.url, [request(seed) for seed in range(100, 108)])
+        assert [answer.status_code for answer in again] == [200] * 8
+        assert small.total("blip2_out_of_memory_total") <= num_failed + 2  # more is tried now and then
+        wide = (await ask_together(small.url, [request(1, num_beams=5)]))[0]
+        assert (wide.status_code, wide.json()["code"]) == (500, "out_of_device_memory")
+        assert "lower num_beams" in wide.json()["detail"]
+
+
+async def test_a_lost_device_ends_the_process_after_all_callers_are_told(
+    random_checkpoint: Path, tmp_path: Path
+) -> None:
+    with faulty_service(tmp_path, model=random_checkpoint) as faulty:
+        await lose(faulty, LOSE, 1.0)
+        assert "the engine's thread has died" in faulty.errors
+
+
+async def test_a_hung_device_turns_livez_red_in_time_and_ends_the_process(
+    random_checkpoint: Path, tmp_path: Path
+) -> None:
+    stall_timeout_ms = int(STALL_TIMEOUT_S * 1000)
+    with faulty_service(tmp_path, model=random_checkpoint, stall_timeout_ms=stall_timeout_ms) as faulty:
+        await lose(faulty, HANG, STALL_TIMEOUT_S + 1.0)
+        assert "the engine has made no progress" in faulty.errors
+        assert "faulty_service.py" in faulty.errors  # where it hangs
+
+
+async def lose(faulty: ServiceProcess, order: float, red_within_s: float) -> None:
+    """Has the device fail for good among jobs; checks what callers, probes and the supervisor see."""
+    async with client_of(faulty.url) as client:
+        running = [asyncio.create_task(ask(client, request(seed, **LONG))) for seed in range(8)]
+        await poll_async(lambda: has(client, "blip2_running 8.0"), 60)
+        asked = time.monotonic()
+        fatal = asyncio.create_task(ask(client, request(99, temperature=order)))
+        await poll_async(lambda: is_red(client), 60)
+        assert time.monotonic() - asked < red_within_s + 1.0  # the fatal job is encoded first
+        assert (await client.get("/readyz")).status_code == 503
+        refused = await ask(client, request(100))
+        assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
+        assert int(refused.headers["retry-after"]) > 0
+        answers = await asyncio.gather(*running, fatal)
+    assert [answer.status_code for answer in answers] == [503] * 9
+    assert faulty.wait() == 1
+    assert faulty.errors.splitlines()[-1].startswith("blip2: the engine")
