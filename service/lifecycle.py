@@ -133,7 +133,7 @@ class Lifecycle:
         return self._parts
 
     async def unless_draining(self, upload: Coroutine[Any, Any, T]) -> T:
-        """Gives what is uploaded. Raises DrainingError where draining begins first, which would wait for it."""
+        """Gives what is uploaded. Raises DrainingError where draining begins before it is whole."""
         task, drain = asyncio.create_task(upload), asyncio.create_task(self._drain_begun.wait())
         try:
             await asyncio.wait({task, drain}, return_when=asyncio.FIRST_COMPLETED)

@@ -97,7 +97,7 @@ class RedisTier:
             self._breaker.abandoned()
             raise
         self._succeeded()
-        return [_read_value(value) for value in values]
+        return [_read_value(key, value) for key, value in zip(keys, values, strict=True)]
 
     async def _write_all(self) -> None:
         while self._waiting:
@@ -109,7 +109,7 @@ class RedisTier:
         if not self._breaker.allow():
             return "skipped"
         try:
-            await self._store.set_many({key: pack(tensor) for key, tensor in batch}, self._ttl_s)
+            await self._store.set_many({key: pack(key, tensor) for key, tensor in batch}, self._ttl_s)
         except RefusedError as exc:
             self._succeeded()  # it answers, and what it holds can be read
             self._refused(exc)
@@ -143,11 +143,11 @@ class RedisTier:
             logger.warning("Redis is left alone for a while, for it fails: %s", error)
 
 
-def _read_value(value: bytes | None) -> Read:
+def _read_value(key: str, value: bytes | None) -> Read:
     if value is None:
         return Read(None, "miss")
     try:
-        return Read(unpack(value), "hit")
+        return Read(unpack(key, value), "hit")
     except WireError as exc:
         logger.warning("an entry in Redis is not used: %s", exc)
         return Read(None, "error")

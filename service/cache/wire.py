@@ -12,10 +12,10 @@ from torch import Tensor
 from service.jobs import Kind
 
 _MAGIC: Final = b"BL2E"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _MAX_DIMS: Final = 3
 _HEADER: Final = struct.Struct("<4sBBBx3I")  # magic, version, dtype, number of dimensions, the dimensions
-_CHECKSUM: Final = struct.Struct("<I")  # CRC-32 of header and numbers
+_CHECKSUM: Final = struct.Struct("<I")  # CRC-32 of key, header and numbers
 _START: Final = _HEADER.size + _CHECKSUM.size
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,15 +24,15 @@ class WireError(ValueError):
     """The bytes are not a tensor that `pack` wrote."""
 
 
-def pack(tensor: Tensor) -> bytes:
-    """Gives the bytes of a CPU tensor of at most three dimensions, of float32, bfloat16 or float16."""
+def pack(key: str, tensor: Tensor) -> bytes:
+    """Gives what is kept under a key: a CPU tensor of up to 3 dimensions, of float32, bfloat16 or float16."""
     body = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     shape = (*tensor.shape, *[0] * (_MAX_DIMS - tensor.dim()))
     header = _HEADER.pack(_MAGIC, _VERSION, _DTYPES.index(tensor.dtype), tensor.dim(), *shape)
-    return header + _CHECKSUM.pack(zlib.crc32(body, zlib.crc32(header))) + body
+    return header + _CHECKSUM.pack(_checksum(key, header, body)) + body
 
 
-def unpack(data: bytes) -> Tensor:
+def unpack(key: str, data: bytes) -> Tensor:
     """Gives the tensor back. Raises WireError where magic, version, size or checksum is wrong."""
     if len(data) < _START:
         raise WireError(f"{len(data)} bytes are shorter than the header")
@@ -44,10 +44,14 @@ def unpack(data: bytes) -> Tensor:
     body = memoryview(data)[_START:]
     if len(body) != math.prod(shape) * dtype.itemsize:
         raise WireError(f"{len(body)} bytes do not hold {shape} of {dtype}")
-    if zlib.crc32(body, zlib.crc32(data[: _HEADER.size])) != checksum:
+    if _checksum(key, data[: _HEADER.size], body) != checksum:
         raise WireError("the checksum differs")
     # A copy: torch wants memory that may be written to, and the reply is not.
     return torch.frombuffer(bytearray(body), dtype=dtype).reshape(shape)
+
+
+def _checksum(key: str, header: bytes, body: bytes | memoryview) -> int:
+    return zlib.crc32(body, zlib.crc32(header, zlib.crc32(key.encode())))
 
 
 def redis_key(*, digest: str, fingerprint: str, preprocess_version: str, kind: Kind) -> str:

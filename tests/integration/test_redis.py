@@ -131,6 +131,23 @@ def test_a_corrupt_entry_is_computed_anew(
     assert second.metric(QUERY_ERRORS) == errors + 1
 
 
+def test_the_entry_of_another_image_is_computed_anew(
+    redis: RedisProcess, first: ServiceProcess, second: ServiceProcess
+) -> None:
+    flush(redis)
+    computed = caption(first, 5)
+    wait_for_keys(redis, 1)
+    with redis_client.Redis.from_url(redis.url) as client:
+        (key,) = client.keys()
+        caption(first, 6)
+        wait_for_keys(redis, 2)
+        (other,) = set(client.keys()) - {key}
+        client.copy(other, key, replace=True)
+    again = caption(second, 5)
+    assert again["captions"] == computed["captions"]
+    assert again["image_cached"] is False
+
+
 def test_a_key_of_another_type_is_computed_anew(
     redis: RedisProcess, first: ServiceProcess, second: ServiceProcess
 ) -> None:
@@ -170,6 +187,28 @@ def test_redis_killed_in_mid_run_changes_no_answer_and_comes_back(
         assert httpx.get(f"{server.url}/readyz").status_code == 200
 
 
+def test_a_full_redis_is_read_and_changes_no_answer(
+    random_checkpoint: Path, first: ServiceProcess, tmp_path: Path
+) -> None:
+    with (
+        redis_server() as own,
+        service(tmp_path, model=random_checkpoint, redis_url=own.url, cache_bytes=0) as server,
+        redis_client.Redis.from_url(own.url) as client,
+    ):
+        kept = caption(server, 40)["captions"]
+        wait_for_keys(own, 1)
+        client.config_set("maxmemory", 1)  # bytes; nothing is evicted
+        answers = [caption(server, seed)["captions"] for seed in range(41, 49)]
+        assert answers == [caption(first, seed)["captions"] for seed in range(41, 49)]
+        poll(lambda: server.metric('blip2_cache_writes_total{result="refused"}') >= 8, 30, "refused writes")
+        again = caption(server, 40)
+        assert (again["captions"], again["image_cached"]) == (kept, True)
+        assert server.metric("blip2_cache_breaker_open") == 0
+        client.config_set("maxmemory", 0)
+        caption(server, 49)
+        wait_for_keys(own, 2)
+
+
 def test_redis_absent_at_the_start_is_no_reason_not_to_serve(
     random_checkpoint: Path, first: ServiceProcess, tmp_path: Path
 ) -> None:
@@ -177,6 +216,7 @@ def test_redis_absent_at_the_start_is_no_reason_not_to_serve(
     with service(tmp_path, model=random_checkpoint, redis_url=url) as server:
         assert caption(server, 1)["captions"] == caption(first, 1)["captions"]
         assert server.metric(QUERY_ERRORS) > 0
+        assert "Redis does not answer" in server.errors
         server.terminate()
         assert server.wait() == 0
         assert "secret-word" not in server.errors + server.output

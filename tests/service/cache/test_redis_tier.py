@@ -62,7 +62,7 @@ def tier(store: FakeStore, clock: Callable[[], float] = lambda: 0.0) -> RedisTie
 
 async def test_hits_and_misses_come_back_in_the_order_of_the_keys() -> None:
     store = FakeStore()
-    store.values = {"b": pack(torch.ones(2))}
+    store.values = {"b": pack("b", torch.ones(2))}
     reads = await tier(store).get(Kind.QUERY_OUTPUT, ["a", "b", "c"])
     assert [read.result for read in reads] == ["miss", "hit", "miss"]
     assert reads[1].tensor is not None
@@ -82,7 +82,7 @@ async def test_small_values_are_read_many_at_once_and_large_ones_one_by_one() ->
 
 async def test_requests_that_come_while_one_is_read_share_the_next_round_trip() -> None:
     store = FakeStore()
-    store.values = {str(index): pack(torch.tensor([float(index)])) for index in range(10)}
+    store.values = {str(index): pack(str(index), torch.tensor([float(index)])) for index in range(10)}
     under_test = tier(store)
     reads = await asyncio.gather(*(under_test.get(Kind.QUERY_OUTPUT, [str(index)]) for index in range(10)))
     assert [read.tensor.item() for (read,) in reads if read.tensor is not None] == list(range(10))
@@ -92,7 +92,7 @@ async def test_requests_that_come_while_one_is_read_share_the_next_round_trip() 
 
 async def test_a_request_that_is_given_up_costs_the_others_nothing() -> None:
     store = FakeStore()
-    store.values = {"b": pack(torch.ones(2))}
+    store.values = {"b": pack("b", torch.ones(2))}
     under_test = tier(store)
     given_up = asyncio.create_task(under_test.get(Kind.QUERY_OUTPUT, ["a"]))
     kept = asyncio.create_task(under_test.get(Kind.QUERY_OUTPUT, ["b"]))
@@ -105,7 +105,7 @@ async def test_a_request_that_is_given_up_costs_the_others_nothing() -> None:
 async def test_a_store_that_refuses_writes_is_read_all_the_same() -> None:
     store, counts = FakeStore(), Counter[str]()
     store.refusing = True
-    store.values = {"a": pack(torch.ones(2))}
+    store.values = {"a": pack("a", torch.ones(2))}
     under_test = RedisTier(
         store, CircuitBreaker(), ttl_s=60, count_writes=lambda result, count: counts.update({result: count})
     )
@@ -131,7 +131,7 @@ async def test_a_store_that_does_not_answer_at_the_start_is_told_of_in_the_log(
 
 async def test_a_corrupt_entry_is_an_error_and_gives_no_tensor() -> None:
     store = FakeStore()
-    store.values = {"a": b"garbage", "b": pack(torch.ones(2))[:-1] + b"\xff"}
+    store.values = {"a": b"garbage", "b": pack("b", torch.ones(2))[:-1] + b"\xff"}
     reads = await tier(store).get(Kind.QUERY_OUTPUT, ["a", "b"])
     assert [(read.result, read.tensor) for read in reads] == [("error", None)] * 2
 
@@ -177,7 +177,7 @@ async def test_writes_follow_in_the_background_and_closing_waits_for_them() -> N
     assert store.values == {}
     await under_test.aclose(5)
     assert len(store.values) == 20
-    assert store.values["7"] == pack(torch.tensor([7.0, 7.0]))
+    assert store.values["7"] == pack("7", torch.tensor([7.0, 7.0]))
     assert store.closed
 
 

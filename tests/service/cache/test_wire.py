@@ -13,7 +13,7 @@ from service.jobs import Kind
 @pytest.mark.parametrize("shape", [(3,), (4, 5), (2, 3, 4)])
 def test_a_tensor_comes_back_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    back = unpack(pack(tensor))
+    back = unpack("key", pack("key", tensor))
     assert back.dtype == dtype
     assert torch.equal(back, tensor)
 
@@ -21,24 +21,38 @@ def test_a_tensor_comes_back_bit_for_bit(dtype: torch.dtype, shape: tuple[int, .
 def test_a_tensor_of_the_engine_comes_back_too() -> None:
     with torch.inference_mode():
         tensor = torch.randn(8, 6).T[1:3].to(torch.bfloat16)  # not contiguous
-    assert torch.equal(unpack(pack(tensor)), tensor)
+    assert torch.equal(unpack("key", pack("key", tensor)), tensor)
 
 
 def test_every_flipped_bit_is_noticed() -> None:
-    data = pack(torch.ones(3))
+    data = pack("key", torch.ones(3))
     for index, bit in itertools.product(range(len(data)), range(8)):
         damaged = bytearray(data)
         damaged[index] ^= 1 << bit
         with pytest.raises(WireError):
-            unpack(bytes(damaged))
+            unpack("key", bytes(damaged))
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"BL2E", pack(torch.ones(3))[:-1], pack(torch.ones(3)) + b"\0", b"\x80\x04K\x01." * 20]
+    "data",
+    [
+        b"",
+        b"BL2E",
+        pack("key", torch.ones(3))[:-1],
+        pack("key", torch.ones(3)) + b"\0",
+        b"\x80\x04K\x01." * 20,
+    ],
 )
 def test_other_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(WireError):
-        unpack(data)
+        unpack("key", data)
+
+
+def test_the_value_of_another_key_is_refused() -> None:
+    data = pack("one", torch.ones(3))
+    assert unpack("one", data).tolist() == [1, 1, 1]
+    with pytest.raises(WireError, match="checksum"):
+        unpack("other", data)
 
 
 def test_the_key_changes_with_each_of_its_fields() -> None:
