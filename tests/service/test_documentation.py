@@ -1,16 +1,28 @@
-"""What the documents say of the settings is what the settings are."""
+"""What the documents say of settings and metrics is what these are."""
 
 import re
 from pathlib import Path
 
+from service.metrics import Metrics
 from service.settings import Settings
 
-TABLE = Path(__file__).parents[2] / "docs" / "settings.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_every_setting_and_its_default_is_in_the_table_and_no_other() -> None:
     rows = re.findall(
-        r"^\| `BLIP2_([A-Z0-9_]+)` \| `([^`]*)` \|", TABLE.read_text(encoding="utf-8"), re.MULTILINE
+        r"^\| `BLIP2_([A-Z0-9_]+)` \| `([^`]*)` \|", (DOCS / "settings.md").read_text(), re.MULTILINE
     )
     defaults = {name.upper(): str(field.default) for name, field in Settings.model_fields.items()}
     assert dict(rows) == {name: "unset" if value == "None" else value for name, value in defaults.items()}
+
+
+def test_the_table_of_metrics_names_those_that_are_exported_and_no_others() -> None:
+    table = re.findall(r"^\| (`blip2_.*?) \|", (DOCS / "serving.md").read_text(), re.MULTILINE)
+    documented = {name for row in table for name in re.findall(r"`(blip2_\w+)", row)}
+    exported = {
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in Metrics().registry.collect()
+        if family.name.startswith("blip2_")
+    }
+    assert documented == exported
