@@ -25,6 +25,7 @@ _RETRY_S: Final = 5
 _MIN_STALL_TIMEOUT_S: Final = 5.0
 _LAST_ANSWERS_S: Final = 2.0
 _LOOK_S: Final = 0.25
+_LOOKS: Final = 2  # in a row: a process that was stopped and goes on looks stalled, for a moment
 _LAST_LOOK_S: Final = 1.0  # for probes and new callers, to hear what is wrong
 
 T = TypeVar("T")
@@ -193,8 +194,12 @@ class Lifecycle:
 
     async def _watch_engine(self) -> None:
         assert self._parts is not None
-        while not (problem := self.stalled):  # noqa: ASYNC110 - a thread that hangs sets no event
+        num_times, problem = 0, None
+        while num_times < _LOOKS:
             await asyncio.sleep(min(_LOOK_S, self._stall_timeout_s / 4))
+            problem = self.stalled
+            num_times = num_times + 1 if problem else 0
+        assert problem is not None
         self._lost = problem
         logger.critical("the engine is lost: %s", problem, extra={FIELDS: {"stacks": _stacks()}})
         self._parts.engine.give_up(problem)
