@@ -42,14 +42,14 @@ def main() -> None:
 
 
 def build_app(model: TransformersModel) -> FastAPI:
-    """Images are read in the threads of the handlers, before the lock."""
+    """A request is read and answered before the next one is begun."""
     app = FastAPI()
     lock = threading.Lock()
 
     def generate(image: str, prompt: str, search: Search) -> Caption:
-        pixel_values = model.read_image(image)
+        # Images read beside it would slow generate down: each thread brings torch's own threads along.
         with lock:
-            (caption,) = model.generate(pixel_values, prompt, search)
+            (caption,) = model.generate(model.read_image(image), prompt, search)
         return caption
 
     @app.get("/health")

@@ -4,7 +4,7 @@ import math
 
 _PATIENCE, _MAX_PATIENCE = 32, 16384
 _FULL = 0.75  # of the limit: rows come by the job, and seldom reach it exactly
-TURN_S = 0.1  # of a piece of work, about: nobody waits much longer for the device
+TURN_S = 0.5  # of a piece of work at most, about: nobody waits much longer for the device
 _MEMORY = 0.8  # weight of earlier batches, in the time of one item
 
 
