@@ -9,8 +9,13 @@ from torch import Tensor
 from model.errors import DeviceUnavailableError
 
 CPU = torch.device("cpu")
-# torch has a class for the allocator of the GPU alone.
-_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# torch has a class for its own allocator on the GPU alone; pinned memory and libraries tell otherwise.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # said where there is no memory for its workspace
+)
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -19,6 +19,9 @@ class StepDecoder(Protocol):
 
     def cancel(self, job: DecodeJob) -> None: ...
 
+    def has_room(self, num_prefix_tokens: int, params: GenerationParams) -> bool:
+        """Whether a job of so many prompt and image tokens could begin at the next step."""
+
 
 class Backend(Protocol):
     """A loaded model. The first group may be called from any thread, the second by the engine alone."""
@@ -55,6 +58,10 @@ class Backend(Protocol):
 
     def preprocess(self, image: Image.Image, tower: Tower) -> Tensor:
         """Turns an image into the [3, S, S] pixel_values that a tower reads, on the CPU."""
+
+    @property
+    def num_query_tokens(self) -> int:
+        """How many tokens an image is to the language model."""
 
     def caption_prompt(self) -> str: ...
 

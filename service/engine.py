@@ -14,8 +14,9 @@ from typing import Protocol
 
 import torch
 
+from model.devices import is_out_of_memory
 from service.backend import Backend
-from service.errors import DeadlineExceededError, NotReadyError
+from service.errors import DeadlineExceededError, NotReadyError, OutOfDeviceMemoryError
 from service.jobs import GenerateJob, Job
 from service.scheduler import Line, ServiceRate
 from service.stages.admission import open_lanes
@@ -123,7 +124,7 @@ class Engine:
                 if not self._running:
                     self._beat = None
         finally:
-            self._ended = True
+            self._ended, self._beat = True, None
             # Also where the device was lost: nobody may wait for an answer that cannot come.
             _refuse(self._line.close("the engine has stopped; this process must be restarted"))
             _refuse([running.job for running in self._running])
@@ -141,7 +142,7 @@ class Engine:
             if job.ticket.expired(time.monotonic()):
                 job.ticket.fail(DeadlineExceededError("the deadline passed while the request was in line"))
             elif not job.ticket.settled:
-                self._guarded(partial(self._take_in, job, num_items), job.ticket.fail)
+                self._guarded(partial(self._take_in, job, num_items), partial(_fail, job))
 
     def _take_in(self, job: Job, num_items: int) -> None:
         running = Running(job, num_items, _num_rows(job))
@@ -157,11 +158,15 @@ class Engine:
             if running.encode_error is not None:
                 running.fail(running.encode_error)
             elif running.encoded:
-                self._guarded(partial(self._begin, running), running.fail)
+                self._guarded(partial(self._begin, running), partial(_fail, running.job))
 
     def _work(self) -> None:
         self._encode.wait_for(
-            [running.slots for running in self._running if not (running.encoded or running.settled)]
+            [
+                running.slots
+                for running in self._running
+                if running.work_started is None and not (running.encoded or running.settled)
+            ]
         )
         ready = [name for name, stage in self._stages.items() if stage.has_work()]
         if not ready:
@@ -187,13 +192,16 @@ class Engine:
         self.longest_turn_s = max(self.longest_turn_s, turn_s)
 
     def _guarded(self, work: Callable[[], None], recover: Callable[[Exception], None]) -> None:
+        failure: Exception | None = None
         try:
             work()
-        except torch.AcceleratorError:
-            raise  # the device's context is lost: nothing can run any more, and /livez must say so
         except Exception as exc:  # the only broad except in the service
+            if isinstance(exc, torch.AcceleratorError) and not is_out_of_memory(exc):
+                raise  # the device's context is lost: nothing can run any more, and /livez must say so
             logger.warning("a step of the engine failed", exc_info=exc)
-            recover(exc)
+            failure = exc.with_traceback(None)  # whose frames hold tensors, and memory may be what is short
+        if failure is not None:
+            recover(failure)
         self._beat = time.monotonic()
 
 
@@ -201,6 +209,14 @@ def _num_rows(job: Job) -> int:
     if isinstance(job, GenerateJob):
         return len(job.prompts) * job.params.num_rows
     return min(len(job.candidates), MAX_PAIRS_PER_TURN)
+
+
+def _fail(job: Job, error: Exception) -> None:
+    if is_out_of_memory(error):
+        error = OutOfDeviceMemoryError(
+            "the device's memory does not hold this request's images beside what runs; send fewer, or later"
+        )
+    job.ticket.fail(error)
 
 
 def _refuse(jobs: list[Job]) -> None:

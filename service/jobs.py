@@ -3,6 +3,7 @@
 A job is immutable once it is in line; its future is completed once, and is the only way back.
 """
 
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -112,6 +113,7 @@ class Ticket(Generic[T]):
     deadline: float | None = None
     submitted: float = field(default_factory=time.monotonic)
     future: Future[Answer[T]] = field(default_factory=Future)
+    _claiming: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def settled(self) -> bool:
@@ -132,8 +134,11 @@ class Ticket(Generic[T]):
             self.future.set_exception(for_caller(error))
 
     def _claim(self) -> bool:
-        # The caller may cancel at any moment from the event loop; past this call it no longer can.
-        return not self.future.done() and self.future.set_running_or_notify_cancel()
+        # The caller may cancel at any moment from the event loop; past this call it no longer can. The engine
+        # and who gives it up may both want the last word.
+        with self._claiming:
+            is_free = not (self.future.done() or self.future.running())
+            return is_free and self.future.set_running_or_notify_cancel()
 
 
 def generate_needs(*, shows_questions: bool) -> frozenset[Kind]:

@@ -209,6 +209,8 @@ class Lifecycle:
 
     def _started(self, startup: asyncio.Task[None]) -> None:
         error = None if startup.cancelled() else startup.exception()
+        if self.draining:  # which is why it failed
+            return
         if isinstance(error, ModelError | SettingsError | StartupError):
             self._on_failure(StartupError(str(error)))
         elif error is not None:  # our own bug, then: the operator gets a line, the log the rest

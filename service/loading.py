@@ -128,6 +128,10 @@ class Blip2Backend:
     def preprocess(self, image: Image.Image, tower: Tower) -> Tensor:
         return self._of(tower).preprocess(image)
 
+    @property
+    def num_query_tokens(self) -> int:
+        return self._blip2.query_tokens.shape[1]
+
     def caption_prompt(self) -> str:
         return self._blip2.prompts.caption_prompt()
 

@@ -127,6 +127,8 @@ class Line:
 
     def take(self, lanes: Collection[Lane]) -> tuple[Job, int] | None:
         """Takes the oldest job of these lanes and its number of items; None where none of them waits."""
+        if not lanes:
+            return None
         with self._changed:
             for place in self._queue:
                 assert place.job is not None

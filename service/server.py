@@ -62,15 +62,17 @@ def serve(settings: Settings, listener: socket.socket, load: Loader | None = Non
     server = _build_server(settings, listener, load or partial(load_backend, settings))
     server.run(sockets=[listener])
     if isinstance(server.failure, EngineLostError):
-        _leave_at_once(server.failure)
+        _leave_at_once(str(server.failure))
+    if server.force_exit:
+        _leave_at_once("ended by a second signal")
     if server.failure is not None:
         raise server.failure
 
 
-def _leave_at_once(failure: EngineLostError) -> NoReturn:
-    sys.stderr.write(f"blip2: {failure}\n")
+def _leave_at_once(reason: str) -> NoReturn:
+    sys.stderr.write(f"blip2: {reason}\n")
     sys.stderr.flush()
-    os._exit(1)  # the interpreter's own end may wait for the device, which does not answer
+    os._exit(1)  # the interpreter's own end would wait for threads, and perhaps for a device that hangs
 
 
 def _build_server(settings: Settings, listener: socket.socket, load: Loader) -> Server:

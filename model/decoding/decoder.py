@@ -66,6 +66,11 @@ class Decoder:
         )
         self._limits.check(extent_of(num_prompt_tokens + num_soft_tokens, params), self._state)
 
+    def has_room(self, num_prefix_tokens: int, params: GenerationParams) -> bool:
+        """Whether a job of so many prompt and soft tokens, if added now, would begin with the next step."""
+        extents = [task.extent for task in (*self._running, *self._waiting)]
+        return not self._limits.are_exceeded([*extents, extent_of(num_prefix_tokens, params)], self._state)
+
     def cancel(self, job: DecodeJob) -> None:
         """Forgets a job, whose rows are gone at once; nothing happens where it is done already."""
         self._waiting = [task for task in self._waiting if task.job is not job]

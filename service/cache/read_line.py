@@ -43,6 +43,7 @@ class ReadLine:
         self._budget_s = budget_s
         self._wishes: deque[Wish] = deque()
         self._readers: set[asyncio.Task[None]] = set()
+        self._num_readers = 0  # that look for wishes: a task outlives its last look by a moment
 
     async def get(self, keys: Sequence[str]) -> list[Read]:
         """Reads one key or more; what is not there when the time is up is an error."""
@@ -65,17 +66,21 @@ class ReadLine:
 
     def _start_readers(self) -> None:
         wanted = math.ceil(len(self._wishes) / self._per_read)
-        for _ in range(min(wanted, self._max_reads - len(self._readers))):
+        for _ in range(min(wanted, self._max_reads - self._num_readers)):
+            self._num_readers += 1
             reader = asyncio.create_task(self._read_all(), name="redis-reader")
             self._readers.add(reader)
             reader.add_done_callback(self._readers.discard)
 
     async def _read_all(self) -> None:
-        while wishes := self._next_wishes():
-            reads = await self._read_many([wish.key for wish in wishes])
-            for wish, read in zip(wishes, reads, strict=True):
-                if not wish.read.done():
-                    wish.read.set_result(read)
+        try:
+            while wishes := self._next_wishes():
+                reads = await self._read_many([wish.key for wish in wishes])
+                for wish, read in zip(wishes, reads, strict=True):
+                    if not wish.read.done():
+                        wish.read.set_result(read)
+        finally:
+            self._num_readers -= 1
 
     def _next_wishes(self) -> list[Wish]:
         wishes: list[Wish] = []

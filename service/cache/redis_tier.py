@@ -93,7 +93,7 @@ class RedisTier:
         except (StoreError, TimeoutError) as exc:
             self._failed(exc)
             return [FAILED] * len(keys)
-        except asyncio.CancelledError:
+        except BaseException:
             self._breaker.abandoned()
             raise
         self._succeeded()
@@ -117,7 +117,7 @@ class RedisTier:
         except StoreError as exc:
             self._failed(exc)
             return "error"
-        except asyncio.CancelledError:
+        except BaseException:
             self._breaker.abandoned()
             raise
         self._succeeded()

@@ -1,5 +1,7 @@
 """Both levels as one cache of encodings by image digest."""
 
+import asyncio
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -9,6 +11,8 @@ from service.cache.memory import MemoryCache
 from service.cache.redis_tier import RedisTier
 from service.cache.wire import redis_key
 from service.jobs import FreshEncoding, Kind
+
+_BUDGET_S = 1.0  # what a request loses to Redis at most
 
 Lookup = dict[str, dict[Kind, Tensor]]  # by digest
 
@@ -44,12 +48,17 @@ class EmbeddingCache:
     async def lookup(self, digests: Sequence[str], needs: frozenset[Kind]) -> Lookup:
         """Gives what is known of each image: of what is needed, else the image features, to make it from."""
         found: Lookup = {digest: {} for digest in digests}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_BUDGET_S):
+                await self._look_for_all(found, needs)
+        return found
+
+    async def _look_for_all(self, found: Lookup, needs: frozenset[Kind]) -> None:
         for kind in sorted(needs):
             await self._look_for(kind, found)
         lacking = {digest: known for digest, known in found.items() if needs - known.keys()}
         if lacking and Kind.IMAGE_FEATURES not in needs:
             await self._look_for(Kind.IMAGE_FEATURES, lacking)
-        return found
 
     def store(self, fresh: Iterable[FreshEncoding]) -> None:
         """Has them written to Redis soon; the engine has put them into this process's memory already."""

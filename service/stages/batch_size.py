@@ -2,23 +2,21 @@
 
 import math
 
-_PATIENCE, _MAX_PATIENCE = 32, 16384
-_FULL = 0.75  # of the limit: rows come by the job, and seldom reach it exactly
 TURN_S = 0.5  # of a piece of work at most, about: nobody waits much longer for the device
-_MEMORY = 0.8  # weight of earlier batches, in the time of one item
+_PATIENCE, _MAX_PATIENCE = 32, 16384
 
 
 class BatchSize:
     """At most `most`; where `turn_s` is given, about as many as take that long, but one always.
 
-    After `ran_out` it stays at what is known to fit, or at half. After 32 full batches that went well it
-    tries half as many again; after each try that fails it waits twice as long for the next.
+    After `ran_out` it stays at what is known to fit, or at half. After 32 batches that went well, and would
+    have been larger if they might, it tries half as many again; after each try that fails, half as often.
     """
 
     def __init__(self, most: int, *, turn_s: float = math.inf) -> None:
         self._most = most
         self._turn_s = turn_s
-        self._item_s = 0.0
+        self._in_time = most
         self._fits = most  # as far as is known
         self._proven = 0  # the largest that went well
         self._num_well = 0
@@ -27,18 +25,17 @@ class BatchSize:
 
     @property
     def limit(self) -> int:
-        if self._item_s * self._fits <= self._turn_s:
-            return self._fits
-        return max(1, int(self._turn_s / self._item_s))
+        return min(self._in_time, self._fits)
 
-    def went_well(self, count: int, seconds: float) -> None:
-        """Learns from a batch of so many, which took so long."""
-        item_s = seconds / count
-        self._item_s = item_s if not self._item_s else _MEMORY * self._item_s + (1 - _MEMORY) * item_s
+    def went_well(self, count: int, seconds: float, *, was_cut: bool) -> None:
+        """Learns from a batch of so many, which took so long. was_cut: the limit kept others out of it."""
         self._proven = max(self._proven, count)
-        if count < _FULL * self.limit or self._fits == self._most:
-            return
-        self._num_well += 1
+        if seconds > self._turn_s:
+            self._in_time = max(1, int(count * self._turn_s / seconds))
+        elif was_cut:
+            self._in_time = min(self._most, max(self._in_time, count + 1))
+        if was_cut and self._fits < self._most:
+            self._num_well += 1
         if self._num_well >= self._patience:
             self._fits = min(self._most, self._fits + max(1, self._fits // 2))
             self._num_well = 0

@@ -117,7 +117,10 @@ class EncodeStage:
         self._waiting = list(waiting)
 
     def has_work(self) -> bool:
-        return any(slot.wanted for slots in self._waiting for slot in slots)
+        if any(slot.wanted for slots in self._waiting for slot in slots):
+            return True
+        self._suspects.clear()  # nobody waits for them any more
+        return False
 
     def step(self) -> None:
         """Encodes one batch."""
@@ -129,19 +132,20 @@ class EncodeStage:
         self._encode_queries(slots, batch)
         for slot in slots:
             _let_go(slot)
-        self._size.went_well(len(slots), time.monotonic() - batch.started)
+        was_cut = len(slots) >= self._size.limit
+        self._size.went_well(len(slots), time.monotonic() - batch.started, was_cut=was_cut)
         self._waiting, self._in_hand = [], []  # or they would hold the images while nothing is to be done
 
     def recover(self, error: Exception) -> None:
         """After a failed step: finds the image at fault, or takes fewer at once if memory was."""
-        slots = self._in_hand
+        slots, self._in_hand = self._in_hand, []
         if is_out_of_memory(error):
             self._meter.ran_out_of_memory("vision")
             self._backend.free_memory()
             self._size.ran_out(len(slots))
             if len(slots) == 1:
                 slots[0].error = OutOfDeviceMemoryError(
-                    "the device's memory does not hold one more image; try later, or load a smaller model"
+                    "the device's memory does not hold one more image beside what runs; try again later"
                 )
         elif culprit := self._suspects.accuse(slots):
             culprit.error = error

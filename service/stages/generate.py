@@ -75,10 +75,11 @@ class GenerateStage:
         self._size = BatchSize(max_rows)
         self._decoder: StepDecoder | None = None  # built when needed: a checkpoint may lack a language model
         self._waiting: deque[Text] = deque()
+        self._coming: Text | None = None  # on its way into the decoder
         self._active: dict[DecodeJob, Text] = {}
-        self._entering: list[Text] = []  # on their way into the decoder
+        self._was_cut = False  # the last step would have had more rows if it might
         self._suspects: Suspects[Text] = Suspects()
-        self._on_trial = False  # those in the decoder are a group of suspects
+        self._trial: list[Text] = []  # suspects in the decoder, whom nobody may join
 
     def begin(self, running: Running, job: GenerateJob) -> None:
         """Takes a job whose image is encoded."""
@@ -105,14 +106,16 @@ class GenerateStage:
             text.request.generations[text.number] = generations
             if all(text.request.generations):
                 _settle(text.request)
-        self._size.went_well(num_rows, time.monotonic() - started)
+        self._size.went_well(num_rows, time.monotonic() - started, was_cut=self._was_cut)
 
     def recover(self, error: Exception) -> None:
         """After a failed step: finds the text at fault, or lets in fewer if memory was. All begin anew."""
-        texts = list(dict.fromkeys([*self._active.values(), *self._entering]))
+        texts = list(dict.fromkeys([*self._active.values(), *self._trial]))
+        if self._coming is not None and self._coming not in texts:
+            texts.append(self._coming)
         self._active.clear()
-        self._entering.clear()
-        self._decoder = None
+        self._trial = []
+        self._coming = self._decoder = None
         if is_out_of_memory(error):
             self._ran_out_of_memory(texts)
         elif culprit := self._suspects.accuse(texts):
@@ -137,57 +140,70 @@ class GenerateStage:
                 self._decoder.cancel(decode_job)
 
     def _let_in(self) -> None:
-        self._entering = list(self._next_texts())
-        if not self._entering:
-            return
-        decoder = self._decoder = self._decoder or self._backend.build_decoder()
-        lengths: list[int] = []
-        for text in self._entering:
+        num_tokens: list[int] = []
+        for text in self._next_texts():
+            self._coming = text
+            self._decoder = self._decoder or self._backend.build_decoder()
             decode_job = self._backend.build_decode_job(
                 text.encoded, text.prompt_ids, text.params, text.question
             )
-            decoder.add(decode_job)
+            self._decoder.add(decode_job)
             self._active[decode_job] = text
+            self._coming = None
             text.running.is_ahead = False
-            lengths.append(len(decode_job.language_model_inputs) + len(decode_job.prompt_ids))
-        self._entering.clear()
-        self._meter.saw_padding(1 - sum(lengths) / (len(lengths) * max(lengths)))
-        num_rows = self._num_rows()
-        for text in self._active.values():
-            text.running.saw_rows(num_rows)
+            num_tokens.append(self._num_tokens(text))
+        if num_tokens:
+            self._meter.saw_padding(1 - sum(num_tokens) / (len(num_tokens) * max(num_tokens)))
+            num_rows = self._num_rows()
+            for text in self._active.values():
+                text.running.saw_rows(num_rows)
 
     def _next_texts(self) -> Iterator[Text]:
         if not self._active:
-            self._on_trial = False
-        while self._suspects and not self._active:
-            if group := [text for text in self._suspects.next_group() if not text.settled]:
-                self._on_trial = True
-                yield from group
-                return
-        if not self._on_trial:
+            self._trial = self._next_suspects()
+            yield from list(self._trial)
+        if not self._trial:
             yield from self._newcomers()
+
+    def _next_suspects(self) -> list[Text]:
+        while self._suspects:
+            group = [text for text in self._suspects.next_group() if not text.settled]
+            if len(group) > 1 and sum(map(self._num_tokens, group)) > MAX_PROMPT_TOKENS_PER_TURN:
+                self._suspects.accuse(group)  # they may have come one after the other
+            elif group:
+                return group
+        return []
 
     def _newcomers(self) -> Iterator[Text]:
         """Takes those out of the waiting who may enter now, oldest first.
 
-        Long texts wait while they hold their share of the rows, and are passed meanwhile; nobody else is.
+        Long texts wait while they hold their share of the rows, and short ones pass them meanwhile; nobody
+        else is passed.
         """
-        num_rows = self._num_rows()
-        num_long = sum(text.num_rows for text in self._active.values() if text.is_long)
-        num_tokens = 0
+        num_tokens, long_wait = 0, False
+        self._was_cut = False
         for text in list(self._waiting):
-            if text.is_long and num_long and num_long + text.num_rows > LONG_SHARE * self._size.limit:
+            long_wait = long_wait or (text.is_long and self._long_share_is_taken(text))
+            if text.is_long and long_wait:
                 continue
-            num_tokens += len(text.prompt_ids) + len(text.encoded)
-            is_too_much = (
-                num_rows + text.num_rows > self._size.limit or num_tokens > MAX_PROMPT_TOKENS_PER_TURN
-            )
-            if num_rows and is_too_much:
+            num_tokens += self._num_tokens(text)
+            if self._active and not (num_tokens <= MAX_PROMPT_TOKENS_PER_TURN and self._has_room(text)):
                 return
-            num_rows += text.num_rows
-            num_long += text.num_rows * text.is_long
             self._waiting.remove(text)
             yield text
+
+    def _long_share_is_taken(self, text: Text) -> bool:
+        num_long = sum(active.num_rows for active in self._active.values() if active.is_long)
+        return num_long > 0 and num_long + text.num_rows > LONG_SHARE * self._size.limit
+
+    def _has_room(self, text: Text) -> bool:
+        if self._num_rows() + text.num_rows > self._size.limit:
+            self._was_cut = True
+            return False
+        return self._decoder is None or self._decoder.has_room(self._num_tokens(text), text.params)
+
+    def _num_tokens(self, text: Text) -> int:
+        return self._backend.num_query_tokens + len(text.prompt_ids)
 
     def _num_rows(self) -> int:
         return sum(text.num_rows for text in self._active.values())
@@ -195,8 +211,8 @@ class GenerateStage:
 
 def _too_large(num_rows: int) -> OutOfDeviceMemoryError:
     return OutOfDeviceMemoryError(
-        f"the device's memory does not hold this text's {num_rows} beams or samples by themselves; "
-        "lower num_beams or max_new_tokens"
+        f"the device's memory does not hold this text's {num_rows} beams or samples beside what runs; "
+        "lower num_beams or max_new_tokens, or try later"
     )
 
 

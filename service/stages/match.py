@@ -56,6 +56,7 @@ class Batch:
     size: BatchSize
     scorings: Sequence[Scoring] = ()
     count: int = 0
+    started: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class MatchStage:
         self._pair_size = BatchSize(MAX_PAIRS_PER_TURN, turn_s=TURN_S)
         self._scorings: deque[Scoring] = deque()
         self._suspects: Suspects[Scoring] = Suspects()
-        self._batch = Batch(self._text_size)
+        self._batch: Batch | None = None
 
     def begin(self, running: Running, job: MatchJob) -> None:
         """Takes a job whose images are encoded."""
@@ -100,24 +101,26 @@ class MatchStage:
 
     def step(self) -> None:
         """Does one batch for the job whose turn it is, filled up with the like of those behind it."""
-        started = time.monotonic()
         scorings = self._next_group()
         if scorings[0].lacking_texts:
             self._embed_texts(scorings)
         else:
             self._score([scoring for scoring in scorings if not scoring.lacking_texts])
-        if self._batch.count:
-            self._batch.size.went_well(self._batch.count, time.monotonic() - started)
-        self._batch = Batch(self._pair_size)  # lets go of the images
+        batch, self._batch = self._batch, None
+        if batch is not None and batch.count:
+            was_cut = batch.count >= batch.size.limit
+            batch.size.went_well(batch.count, time.monotonic() - batch.started, was_cut=was_cut)
         self._forget_settled()
 
     def recover(self, error: Exception) -> None:
         """After a failed step: finds the job at fault, or takes fewer at once if memory was."""
-        batch = self._batch
+        batch, self._batch = self._batch, None
+        assert batch is not None
         if is_out_of_memory(error):
             self._meter.ran_out_of_memory("match")
             self._backend.free_memory()
-            batch.size.ran_out(batch.count)
+            if batch.count:
+                batch.size.ran_out(batch.count)
             if batch.count <= 1:
                 batch.scorings[0].running.fail(_too_large())
         elif culprit := self._suspects.accuse(batch.scorings):
@@ -125,6 +128,8 @@ class MatchStage:
 
     def _forget_settled(self) -> None:
         self._scorings = deque(scoring for scoring in self._scorings if not scoring.running.settled)
+        if not self._scorings:
+            self._suspects.clear()
 
     def _next_group(self) -> Sequence[Scoring]:
         while self._suspects:
@@ -140,6 +145,7 @@ class MatchStage:
         waiting = [scoring for scoring in scorings if not set(texts).isdisjoint(scoring.lacking_texts)]
         self._batch = Batch(self._text_size, waiting, len(texts))
         embeds = self._text_embeds.embed(texts)
+        self._backend.synchronize()
         for scoring in waiting:
             scoring.texts |= {text: embeds[text] for text in scoring.lacking_texts if text in embeds}
 
@@ -192,7 +198,7 @@ class MatchStage:
 
 def _too_large() -> OutOfDeviceMemoryError:
     return OutOfDeviceMemoryError(
-        "the device's memory does not hold one more text or pair; try again later, or send fewer candidates"
+        "the device's memory does not hold one more text or pair beside what runs; try again later"
     )
 
 

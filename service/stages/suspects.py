@@ -16,6 +16,10 @@ class Suspects(Generic[T]):
     def __bool__(self) -> bool:
         return bool(self._groups)
 
+    def clear(self) -> None:
+        """Forgets them all."""
+        self._groups.clear()
+
     def accuse(self, batch: Sequence[T]) -> T | None:
         """After a batch failed: gives the culprit if it was alone, else has each half tried by itself."""
         if len(batch) == 1:

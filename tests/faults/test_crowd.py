@@ -18,7 +18,13 @@ from tests.integration.processes import ServiceProcess, poll_async, service
 CAPACITY, NUM_TOO_MANY, NUM_GONE, NUM_SLOW = 32, 8, 500, 50
 IMAGES_SEEN = 'blip2_batch_rows_sum{stage="vision"}'
 DISCONNECTED = 'blip2_abandoned_total{reason="disconnected"}'
-LIMITS = {"max_waiting": CAPACITY, "max_images": 8, "max_questions": 8, "max_candidates": 8}
+LIMITS = {
+    "stall_timeout_ms": 120_000,
+    "max_waiting": CAPACITY,
+    "max_images": 8,
+    "max_questions": 8,
+    "max_candidates": 8,
+}
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 

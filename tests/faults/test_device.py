@@ -12,7 +12,7 @@ from tests.faults.faulty_service import HANG, LOSE, MEMORY_ROWS, RAISE
 from tests.integration.processes import ServiceProcess, poll_async, service
 
 NUM_TOGETHER = 16
-LONG = {"num_beams": 4, "min_new_tokens": 60, "max_new_tokens": 60}
+LONG = {"num_beams": 16, "min_new_tokens": 60, "max_new_tokens": 60}
 STALL_TIMEOUT_S = 2.0
 
 

@@ -61,6 +61,9 @@ class FakeDecoder:
     def add(self, job: DecodeJob) -> None:
         self._steps[job] = 0
 
+    def has_room(self, num_prefix_tokens: int, params: GenerationParams) -> bool:
+        return len(self._steps) < self._backend.room
+
     def cancel(self, job: DecodeJob) -> None:
         del self._steps[job]
         self._backend.num_cancelled += 1
@@ -98,6 +101,8 @@ class FakeBackend:
     fingerprint: str = "f" * 64
     device: str = "cpu"
     dtype: str = "float32"
+    num_query_tokens: int = 1
+    room: int = 10**9  # of texts in the decoder
     memory_rows: int = 10**9  # of images, texts, pairs or beams; a batch of more runs out of memory
     encode_gate: threading.Event = field(default_factory=threading.Event)
     decode_gate: threading.Event = field(default_factory=threading.Event)
