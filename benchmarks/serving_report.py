@@ -60,7 +60,7 @@ def _heading(about: About) -> list[str]:
         "",
         f"- {OURS}: `python -m service`, Q-Former in {about.qformer}, no cache, at most {about.max_waiting} "
         "waiting.",
-        f"- {NAIVE}: `generate` of transformers, one request at a time under a lock; {about.attention} "
+        f"- {NAIVE}: `generate` of transformers, one request at a time, in async handlers; {about.attention} "
         "attention, the faster one.",
         f"- {LITSERVE}: `generate` on batches of up to {LITSERVE_BATCH}, one worker, the same attention; "
         f"batch_timeout {best_s:g} s, the best (captions/s with {sweep}).",

@@ -30,7 +30,7 @@ from service.stages.shares import DeviceShares
 logger = logging.getLogger(__name__)
 
 # Of the device's time, while all have work. Images go first, for what is decoded together costs less.
-SHARES = {"vision": 6.0, "match": 1.0, "decode": 1.0}
+SHARES = {"vision": 12.0, "match": 1.0, "decode": 1.0}
 
 
 class Stage(Protocol):

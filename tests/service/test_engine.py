@@ -1,8 +1,9 @@
 """The engine over a fake model: what shares a batch, who is answered when, and what a failure does."""
 
 import gc
+import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from model import GenerationParams
 from service.errors import DeadlineExceededError, InferenceFailedError, NotReadyError
-from service.jobs import ImageInput, Kind, Mode, Tower
+from service.jobs import ImageInput, Kind, Mode, Ticket, Tower
 from tests.service.fakes import DEADLY_WORD, NAN_WORD, POISON_RED, POISON_WORD, TIMEOUT_S, FakeBackend, pixels
 from tests.service.running import text_of, until, workshop
 
@@ -178,6 +179,21 @@ def test_an_image_that_failed_once_may_be_tried_again() -> None:
             text_of(shop.caption(POISON_RED))
         retried = ImageInput(f"digest-{POISON_RED}", pixels(50), {})
         assert text_of(shop.caption(0, image=retried)) == "50 a photo #0"
+
+
+def test_of_two_who_settle_a_ticket_at_once_one_has_the_last_word_and_the_other_does_nothing() -> None:
+    for _ in range(200):
+        ticket: Ticket[int] = Ticket()
+        ready = threading.Barrier(2)
+
+        def fail(ticket: Ticket[int] = ticket, ready: threading.Barrier = ready) -> None:
+            ready.wait(TIMEOUT_S)
+            ticket.fail(NotReadyError("too late"))
+
+        with ThreadPoolExecutor(2) as threads:
+            for done in [threads.submit(fail), threads.submit(fail)]:
+                done.result(TIMEOUT_S)
+        assert isinstance(ticket.future.exception(), NotReadyError)
 
 
 def test_a_score_that_is_not_a_number_is_no_answer() -> None:

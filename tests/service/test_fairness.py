@@ -56,6 +56,24 @@ def test_a_long_caption_is_not_overtaken_for_ever_by_short_ones() -> None:
         assert order.index("long") == 4
 
 
+def test_long_captions_do_not_pass_one_another() -> None:
+    with workshop(max_rows=16, started=False) as shop:
+        wide = GenerationParams(num_beams=10, max_new_tokens=200)
+        narrow = GenerationParams(num_beams=2, max_new_tokens=200)
+        first = {f"first{index}": shop.caption(1, "a b", params=narrow) for index in range(6)}
+        in_between = shop.caption(1, "a b", params=wide)
+        later = {f"later{index}": shop.caption(1, "a b", params=narrow) for index in range(6)}
+        order = order_of_answers(shop, **first, wide=in_between, **later)
+        assert order.index("wide") == 6
+
+
+def test_texts_without_room_for_their_keys_wait_outside_the_decoder_in_their_order() -> None:
+    with workshop(FakeBackend(room=2), started=False) as shop:
+        jobs = {f"job{index}": shop.caption(1, "a b", params=SHORT) for index in range(7)}
+        assert order_of_answers(shop, **jobs) == list(jobs)
+        assert shop.backend.decode_batches == [2, 2, 2, 2, 2, 2, 1, 1]
+
+
 def test_a_rerank_of_many_pairs_and_a_caption_go_on_side_by_side() -> None:
     with workshop(started=False) as shop:
         many = shop.match(shop.image(100), *map(str, range(128)), mode=Mode.ITM)

@@ -1,11 +1,13 @@
 """What a failure in a batch costs the others, over a fake model: nobody else fails, little is done twice."""
 
 import pytest
+import torch
+from torch import Tensor
 
 from model import GenerationParams
 from service.errors import InferenceFailedError, OutOfDeviceMemoryError
-from service.jobs import Mode
-from tests.service.fakes import POISON_RED, POISON_WORD, TIMEOUT_S, FakeBackend
+from service.jobs import ImageInput, Kind, Mode
+from tests.service.fakes import POISON_RED, POISON_WORD, TIMEOUT_S, FakeBackend, out_of_memory
 from tests.service.running import text_of, workshop
 
 BEAMS = GenerationParams(num_beams=3)
@@ -93,6 +95,38 @@ def test_pairs_and_texts_beyond_the_memory_are_scored_in_smaller_batches() -> No
         shop.engine.start()
         assert [len(job.ticket.future.result(TIMEOUT_S).value) for job in jobs] == [20, 15]
         assert max(shop.backend.match_batches[-5:]) <= 4
+
+
+def test_memory_that_runs_out_while_a_request_is_taken_in_is_told_as_such() -> None:
+    class Full(FakeBackend):
+        def to_device(self, tensor: Tensor) -> Tensor:
+            raise out_of_memory()
+
+    with workshop(Full(), started=False) as shop:
+        known = ImageInput("known", None, {Kind.QUERY_OUTPUT: torch.zeros(1, 2)})
+        job = shop.caption(0, image=known)
+        shop.engine.start()
+        with pytest.raises(OutOfDeviceMemoryError, match="images"):
+            job.ticket.future.result(TIMEOUT_S)
+        assert shop.engine.alive
+
+
+def test_a_failed_trial_that_cannot_begin_loses_nobody() -> None:
+    class Fragile(FakeBackend):
+        """Cannot begin a text with the poisoned word."""
+
+        def build_decode_job(self, encoded, prompt_ids, params, question):  # type: ignore[no-untyped-def]
+            if POISON_WORD in self.words_of(prompt_ids):
+                raise RuntimeError("a poisoned prompt")
+            return super().build_decode_job(encoded, prompt_ids, params, question)
+
+    with workshop(Fragile(), started=False) as shop:
+        bad = shop.caption(1, POISON_WORD)
+        good = [shop.caption(red, "a") for red in range(20, 27)]
+        shop.engine.start()
+        assert [text_of(job) for job in good] == [f"{red} a #0" for red in range(20, 27)]
+        with pytest.raises(InferenceFailedError):
+            bad.ticket.future.result(TIMEOUT_S)
 
 
 def test_after_a_while_more_is_tried_again() -> None:

@@ -109,6 +109,20 @@ async def test_what_is_not_done_when_draining_ends_is_told_so() -> None:
         release.join()
 
 
+async def test_draining_while_the_model_is_warmed_up_is_no_failure() -> None:
+    backend, failures = FakeBackend(), list[FatalError]()
+    backend.encode_gate.clear()
+    async with site(
+        backend, Settings(drain_timeout_ms=50), wait=False, on_failure=failures.append
+    ) as running:
+        await until_async(lambda: running.lifecycle.backend)
+        draining = asyncio.create_task(running.lifecycle.drain())
+        await until_async(lambda: running.lifecycle.draining)
+        backend.encode_gate.set()
+        await asyncio.wait_for(draining, TIMEOUT_S)
+    assert failures == []
+
+
 async def test_a_model_that_gives_no_numbers_never_becomes_ready() -> None:
     class Broken(FakeBackend):
         def caption_prompt(self) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from service.cache.breaker import CircuitBreaker
+from service.cache.read_line import Read, ReadLine
 from service.cache.redis_store import RefusedError, StoreError
 from service.cache.redis_tier import RedisTier
 from service.cache.wire import pack
@@ -88,6 +89,19 @@ async def test_requests_that_come_while_one_is_read_share_the_next_round_trip() 
     assert [read.tensor.item() for (read,) in reads if read.tensor is not None] == list(range(10))
     assert sum(store.reads) == 10
     assert len(store.reads) <= 3
+
+
+async def test_a_burst_of_requests_is_read_to_the_last_however_fast_each_round_trip_is() -> None:
+    async def at_once(keys: Sequence[str]) -> list[Read]:
+        return [Read(None, "skipped")] * len(keys)
+
+    line = ReadLine(at_once, per_read=32, max_reads=2, budget_s=5.0)
+    burst = []
+    for number in range(16):
+        burst.append(asyncio.create_task(line.get([str(number)])))
+        if number % 2:
+            await asyncio.sleep(0)
+    assert [read.result for (read,) in await asyncio.gather(*burst)] == ["skipped"] * 16
 
 
 async def test_a_request_that_is_given_up_costs_the_others_nothing() -> None:
