@@ -2,9 +2,7 @@
 
 import asyncio
 import logging
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, Final, Literal, TypeVar
@@ -18,14 +16,13 @@ from service.logs import FIELDS
 from service.metrics import Metrics
 from service.settings import Settings, SettingsError
 from service.warmup import SelfTestError, warm_up
+from service.watch import EngineWatch, stacks
 
 logger = logging.getLogger(__name__)
 
 _RETRY_S: Final = 5
 _MIN_STALL_TIMEOUT_S: Final = 5.0
 _LAST_ANSWERS_S: Final = 2.0
-_LOOK_S: Final = 0.25
-_LOOKS: Final = 2  # in a row: a process that was stopped and goes on looks stalled, for a moment
 _LAST_LOOK_S: Final = 1.0  # for probes and new callers, to hear what is wrong
 
 T = TypeVar("T")
@@ -70,12 +67,12 @@ class Lifecycle:
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._parts: Parts | None = None
-        self._stall_timeout_s = 0.0
         self._why_not_ready = "the weights are being loaded"
         self._ready = False
         self._drain_begun = asyncio.Event()
         self._startup: asyncio.Task[None] | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._watch: EngineWatch | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._lost: str | None = None
 
     @property
@@ -90,17 +87,9 @@ class Lifecycle:
     @property
     def stalled(self) -> str | None:
         """Says what is wrong with the engine; None while it makes progress, or has nothing to do."""
-        if self._lost or self._parts is None or not self._ready:
+        if self._lost or self._watch is None or self._watching is None:
             return self._lost
-        if not self._parts.engine.alive and not self.draining:
-            return "the engine's thread has died; this process must be restarted"
-        age_s = self._parts.engine.heartbeat_age_s()
-        if age_s > self._stall_timeout_s:
-            return (
-                f"the engine has made no progress for {age_s:.1f} s, the limit is "
-                f"{self._stall_timeout_s:g} s; this process must be restarted (BLIP2_STALL_TIMEOUT_MS)"
-            )
-        return None
+        return None if self._watching.cancelled() else self._watch.problem
 
     def check_started(self) -> None:
         """Raises NotReadyError until the weights are loaded and have passed their self-test."""
@@ -165,10 +154,9 @@ class Lifecycle:
     async def aclose(self) -> None:
         """Lets go of everything."""
         self._drain_begun.set()
-        for task in (self._startup, self._watch):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        if self._startup is not None:
+            self._startup.cancel()
+            await asyncio.gather(self._startup, return_exceptions=True)
         await self._stop_engine()
         if self._parts is not None:
             await self._parts.aclose()
@@ -187,21 +175,16 @@ class Lifecycle:
             if self._parts is not None and not self._parts.engine.alive:
                 raise StartupError(str(exc)) from exc
             return
-        self._stall_timeout_s = self._pick_stall_timeout(self._parts.engine.longest_turn_s)
+        engine = self._parts.engine
+        self._watch = EngineWatch(engine, self._pick_stall_timeout(engine.longest_turn_s))
+        self._watching = asyncio.create_task(self._await_loss(self._watch), name="watch")
         self._ready = True
-        self._watch = asyncio.create_task(self._watch_engine(), name="watch")
         self._on_ready(backend)
 
-    async def _watch_engine(self) -> None:
+    async def _await_loss(self, watch: EngineWatch) -> None:
+        self._lost = problem = await watch.until_lost()
         assert self._parts is not None
-        num_times, problem = 0, None
-        while num_times < _LOOKS:
-            await asyncio.sleep(min(_LOOK_S, self._stall_timeout_s / 4))
-            problem = self.stalled
-            num_times = num_times + 1 if problem else 0
-        assert problem is not None
-        self._lost = problem
-        logger.critical("the engine is lost: %s", problem, extra={FIELDS: {"stacks": _stacks()}})
+        logger.critical("the engine is lost: %s", problem, extra={FIELDS: {"stacks": stacks()}})
         self._parts.engine.give_up(problem)
         await self._traffic.wait_idle(_LAST_ANSWERS_S)
         await asyncio.sleep(_LAST_LOOK_S)
@@ -223,7 +206,10 @@ class Lifecycle:
         return max(_MIN_STALL_TIMEOUT_S, 4 * longest_turn_s)
 
     async def _stop_engine(self) -> None:
-        if self._parts is not None and not self.stalled:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        if self._parts is not None and not self._lost:
             await asyncio.to_thread(self._parts.stop_engine)
 
 
@@ -236,15 +222,6 @@ def tasks_of(backend: Backend) -> list[Task]:
     generating: list[Task] = ["caption", "vqa"] if backend.can_generate else []
     matching: list[Task] = ["retrieve"] if backend.can_match else []
     return generating + matching
-
-
-def _stacks() -> dict[str, str]:
-    """Gives where each thread is."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    return {
-        names.get(ident, str(ident)): "".join(traceback.format_stack(frame))
-        for ident, frame in sys._current_frames().items()
-    }
 
 
 async def _in_daemon_thread(load: Loader) -> Backend:

@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
-from model import DecodeJob, Generation
+from model import DecodeJob, Generation, GenerationParams
 from service.backend import Backend, StepDecoder
 from service.jobs import Tower
 from service.lifecycle import FatalError
@@ -42,6 +42,9 @@ class FaultyDecoder:
     def add(self, job: DecodeJob) -> None:
         self._jobs.append(job)
         self._decoder.add(job)
+
+    def has_room(self, num_prefix_tokens: int, params: GenerationParams) -> bool:
+        return self._decoder.has_room(num_prefix_tokens, params)
 
     def cancel(self, job: DecodeJob) -> None:
         self._jobs.remove(job)

@@ -1,6 +1,7 @@
 """A device that fails, runs out of memory, dies or hangs under a real service: who is told what, how soon."""
 
 import asyncio
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.clients import ask, ask_together, client_of, faulty_service, has, is_red, request, texts_of
-from tests.faults.faulty_service import HANG, LOSE, MEMORY_ROWS, RAISE
+from tests.faults.faulty_service import HANG, HOLD, LOSE, MEMORY_ROWS, RAISE
 from tests.integration.processes import ServiceProcess, poll_async, service
 
 NUM_TOGETHER = 16
@@ -74,6 +75,22 @@ async def test_a_hung_device_turns_livez_red_in_time_and_ends_the_process(
         await lose(faulty, HANG, STALL_TIMEOUT_S + 1.0)
         assert "the engine has made no progress" in faulty.errors
         assert "faulty_service.py" in faulty.errors  # where it hangs
+
+
+async def test_a_process_that_was_paused_amid_a_turn_goes_on(random_checkpoint: Path, tmp_path: Path) -> None:
+    with faulty_service(tmp_path, model=random_checkpoint, stall_timeout_ms=2_000) as paused:
+        async with client_of(paused.url) as client:
+            (tmp_path / HOLD).touch()
+            caught = asyncio.create_task(ask(client, request(1)))
+            await poll_async(lambda: has(client, "blip2_running 1.0"), 60)
+            paused.process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(4)  # the pause itself, longer than a stall may be
+            paused.process.send_signal(signal.SIGCONT)
+            await poll_async(lambda: is_red(client), 60)  # it looks stalled, and is not given up at once
+            (tmp_path / HOLD).unlink()
+            assert (await caught).status_code == 200
+            assert (await ask(client, request(2))).status_code == 200
+            assert not await is_red(client)
 
 
 async def lose(faulty: ServiceProcess, order: float, red_within_s: float) -> None:
