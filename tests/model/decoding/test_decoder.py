@@ -321,6 +321,26 @@ def test_jobs_wait_for_room_in_their_order_and_answer_as_ever(
         assert_same_answers(answers[job], run_alone(pair.language_model, job))
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("bound", ["rows", "bytes"])
+def test_who_is_told_of_room_begins_at_the_next_step_and_who_is_not_waits(
+    pair: Pair, jobs: list[DecodeJob], bound: str
+) -> None:
+    limits = DecoderLimits(max_rows=9)
+    if bound == "bytes":
+        state = pair.language_model.build_state()
+        limits = DecoderLimits(max_kv_bytes=max(state.num_bytes([extent] * 2) for extent in extents(jobs)))
+    decoder = Decoder(pair.language_model, limits)
+    told = []
+    for job in jobs:
+        told.append(decoder.has_room(len(job.prompt_ids) + len(job.language_model_inputs), job.params))
+        decoder.add(job)
+    decoder.step()
+    num_begun = len(jobs) - len(decoder._waiting)
+    assert told == [True] * num_begun + [False] * (len(jobs) - num_begun)
+    assert 0 < num_begun < len(jobs)
+
+
 def test_a_job_that_could_never_run_is_refused_with_the_figures(pair: Pair) -> None:
     job = pair.job(0, "", GenerationParams(num_beams=5, max_new_tokens=20))
     with pytest.raises(
