@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import Blip2ForConditionalGeneration
 
-from model import Blip2
+from model import Blip2, DecodeJob
 from model.checkpoints import save_hub
 from tests.builders import build_parts, random_pixels
 from tests.builders_t5 import build_t5_parts
-from tests.model.decoding.reference import Pair
+from tests.model.decoding.company import PARAMS
+from tests.model.decoding.reference import PROMPTS, Pair
 
 BUILDERS = {
     "even": partial(build_parts, seed=0, eos_pull=1.5),
@@ -32,3 +33,13 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         language_model_inputs = blip2.project_queries(query_output)
     reference = Blip2ForConditionalGeneration.from_pretrained(directory).eval()
     return Pair(blip2, reference, pixel_values, language_model_inputs)
+
+
+@pytest.fixture
+def jobs(pair: Pair) -> list[DecodeJob]:
+    """Every parameter set with every prompt, on different images."""
+    return [
+        pair.job((number + offset) % 4, prompt, params)
+        for number, params in enumerate(PARAMS)
+        for offset, prompt in enumerate(PROMPTS)
+    ]
