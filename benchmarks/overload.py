@@ -9,9 +9,8 @@ from scenarios import Sizes, percentiles
 from serving_requests import caption_request
 
 FAST_SHED_S = 0.05
-_RAMP = (
-    1 / 3
-)  # of a point's time, in which a server that was idle fills up: its answers are not in the goodput
+# Of a point's time, in which a server that was idle fills up: its answers are not in the goodput.
+_RAMP = 1 / 3
 _GRACE_S = 10.0
 _GRACE_REQUESTS = 64  # as many as may be under way must have the time to be answered after the last arrival
 _SEED = 20

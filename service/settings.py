@@ -87,8 +87,8 @@ class Settings(BaseSettings):
     )
     stall_timeout_ms: Annotated[int, Field(ge=100)] | None = Field(
         default=None,
-        description="without progress for so long /livez turns red; unset: the larger of 5000 and four "
-        "times the longest turn at warm-up",
+        description="without progress for so long /livez turns red and the process ends; unset: the larger "
+        "of 5000 and four times the longest turn at warm-up",
     )
     drain_timeout_ms: int = Field(default=30_000, ge=0, description="for running work after SIGTERM")
 

@@ -13,7 +13,7 @@ def open_lanes(running: Iterable[Running], max_rows: int) -> frozenset[Lane]:
     """Gives the lanes that may send in one more.
 
     Texts together hold at most `max_rows` rows, long ones three quarters of them, and pairs as many again.
-    For each lane of texts one batch is prepared ahead: its images are encoded while the rows are taken.
+    For each lane of texts eight jobs are prepared ahead: their images are encoded while the rows are taken.
     """
     num_rows, num_ahead = Counter[Lane](), Counter[Lane]()
     for one in running:

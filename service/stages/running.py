@@ -14,8 +14,8 @@ T = TypeVar("T")
 class Running:
     """num_rows: how many it may occupy at once. image_cached: it has images, and the tower need not run.
 
-    slots: one for each of the job's images. is_ahead: it is taken in, and occupies no rows yet. max_rows: the
-    most that ran at once, so far.
+    slots: one for each of the job's images. is_ahead: its texts, if it has any, occupy no rows yet.
+    max_rows: the most that ran at once, so far.
     """
 
     job: Job
