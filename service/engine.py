@@ -195,7 +195,7 @@ class Engine:
         failure: Exception | None = None
         try:
             work()
-        except Exception as exc:  # the only broad except in the service
+        except Exception as exc:  # the only broad one that is not raised again
             if isinstance(exc, torch.AcceleratorError) and not is_out_of_memory(exc):
                 raise  # the device's context is lost: nothing can run any more, and /livez must say so
             logger.warning("a step of the engine failed", exc_info=exc)

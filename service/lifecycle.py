@@ -87,9 +87,9 @@ class Lifecycle:
     @property
     def stalled(self) -> str | None:
         """Says what is wrong with the engine; None while it makes progress, or has nothing to do."""
-        if self._lost or self._watch is None or self._watching is None:
+        if self._lost or self._watch is None:
             return self._lost
-        return None if self._watching.cancelled() else self._watch.problem
+        return self._watch.problem
 
     def check_started(self) -> None:
         """Raises NotReadyError until the weights are loaded and have passed their self-test."""
@@ -207,8 +207,10 @@ class Lifecycle:
 
     async def _stop_engine(self) -> None:
         if self._watching is not None:
-            self._watching.cancel()
+            if not self._lost:  # else it still has to say that the process must end
+                self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
+        self._watch = None  # an engine that was stopped is not lost
         if self._parts is not None and not self._lost:
             await asyncio.to_thread(self._parts.stop_engine)
 
