@@ -17,11 +17,13 @@ import torch
 from model.devices import is_out_of_memory
 from service.backend import Backend
 from service.errors import DeadlineExceededError, NotReadyError, OutOfDeviceMemoryError
-from service.jobs import GenerateJob, Job
+from service.jobs import GenerateJob, Job, Lane
 from service.scheduler import Line, ServiceRate
 from service.stages.admission import open_lanes
-from service.stages.encode import EncodeStage, EncodingMemory
+from service.stages.batch_size import TURN_S, BatchSize
+from service.stages.encode import MAX_IMAGES_PER_TURN, EncodeStage
 from service.stages.generate import GenerateStage
+from service.stages.images import EncodingMemory, Images
 from service.stages.match import MAX_PAIRS_PER_TURN, MatchStage
 from service.stages.meter import Meter
 from service.stages.running import Running
@@ -29,12 +31,18 @@ from service.stages.shares import DeviceShares
 
 logger = logging.getLogger(__name__)
 
-# Of the device's time, while all have work. Images go first, for what is decoded together costs less.
-SHARES = {"vision": 12.0, "match": 1.0, "decode": 1.0}
+# Of the device's time, while all have work. Images of texts go first, for texts that are decoded together
+# cost less, and there are never more of them than texts have room for.
+SHARES = {"images of texts": 40.0, "images of pairs": 1.0, "pairs": 1.0, "texts": 1.0}
 
 
 class Stage(Protocol):
-    """One kind of work, in pieces. `step` is called where there is work, `recover` where it failed."""
+    """One kind of work, in pieces. `step` is called where there is work, `recover` where it failed.
+
+    name: what the metrics call it.
+    """
+
+    name: str
 
     def has_work(self) -> bool: ...
 
@@ -63,13 +71,17 @@ class Engine:
         self._rate = rate
         self._max_rows = max_rows
         self._meter = meter
-        self._encode = EncodeStage(backend, memory, meter)
+        self._images = Images(backend, memory)
+        size = BatchSize(MAX_IMAGES_PER_TURN, turn_s=TURN_S)
+        self._encode_for_texts = EncodeStage(backend, self._images, size, meter)
+        self._encode_for_pairs = EncodeStage(backend, self._images, size, meter)
         self._match = MatchStage(backend, meter=meter)
         self._generate = GenerateStage(backend, max_rows=max_rows, meter=meter)
         self._stages: dict[str, Stage] = {
-            "vision": self._encode,
-            "match": self._match,
-            "decode": self._generate,
+            "images of texts": self._encode_for_texts,
+            "images of pairs": self._encode_for_pairs,
+            "pairs": self._match,
+            "texts": self._generate,
         }
         self._shares = DeviceShares(SHARES)
         self._running: list[Running] = []
@@ -109,7 +121,7 @@ class Engine:
     @property
     def num_images(self) -> int:
         """How many images are held on the device for the jobs that run."""
-        return self._encode.num_images
+        return len(self._images)
 
     def heartbeat_age_s(self) -> float:
         """Gives the time since the last progress; while there is nothing to do, 0. For any thread."""
@@ -147,7 +159,7 @@ class Engine:
     def _take_in(self, job: Job, num_items: int) -> None:
         running = Running(job, num_items, _num_rows(job))
         self._running.append(running)  # before all that may fail: from here on it is answered in any case
-        slots = running.slots = tuple(self._encode.open_slot(image, job.needs) for image in job.images)
+        slots = running.slots = tuple(self._images.open_slot(image, job.needs) for image in job.images)
         running.image_cached = bool(slots) and not any(slot.needs_vision(job.needs) for slot in slots)
 
     def _hand_on(self) -> None:
@@ -161,21 +173,22 @@ class Engine:
                 self._guarded(partial(self._begin, running), partial(_fail, running.job))
 
     def _work(self) -> None:
-        self._encode.wait_for(
-            [
-                running.slots
-                for running in self._running
-                if running.work_started is None and not (running.encoded or running.settled)
-            ]
-        )
+        waiting = [
+            running
+            for running in self._running
+            if running.work_started is None and not (running.encoded or running.settled)
+        ]
+        self._encode_for_texts.wait_for([each.slots for each in waiting if each.lane is not Lane.MATCH])
+        self._encode_for_pairs.wait_for([each.slots for each in waiting if each.lane is Lane.MATCH])
         ready = [name for name, stage in self._stages.items() if stage.has_work()]
         if not ready:
             return
-        name, started = self._shares.next(ready), time.monotonic()
-        self._guarded(self._stages[name].step, self._stages[name].recover)
+        chosen, started = self._shares.next(ready), time.monotonic()
+        stage = self._stages[chosen]
+        self._guarded(stage.step, stage.recover)
         seconds = time.monotonic() - started
-        self._shares.charge(name, seconds)
-        self._meter.spent(name, seconds)
+        self._shares.charge(chosen, seconds)
+        self._meter.spent(stage.name, seconds)
 
     def _begin(self, running: Running) -> None:
         running.work_started = time.monotonic()

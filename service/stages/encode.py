@@ -2,10 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import chain, zip_longest
-from typing import Protocol
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -13,104 +10,31 @@ from torch import Tensor
 from model.devices import is_out_of_memory
 from service.backend import Backend
 from service.errors import OutOfDeviceMemoryError
-from service.jobs import FreshEncoding, ImageInput, Kind, Tower
-from service.stages.batch_size import TURN_S, BatchSize
+from service.jobs import FreshEncoding, Kind
+from service.stages.batch_size import BatchSize
+from service.stages.images import EncodeBatch, Images, ImageSlot
 from service.stages.meter import Meter
 from service.stages.suspects import Suspects
 
 MAX_IMAGES_PER_TURN = 8
 
 
-class EncodingMemory(Protocol):
-    """The in-process cache, as the engine sees it; its tensors lie on the CPU and are never written to."""
-
-    def get(self, digest: str, kind: Kind) -> Tensor | None: ...
-
-    def put(self, digest: str, kind: Kind, tensor: Tensor) -> None: ...
-
-
-@dataclass(slots=True, eq=False)
-class EncodeBatch:
-    """One pass over several images: when it began, on the monotonic clock, and what it took."""
-
-    started: float
-    num_images: int
-    vision_s: float = 0.0
-    qformer_s: float = 0.0
-
-
-@dataclass(slots=True, eq=False, weakref_slot=True)
-class ImageSlot:
-    """An image on the device, shared by all running jobs that brought it."""
-
-    digest: str
-    tower: Tower
-    pixel_values: Tensor | None = None
-    needs: set[Kind] = field(default_factory=set)
-    have: dict[Kind, Tensor] = field(default_factory=dict)
-    fresh: list[FreshEncoding] = field(default_factory=list)
-    batches: list[EncodeBatch] = field(default_factory=list)
-    error: Exception | None = None
-
-    @property
-    def missing(self) -> set[Kind]:
-        return self.needs - self.have.keys()
-
-    @property
-    def wanted(self) -> bool:
-        """Whether it is still to be encoded."""
-        return self.error is None and bool(self.missing)
-
-    def holds(self, needs: frozenset[Kind]) -> bool:
-        return needs <= self.have.keys()
-
-    def needs_vision(self, needs: frozenset[Kind]) -> bool:
-        """Whether the vision tower must run before a job with these needs can go on."""
-        return not self.holds(needs) and Kind.IMAGE_FEATURES not in self.have
-
-    def take_fresh(self) -> list[FreshEncoding]:
-        """Gives what was computed since the last call, so that it is written to Redis once."""
-        fresh, self.fresh = self.fresh, []
-        return fresh
-
-
 class EncodeStage:
-    """One batch a step, of images of the jobs that wait, an equal part for each."""
+    """One batch a step, of images of the jobs that wait, an equal part for each.
 
-    def __init__(self, backend: Backend, memory: EncodingMemory, meter: Meter) -> None:
+    Several may work on the same `images`, and learn together what `size` goes to the device at once.
+    """
+
+    name = "vision"
+
+    def __init__(self, backend: Backend, images: Images, size: BatchSize, meter: Meter) -> None:
         self._backend = backend
-        self._memory = memory
+        self._images = images
+        self._size = size
         self._meter = meter
-        self._size = BatchSize(MAX_IMAGES_PER_TURN, turn_s=TURN_S)
         self._suspects: Suspects[ImageSlot] = Suspects()
         self._waiting: list[Sequence[ImageSlot]] = []
-        # Equal images in flight meet here: a slot lives as long as a running job holds it.
-        self._slots: WeakValueDictionary[str, ImageSlot] = WeakValueDictionary()
         self._in_hand: list[ImageSlot] = []
-
-    @property
-    def num_images(self) -> int:
-        return len(self._slots)
-
-    def open_slot(self, image: ImageInput, needs: frozenset[Kind]) -> ImageSlot:
-        """Gives the slot of this image, with all that is known of it already in place."""
-        slot = self._slots.get(image.digest)
-        if slot is None or slot.error is not None:
-            slot = self._slots[image.digest] = ImageSlot(image.digest, image.tower)
-        slot.needs |= needs
-        if slot.pixel_values is None:
-            slot.pixel_values = image.pixel_values
-        for kind in slot.missing:
-            # Once more from memory: it may have been computed since the event loop looked.
-            known = image.encodings.get(kind)
-            if known is None:
-                known = self._memory.get(image.digest, kind)
-            if known is not None:
-                slot.have[kind] = self._backend.to_device(known)
-        features = image.encodings.get(Kind.IMAGE_FEATURES)
-        if slot.missing and features is not None:
-            slot.have[Kind.IMAGE_FEATURES] = self._backend.to_device(features)
-        return slot
 
     def wait_for(self, waiting: Sequence[Sequence[ImageSlot]]) -> None:
         """Says what is to be encoded: the slots of the jobs that cannot begin yet, oldest first."""
@@ -190,7 +114,7 @@ class EncodeStage:
 
     def _keep(self, slot: ImageSlot, kind: Kind) -> None:
         tensor = slot.have[kind].to("cpu")
-        self._memory.put(slot.digest, kind, tensor)
+        self._images.keep(slot.digest, kind, tensor)
         slot.fresh.append(FreshEncoding(slot.digest, kind, tensor))
 
 

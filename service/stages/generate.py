@@ -69,6 +69,8 @@ class Text:
 class GenerateStage:
     """Answers each job when it is due. max_rows: bounds the decoder, but one text is always let in."""
 
+    name = "decode"
+
     def __init__(self, backend: Backend, *, max_rows: int, meter: Meter) -> None:
         self._backend = backend
         self._meter = meter

@@ -81,6 +81,8 @@ class Pair:
 class MatchStage:
     """Answers each job as soon as it is scored. A step is one batch: of texts, or of pairs."""
 
+    name = "match"
+
     def __init__(self, backend: Backend, *, meter: Meter) -> None:
         self._backend = backend
         self._meter = meter

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from service.jobs import Answer, DeviceTimes, Job, Lane
-from service.stages.encode import ImageSlot
+from service.stages.images import ImageSlot
 
 T = TypeVar("T")
 

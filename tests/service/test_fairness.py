@@ -82,6 +82,18 @@ def test_a_rerank_of_many_pairs_and_a_caption_go_on_side_by_side() -> None:
         assert order_of_answers(shop, many=many, caption=caption, few=few)[-1] == "many"
 
 
+def test_a_caption_does_not_wait_for_the_many_images_of_a_retrieval() -> None:
+    with workshop(started=False) as shop:
+        many = shop.match("a", *(shop.image(red) for red in range(20, 220)))
+        caption = shop.caption(7, "a")
+        num_batches: list[int] = []
+        caption.ticket.future.add_done_callback(
+            lambda _: num_batches.append(len(shop.backend.vision_batches))
+        )
+        order_of_answers(shop, many=many, caption=caption)
+        assert num_batches[0] < len(shop.backend.vision_batches) - 5
+
+
 def test_pairs_are_not_kept_out_by_texts_that_hold_all_rows() -> None:
     with workshop(max_rows=16, started=False) as shop:
         texts = {f"text{index}": shop.caption(1, STORY, params=SHORT) for index in range(40)}
