@@ -1,4 +1,4 @@
-"""`python -m model.checkpoints inspect|convert|verify`: looks at checkpoints, and turns them into others."""
+"""`python -m model.checkpoints inspect|convert|verify|fetch`: looks at checkpoints, turns and brings them."""
 
 import argparse
 import sys
@@ -14,6 +14,7 @@ from transformers.utils import logging
 from model.blip2 import Blip2
 from model.checkpoints import LoadOptions, load_blip2, locate
 from model.checkpoints.convert import Format, convert
+from model.checkpoints.fetch import fetch
 from model.checkpoints.inspect import inspect
 from model.checkpoints.records import read_json
 from model.checkpoints.verify import verify
@@ -78,6 +79,13 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0 if all(found.is_within for found in differences) else 1
 
 
+def _fetch(arguments: argparse.Namespace) -> int:
+    fetched = fetch(arguments.checkpoint, revision=arguments.revision)
+    print(f"{arguments.checkpoint}, commit {fetched.commit}, in {fetched.directory}")
+    print(f"{fetched.num_files} files are what the Hub has")
+    return 0
+
+
 def _hub_directory(source: Path) -> Path | None:
     is_hub = source.is_dir() and read_json(source / "config.json").get("model_type") == "blip-2"
     return source if is_hub else None
@@ -111,6 +119,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     comparing.add_argument("images", type=Path, nargs="+")
     comparing.add_argument("--text", action="append", help="a prompt or caption; may be given several times")
     comparing.set_defaults(run=_verify)
+
+    fetching = commands.add_parser(
+        "fetch", parents=[checkpoint], help="downloads a model of the Hub and verifies the hash of each file"
+    )
+    fetching.set_defaults(run=_fetch)
     return parser.parse_args(argv)
 
 

@@ -27,6 +27,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _READ_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
+def is_hub_id(name_or_path: str) -> bool:
+    """Whether it names a model on the Hub: 'owner/name', and nothing on the disk."""
+    path = EMBEDDED.get(name_or_path, Path(name_or_path))
+    return not path.exists() and _HUB_ID.fullmatch(name_or_path) is not None
+
+
 def locate(name_or_path: str, *, revision: str | None = None) -> Path:
     """Gives the directory or file of a checkpoint; one of the Hub is downloaded, unless it was before.
 
@@ -35,7 +41,7 @@ def locate(name_or_path: str, *, revision: str | None = None) -> Path:
     Raises CheckpointError where there is no such checkpoint, or it cannot be downloaded.
     """
     path = EMBEDDED.get(name_or_path, Path(name_or_path))
-    is_on_hub = not path.exists() and _HUB_ID.fullmatch(name_or_path) is not None
+    is_on_hub = is_hub_id(name_or_path)
     if revision is not None and not is_on_hub:
         raise CheckpointError(
             f"the revision {revision!r} is given for {name_or_path!r}, which is not on the Hub; leave it out"

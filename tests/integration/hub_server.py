@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha1
+from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -58,10 +58,7 @@ def hub_server(repositories: dict[str, Path], *, token: str | None = None) -> It
                 for path in sorted(directory.rglob("*"))
                 if path.is_file()
             }
-            tree = [
-                {"type": "file", "path": inside, "size": path.stat().st_size, "oid": _hash(path)}
-                for inside, path in paths.items()
-            ]
+            tree = [_describe_file(inside, path) for inside, path in paths.items()]
             info = {"id": name, "sha": commit, "siblings": [{"rfilename": inside} for inside in paths]}
             body = json.dumps(tree if as_tree else info).encode()
             self._send(200, body, {"Content-Type": "application/json"})
@@ -71,7 +68,7 @@ def hub_server(repositories: dict[str, Path], *, token: str | None = None) -> It
             if found is None:
                 return
             commit, directory = found
-            headers = {"ETag": f'"{_hash(directory / file)}"', "X-Repo-Commit": commit}
+            headers = {"ETag": f'"{_etag(directory / file)}"', "X-Repo-Commit": commit}
             self._send(200, (directory / file).read_bytes(), headers, with_body=with_body)
 
         def _refuse(self, status: int, code: str) -> None:
@@ -99,5 +96,25 @@ def hub_server(repositories: dict[str, Path], *, token: str | None = None) -> It
         server.server_close()
 
 
-def _hash(path: Path) -> str:
-    return sha1(path.read_bytes()).hexdigest()
+def _describe_file(inside: str, path: Path) -> dict[str, object]:
+    """As the Hub does: a large file by the sha256 of its bytes, a small one by the hash git gives it."""
+    content = path.read_bytes()
+    described = {"type": "file", "path": inside, "size": len(content), "oid": _git_hash(content)}
+    if _is_large(path):
+        return described | {
+            "lfs": {"oid": sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+        }
+    return described
+
+
+def _etag(path: Path) -> str:
+    content = path.read_bytes()
+    return sha256(content).hexdigest() if _is_large(path) else _git_hash(content)
+
+
+def _is_large(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".bin")
+
+
+def _git_hash(content: bytes) -> str:
+    return sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -9,9 +9,10 @@ import pytest
 
 from model import Blip2
 from model.checkpoints import save_hub
+from model.checkpoints.__main__ import main
 from model.checkpoints.convert import convert
 from tests.builders import build_parts
-from tests.integration.hub_server import hub_server
+from tests.integration.hub_server import REVISIONS, hub_server
 
 NAME = "someone/blip2-small"
 LOAD = """
@@ -40,10 +41,18 @@ def load(
     tmp_path: Path, endpoint: str, name: str = NAME, revision: str = "", **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Loads in a process of its own, for the Hub's client reads its variables when it is imported."""
+    return run(tmp_path, endpoint, "-c", LOAD, name, revision, **variables)
+
+
+def fetch(tmp_path: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
+    return run(tmp_path, endpoint, "-m", "model.checkpoints", "fetch", NAME, "--revision", "v2")
+
+
+def run(tmp_path: Path, endpoint: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment = {**kept, "HF_HOME": str(tmp_path), "HF_ENDPOINT": endpoint, **variables}
     return subprocess.run(
-        [sys.executable, "-c", LOAD, name, revision],
+        [sys.executable, *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -65,6 +74,29 @@ def test_a_model_is_downloaded_once_and_then_loads_offline(
         assert other.stdout.strip() == Blip2.from_pretrained(str(repositories[f"{NAME}@v2"])).fingerprint
     assert load(tmp_path, endpoint, HF_HUB_OFFLINE="1").stdout.strip() == expected
     assert not list(tmp_path.rglob("*.bin"))
+
+
+@pytest.mark.slow
+def test_a_fetched_model_is_compared_with_the_hashes_of_the_hub(
+    repositories: dict[str, Path], tmp_path: Path
+) -> None:
+    with hub_server(repositories) as endpoint:
+        first = fetch(tmp_path, endpoint)
+        assert f"commit {REVISIONS['v2']}" in first.stdout, first.stderr
+        [weights] = tmp_path.rglob("*.safetensors")
+        damaged = bytearray(weights.read_bytes())
+        damaged[-1] ^= 1
+        weights.write_bytes(damaged)
+        second = fetch(tmp_path, endpoint)
+        assert (second.returncode, second.stdout) == (2, "")
+        assert f"model.safetensors of {NAME} were not what the Hub has, and are deleted" in second.stderr
+        assert fetch(tmp_path, endpoint).stdout == first.stdout
+    assert weights.read_bytes() == (repositories[f"{NAME}@v2"] / "model.safetensors").read_bytes()
+
+
+def test_what_is_no_id_of_the_hub_cannot_be_fetched(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", "tiny"]) == 2
+    assert "'tiny' is no id of the Hub, 'owner/name'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
