@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from model.errors import ModelError
 from training.comparison import compare_stage1
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, EvaluationError, ModelError, NonFiniteLossError, OSError, ValueError) as exc:
         print(f"error: {exc}", file=sys.stderr)  # noqa: T201
         return 1
+    PartialState().destroy_process_group()
     return 0
 
 
@@ -187,11 +189,15 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _pick_device(wanted: str) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    processes = PartialState(cpu=wanted == "cpu" or not has_cuda)
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", processes.local_process_index) if has_cuda else torch.device("cpu")
     kind, _, index = wanted.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise ConfigError(f"--device is {wanted!r}; choose auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and processes.num_processes > 1:
+        raise ConfigError(f"--device is {wanted!r}, the same for all processes; leave it to auto")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device is {wanted!r}, and torch sees {torch.cuda.device_count()} CUDA devices")
     return torch.device(wanted)

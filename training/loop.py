@@ -2,6 +2,9 @@
 
 All randomness of a step comes from `(seed, step)`, so a run that was killed and resumed from its last
 checkpoint takes exactly the steps the unbroken run takes.
+
+Under torchrun each process takes a batch of its own, drawn from `(seed, step, its number)`, and all update by
+the mean of their gradients. They share one output directory, which only the first writes to.
 """
 
 import json
@@ -14,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -51,9 +56,27 @@ def train(run: Run, model: nn.Module, step: Step, optimization: Optimization) ->
     `step(rng)` returns its losses by name, `loss` being the one to minimise. Checkpoints, `metrics.jsonl`,
     TensorBoard events and `curves.png` go to `run.directory`. Raises NonFiniteLossError.
     """
+    processes = PartialState()
     run.directory.mkdir(parents=True, exist_ok=True)
     optimizer = build_optimizer(model, optimization)
     start = _load_checkpoint(run, model, optimizer)
+    processes.wait_for_everyone()  # all have read the last checkpoint before there is another
+    if processes.is_main_process:
+        _train_and_record(run, model, step, optimization, optimizer, start)
+    else:
+        for index in range(start, optimization.steps):
+            _update(run, optimizer, step, optimization, index)
+    processes.wait_for_everyone()
+
+
+def _train_and_record(
+    run: Run,
+    model: nn.Module,
+    step: Step,
+    optimization: Optimization,
+    optimizer: torch.optim.Optimizer,
+    start: int,
+) -> None:
     history = _History(run.directory, start)
     bar = tqdm(
         range(start, optimization.steps),
@@ -89,17 +112,23 @@ def build_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim
 def _update(
     run: Run, optimizer: torch.optim.Optimizer, step: Step, optimization: Optimization, index: int
 ) -> Losses:
-    torch.manual_seed(run.seed * 1_000_003 + index)  # dropout and sampled negatives
+    processes = PartialState()
+    rank = processes.process_index
+    torch.manual_seed(run.seed * 1_000_003 + index + (rank << 40))  # dropout and sampled negatives
+    rng = np.random.default_rng([run.seed, index, rank] if processes.num_processes > 1 else [run.seed, index])
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(index, optimization)
     with torch.autocast(run.device.type, run.autocast_dtype) if run.autocast_dtype else nullcontext():
-        losses = step(np.random.default_rng([run.seed, index]))
+        losses = step(rng)
     if not torch.isfinite(losses["loss"]):
         figures = ", ".join(f"{name}={value.item():.4g}" for name, value in losses.items())
         raise NonFiniteLossError(f"{run.name}: step {index} gave {figures}; {_CURE}")
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(losses["loss"])
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in trainable:
+        if parameter.grad is not None:
+            parameter.grad = reduce(parameter.grad, "mean")  # over the processes
     norm = nn.utils.clip_grad_norm_(trainable, optimization.max_grad_norm)
     if not torch.isfinite(norm):  # before the weights and the next checkpoint are spoilt
         raise NonFiniteLossError(f"{run.name}: step {index} gave a gradient of norm {norm:.4g}; {_CURE}")

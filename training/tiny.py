@@ -9,7 +9,8 @@
     stage2_t5           the same into the frozen T5
 
 Each phase leaves its result under `<out>/model/`, in the formats the service loads; a phase whose result is
-there is not run again, and one that was killed goes on from its last checkpoint.
+there is not run again, and one that was killed goes on from its last checkpoint. Several processes of one run
+(torchrun) share `<out>`; the first of them writes there.
 """
 
 import logging
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from accelerate import PartialState
 from transformers import (
     OPTForCausalLM,
     PreTrainedModel,
@@ -83,6 +85,7 @@ class TinyTraining:
         for name in self.PHASES:
             if name not in phases:
                 continue
+            PartialState().wait_for_everyone()  # the phase before is saved
             if (self.result(name) / "config.json").exists():
                 logger.info("%s: done before, in %s", name, self.result(name))
                 continue
@@ -107,7 +110,8 @@ class TinyTraining:
     def _draw(self, split: Split, scenes: Sequence[Scene]) -> SceneImages:
         world = self.config.world
         name = f"scenes-{split}-{world.seed}-{len(scenes)}-{world.image_size}.npy"
-        return draw_scenes(scenes, world.image_size, self.out / name)
+        with PartialState().main_process_first():
+            return draw_scenes(scenes, world.image_size, self.out / name)
 
     @cached_property
     def _encoder(self) -> VisionEncoder:
@@ -115,8 +119,10 @@ class TinyTraining:
 
     @cached_property
     def _features(self) -> ImageFeatures:
-        path = self.out / f"features-{hash_weights(self._encoder)[:16]}-{len(self._images)}.npy"
-        return encode_scenes(self._encoder, self._images, path, self.device)
+        encoder, images = self._encoder, self._images
+        path = self.out / f"features-{hash_weights(encoder)[:16]}-{len(images)}.npy"
+        with PartialState().main_process_first():
+            return encode_scenes(encoder, images, path, self.device)
 
     def _train_language_model(self) -> None:
         tokenizer = build_language_tokenizer()
@@ -153,6 +159,8 @@ class TinyTraining:
         self._save_matcher("retrieval", matcher)
 
     def _save_matcher(self, phase: str, matcher: Matcher) -> None:
+        if not PartialState().is_main_process:
+            return
         save_retrieval_adapter(
             self.result(phase),
             matcher,
@@ -197,6 +205,8 @@ class TinyTraining:
     def _save_generation(
         self, phase: str, branch: QueryBranch, language_model: LanguageModel, language_phase: str
     ) -> None:
+        if not PartialState().is_main_process:
+            return
         parts = Blip2Parts(
             vision_model=self._encoder,
             preprocess=self._preprocess(),
@@ -235,7 +245,8 @@ class TinyTraining:
         return self.out / "model" / phase
 
     def _run(self, phase: str) -> Run:
-        record_run(self.out / phase, self.config)
+        with PartialState().main_process_first():
+            record_run(self.out / phase, self.config)
         autocast_dtype = torch.bfloat16 if self.config.autocast == "bfloat16" else None
         return Run(
             name=phase,
@@ -251,6 +262,8 @@ def _save_frozen(
     directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> None:
     """Saves a part that is frozen from here on; the directory appears when it is whole."""
+    if not PartialState().is_main_process:
+        return
     partial = directory.with_name(f"{directory.name}.partial")
     model.to(SAVED_DTYPE).save_pretrained(partial)
     if tokenizer is not None:
