@@ -1,13 +1,18 @@
 """Serves: `python -m service`. All that can be set is in `settings`."""
 
+import os
 import sys
 
 from service.listener import ListenError, open_listener
 from service.settings import SettingsError, load_settings
 
+# oneDNN keeps a plan for each shape of a product that it met, half a megabyte each: 1,024 of them, if it may.
+_MAX_PLANS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+
 
 def main() -> int:
     """Serves until told to stop; gives the exit code."""
+    os.environ.update({name: value for name, value in _MAX_PLANS.items() if name not in os.environ})
     try:
         settings = load_settings()
         listener = open_listener(settings.host, settings.port)
