@@ -1,20 +1,27 @@
-# The service on a CPU, with the embedded default model inside.
+# The service, with the embedded default model inside. Two targets:
 #
-#   docker build --file docker/service.Dockerfile --tag blip2-server:0.1.0 --build-arg TORCH_INDEX_URL=... .
+#   docker build --file docker/service.Dockerfile --target cpu  --tag blip2-server:0.1.0 .
+#   docker build --file docker/service.Dockerfile --target cuda --tag blip2-server:0.1.0-cuda --build-arg EXTRAS="spread quantize" .
 #
-# TORCH_INDEX_URL is a second package index, asked beside the usual one. PyPI's own torch for Linux brings several
-# gigabytes of CUDA libraries; PyTorch's CPU index offers the same version without them. Empty: the usual index only.
+# TORCH_INDEX_URL is a second package index, asked beside the usual one; empty: the usual index only. PyPI's own torch for
+# Linux on x86 brings several gigabytes of CUDA libraries: the target cuda wants them, and PyTorch's index of CPU builds
+# offers the same version without them for the target cpu.
 
 # Only the list of dependencies, so that nothing else in pyproject.toml installs them again when it changes.
 FROM python:3.11-slim-bookworm AS requirements
+ARG EXTRAS=""
 COPY pyproject.toml /
-RUN python -c "import tomllib; print(*tomllib.load(open('/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -c "import sys, tomllib; p = tomllib.load(open('/pyproject.toml', 'rb'))['project']; \
+print(*p['dependencies'], *(d for e in sys.argv[1].split() for d in p['optional-dependencies'][e]), sep='\n')" "$EXTRAS" \
       > /requirements.txt
 
 
 FROM python:3.11-slim-bookworm AS build
 ARG TORCH_INDEX_URL=""
 WORKDIR /build
+RUN apt-get update -qq \
+ && apt-get install -y -qq --no-install-recommends tini \
+ && rm -rf /var/lib/apt/lists/*
 
 # Dependencies come before the code, whose changes then rebuild in seconds. The runtime needs no pip, so the environment
 # has none; torch's tests, headers and compilers stay behind too.
@@ -33,23 +40,26 @@ COPY service service
 RUN /opt/packager/bin/python -m pip install --no-cache-dir --no-deps --no-build-isolation --target /opt/app .
 
 
-FROM python:3.11-slim-bookworm
+FROM python:3.11-slim-bookworm AS cpu
 LABEL org.opencontainers.image.title="blip2-server" \
       org.opencontainers.image.description="A BLIP-2 inference service: captions, visual questions, image-text retrieval" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="docker.io/library/python:3.11-slim-bookworm"
 
+# The folder is the user's own, so that a volume which is mounted there for the first time becomes the user's too.
 RUN groupadd --gid 10001 blip2 \
- && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin blip2
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin blip2 \
+ && install --directory --owner 10001 --group 10001 /var/cache/huggingface
+COPY --from=build /usr/bin/tini-static /usr/local/bin/tini
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/app /opt/app
 
-# HF_HOME is under /tmp, the one place that is writable when the root filesystem is read-only.
+# Weights of the Hub are looked for in HF_HOME, a place for a volume; they are downloaded where HF_HUB_OFFLINE is 0.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    HF_HOME=/tmp/huggingface \
+    HF_HOME=/var/cache/huggingface \
     HF_HUB_OFFLINE=1 \
     HF_HUB_DISABLE_TELEMETRY=1 \
     BLIP2_HOST=0.0.0.0 \
@@ -65,4 +75,12 @@ import http.client, os, sys; \
 c = http.client.HTTPConnection('127.0.0.1', int(os.environ['BLIP2_PORT']), timeout=4); \
 c.request('GET', '/readyz'); \
 sys.exit(c.getresponse().status != 200)"]
+# As process 1, the service would not feel a signal before it has set its handlers.
+ENTRYPOINT ["tini", "--"]
 CMD ["python", "-m", "service"]
+
+
+# The same with what NVIDIA's container runtime wants to be told; the driver comes from the host.
+FROM cpu AS cuda
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -5,12 +5,18 @@ import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from tests.deploy.documents import COMPOSE_FILE, ROOT, read_compose, read_dockerfile
+import httpx
+
+from tests.deploy.documents import COMPOSE_FILE, ROOT, SERVICE_DOCKERFILE, read_compose, read_dockerfile
+from tests.integration.processes import poll
 
 ENABLE = "then: .venv/bin/python -m pytest -m docker tests/deploy"
+BUILD_LIMIT_S = 900
+READY_LIMIT_S = 120
 
 
 class EngineUnavailableError(Exception):
@@ -34,13 +40,14 @@ def find_compose() -> tuple[str, ...]:
     )
 
 
-def fetch_base_images() -> None:
-    """Has the images that ours are built from and run beside, from this machine or from its registry.
+def fetch_images(*others: str) -> None:
+    """Has the images that ours is built from and runs beside, from this machine or from its registry.
 
     Raises EngineUnavailableError where one cannot be had.
     """
-    images = {rest.split()[0] for name, rest in read_dockerfile() if name == "FROM"}
-    for image in sorted(images | {read_compose()["redis"]["image"]}):
+    stages = [rest.split() for name, rest in read_dockerfile(SERVICE_DOCKERFILE) if name == "FROM"]
+    bases = {words[0] for words in stages} - {words[-1] for words in stages}
+    for image in sorted(bases | {read_compose()["redis"]["image"], *others}):
         if not _succeeds("docker", "image", "inspect", image) and not _succeeds("docker", "pull", image):
             raise EngineUnavailableError(
                 f"the image {image} is not here and cannot be pulled; "
@@ -50,30 +57,51 @@ def fetch_base_images() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The containers of docker-compose.yml under a project name of their own."""
+    """The containers of the compose files under a project name of their own."""
 
     compose: tuple[str, ...]
     project: str
+    files: Sequence[Path]
     environment: Mapping[str, str]
 
     def run(self, *arguments: str, timeout_s: float = 120) -> str:
         """Runs a compose command; raises AssertionError with its output where it fails."""
-        command = (*self.compose, "--file", str(COMPOSE_FILE), "--project-name", self.project, *arguments)
-        return _run(*command, environment=self.environment, timeout_s=timeout_s)
+        files = [word for path in self.files for word in ("--file", str(path))]
+        command = (*self.compose, *files, "--project-directory", str(ROOT), "--project-name", self.project)
+        return run(*command, *arguments, environment=self.environment, timeout_s=timeout_s)
+
+    def up(self, *services: str) -> None:
+        """Builds the service's image and starts containers."""
+        self.run("build", "service", timeout_s=BUILD_LIMIT_S)
+        self.run("up", "--detach", *services, timeout_s=2 * READY_LIMIT_S)
+
+    def down(self) -> None:
+        self.run("down", "--volumes", "--remove-orphans")
+
+    def wait_until_ready(self, url: str) -> None:
+        try:
+            poll(lambda: _is_ready(url), READY_LIMIT_S, f"readiness at {url}")
+        except AssertionError as exc:
+            raise AssertionError(f"{exc}\n{self.run('logs', '--tail', '50')}") from None
+
+    def containers(self, service: str) -> list[str]:
+        return self.run("ps", "--all", "--quiet", service).split()
 
     def container(self, service: str) -> str:
-        return self.run("ps", "--all", "--quiet", service).strip()
+        [container] = self.containers(service)
+        return container
 
-    def url(self) -> str:
-        """Where the service is published now: the engine picks the port at each start."""
-        return f"http://{self.run('port', 'service', '8000').strip()}"
+    def url(self, service: str = "service", port: int = 8000, *, replica: int = 1) -> str:
+        """Where a service is published now: the engine picks the port at each start."""
+        address = self.run("port", f"--index={replica}", service, str(port)).strip()
+        return f"http://{address}"
 
     def execute(self, service: str, *command: str) -> str:
-        return _run("docker", "exec", self.container(service), *command)
+        return run("docker", "exec", self.container(service), *command)
 
     def state(self, service: str) -> dict[str, object]:
         state: dict[str, object] = json.loads(
-            _run("docker", "inspect", "--format", "{{json .State}}", self.container(service))
+            run("docker", "inspect", "--format", "{{json .State}}", self.container(service))
         )
         return state
 
@@ -83,10 +111,21 @@ class Stack:
         return health["Status"]
 
 
-def build_stack(compose: tuple[str, ...]) -> Stack:
-    """A stack that clashes with no other: a random name, and a port that is free when it starts."""
-    environment = os.environ | {"PUBLISH_PORT": "0"}
-    return Stack(compose, f"blip2-test-{uuid.uuid4().hex[:8]}", environment)
+def build_stack(*overlays: Path) -> Stack:
+    """A stack that clashes with no other: a random name, and ports that are free when it starts.
+
+    Raises EngineUnavailableError.
+    """
+    ports = dict.fromkeys(("PUBLISH_PORT", "PROXY_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT"), "0")
+    name = f"blip2-test-{uuid.uuid4().hex[:8]}"
+    return Stack(find_compose(), name, (COMPOSE_FILE, *overlays), os.environ | ports)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def _succeeds(*command: str) -> bool:
@@ -94,7 +133,8 @@ def _succeeds(*command: str) -> bool:
     return done.returncode == 0
 
 
-def _run(*command: str, environment: Mapping[str, str] | None = None, timeout_s: float = 120) -> str:
+def run(*command: str, environment: Mapping[str, str] | None = None, timeout_s: float = 120) -> str:
+    """Runs a command to its end; raises AssertionError with its output where it fails."""
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=timeout_s
     )
