@@ -15,13 +15,19 @@ status=0
 
 has() { command -v "$1" >/dev/null; }
 
+knows_components() { # Debian's kubectl, for one, is too old
+  [[ $(kubectl version --client 2>/dev/null) == *"Kustomize Version: v"[5-9]* ]]
+}
+
 install_missing() {
   local packages=()
   has redis-server || packages+=(redis-server)
-  has kubectl || packages+=(kubernetes-client)
+  has promtool || packages+=(prometheus)
   if [ ${#packages[@]} -eq 0 ] || [ "$(id -u)" -ne 0 ] || ! has apt-get; then return; fi
   echo "installing ${packages[*]}"
-  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${packages[@]}"; } \
+  # In the runlevel for maintenance, no package starts the server that it brings.
+  { apt-get update && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y --no-install-recommends "${packages[@]}"; } \
     </dev/null >/dev/null 2>&1 || echo "could not install ${packages[*]}"
 }
 
@@ -42,7 +48,8 @@ run_group() { # the marker expression
 
 install_missing
 has redis-server || leave_out redis "no redis-server" "apt-get install redis-server"
-has kubectl || leave_out kubectl "no kubectl" "apt-get install kubernetes-client"
+knows_components || leave_out kubectl "no kubectl with kustomize 5" "kubectl 1.27 or newer, from kubernetes.io"
+has promtool || leave_out promtool "no promtool" "apt-get install prometheus"
 nvidia-smi -L >/dev/null 2>&1 || leave_out gpu "no CUDA device" "$BIN/python -m pytest -m gpu, on a machine with one"
 run_group "$selected"
 

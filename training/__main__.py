@@ -26,13 +26,18 @@ from training.gates import (
     write_findings,
 )
 from training.gates import Plan as GatePlan
-from training.loop import NonFiniteLossError
+from training.loop import CheckpointMismatchError, NonFiniteLossError
 from training.questions import MAX_QUESTIONS
 from training.report import format_report
 from training.report.page import write_report
 from training.scene_files import write_scenes
 from training.scenes import PICTURED_SPLITS
 from training.tiny import TinyTraining
+
+_TOLD = (
+    *(ConfigError, CheckpointMismatchError, EvaluationError, ModelError, NonFiniteLossError),
+    *(OSError, ValueError),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GateMissedError as exc:
         print(f"missed: {exc}", file=sys.stderr)  # noqa: T201
         return 1
-    except (ConfigError, EvaluationError, ModelError, NonFiniteLossError, OSError, ValueError) as exc:
+    except _TOLD as exc:
         print(f"error: {exc}", file=sys.stderr)  # noqa: T201
         return 1
     PartialState().destroy_process_group()

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -46,6 +46,10 @@ class Run:
     save_every: int
 
 
+class CheckpointMismatchError(Exception):
+    """The processes of one run found unequal checkpoints; the message names their steps."""
+
+
 class NonFiniteLossError(Exception):
     """A loss or gradient became NaN or infinite; the message names the step and the figures."""
 
@@ -54,13 +58,19 @@ def train(run: Run, model: nn.Module, step: Step, optimization: Optimization) ->
     """Runs `step` until the trainable parameters of `model` have had `optimization.steps` updates.
 
     `step(rng)` returns its losses by name, `loss` being the one to minimise. Checkpoints, `metrics.jsonl`,
-    TensorBoard events and `curves.png` go to `run.directory`. Raises NonFiniteLossError.
+    TensorBoard events and `curves.png` go to `run.directory`. Raises NonFiniteLossError, and
+    CheckpointMismatchError where several processes do not see the same checkpoint.
     """
     processes = PartialState()
     run.directory.mkdir(parents=True, exist_ok=True)
     optimizer = build_optimizer(model, optimization)
     start = _load_checkpoint(run, model, optimizer)
-    processes.wait_for_everyone()  # all have read the last checkpoint before there is another
+    starts = gather_object([start])  # all have read the last checkpoint before there is another
+    if len(set(starts)) > 1:
+        raise CheckpointMismatchError(
+            f"{run.name}: the processes found checkpoints of steps {starts}; they must see one directory: "
+            "start them again once its file system shows all the same"
+        )
     if processes.is_main_process:
         _train_and_record(run, model, step, optimization, optimizer, start)
     else:
@@ -126,9 +136,10 @@ def _update(
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(losses["loss"])
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter in trainable:
-        if parameter.grad is not None:
-            parameter.grad = reduce(parameter.grad, "mean")  # over the processes
+    if processes.num_processes > 1:
+        for parameter in trainable:
+            if parameter.grad is not None:
+                parameter.grad = reduce(parameter.grad, "mean")
     norm = nn.utils.clip_grad_norm_(trainable, optimization.max_grad_norm)
     if not torch.isfinite(norm):  # before the weights and the next checkpoint are spoilt
         raise NonFiniteLossError(f"{run.name}: step {index} gave a gradient of norm {norm:.4g}; {_CURE}")

@@ -35,7 +35,7 @@ def fetch(hub_id: str, *, revision: str | None = None) -> Fetched:
         raise CheckpointError(f"cannot verify {hub_id}: {type(error).__name__} {error}") from error
     damaged = [each["path"] for each in found.mismatches]
     for path in damaged:
-        (directory / path).resolve().unlink()
+        (directory / path).resolve().unlink(missing_ok=True)  # two files may share it
         (directory / path).unlink(missing_ok=True)
     if damaged:
         raise CheckpointError(

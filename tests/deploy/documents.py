@@ -1,19 +1,28 @@
 """What the image, compose and Kubernetes files say, read as data."""
 
+import os
 import re
+import shutil
+import subprocess
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from service.settings import PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCKERFILE = ROOT / "docker" / "service.Dockerfile"
+SERVICE_DOCKERFILE = ROOT / "docker" / "service.Dockerfile"
+TRAINING_DOCKERFILE = ROOT / "docker" / "training.Dockerfile"
 COMPOSE_FILE = ROOT / "docker-compose.yml"
-BASE = ROOT / "k8s" / "base"
+COMPOSE_OF_GPU = ROOT / "docker" / "compose.gpu.yml"
+COMPOSE_OF_SCALE = ROOT / "docker" / "compose.scale.yml"
+MONITORING = ROOT / "docker" / "monitoring"
+KUBERNETES = ROOT / "k8s"
 # After its drain the service lets go of engine, connections and Redis, each for some seconds at most.
 CLOSING_S = 15
 
@@ -25,29 +34,45 @@ def read_version() -> str:
     return version
 
 
-def read_dockerfile() -> list[tuple[str, str]]:
+def read_dockerfile(path: Path) -> list[tuple[str, str]]:
     """Gives (instruction, arguments) in order, continued lines joined and comments dropped."""
-    lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.lstrip().startswith("#")]
+    lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
     instructions = re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines()
     return [(name, rest.strip()) for name, _, rest in (line.partition(" ") for line in instructions) if name]
 
 
-def read_compose() -> dict[str, Document]:
-    """Gives the services of the compose file as they are with no variable set."""
-    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", COMPOSE_FILE.read_text())
+def read_compose(path: Path = COMPOSE_FILE) -> dict[str, Document]:
+    """Gives the services of a compose file as they are with no variable set."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", path.read_text())
     services: dict[str, Document] = yaml.safe_load(text)["services"]
     return services
 
 
-def read_kustomization() -> Document:
-    kustomization: Document = yaml.safe_load((BASE / "kustomization.yaml").read_text())
-    return kustomization
+@cache
+def render(folder: Path) -> list[Document]:
+    """Gives every object of a kustomization, as `kubectl apply -k` would send it; skips where it cannot."""
+    if shutil.which("kubectl") is None or not _has_components():
+        pytest.skip("no kubectl with kustomize 5; enable with: kubectl 1.27 or newer, from kubernetes.io")
+    done = subprocess.run(
+        ["kubectl", "kustomize", folder], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
 
 
-def read_manifests() -> list[Document]:
-    """Gives every object of the files that the base's kustomization names."""
-    paths = [BASE / name for name in read_kustomization()["resources"]]
-    return [document for path in paths for document in yaml.safe_load_all(path.read_text())]
+def render_with(folder: Path, *components: str) -> list[Document]:
+    """Renders the base with components, by a kustomization that is written into a folder."""
+
+    def relative(name: str) -> str:
+        return os.path.relpath(KUBERNETES / name, folder)
+
+    kustomization = {
+        "namespace": "blip2",
+        "resources": [relative("base")],
+        "components": [relative(f"components/{name}") for name in components],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return render(folder)
 
 
 def of_kind(documents: list[Document], kind: str) -> dict[str, Document]:
@@ -55,15 +80,26 @@ def of_kind(documents: list[Document], kind: str) -> dict[str, Document]:
     return {each["metadata"]["name"]: each for each in documents if each["kind"] == kind}
 
 
-def container_of(deployment: Document) -> Document:
-    [container] = deployment["spec"]["template"]["spec"]["containers"]
-    assert isinstance(container, dict)
-    return container
+def templates_of(documents: list[Document]) -> dict[str, Document]:
+    """Gives the pod templates of all workloads by the workloads' names."""
+    return {
+        each["metadata"]["name"]: each["spec"]["template"]
+        for each in documents
+        if "template" in each.get("spec", {})
+    }
 
 
-def literals_of(kustomization: Document) -> dict[str, str]:
-    """Gives the names and values of every generated ConfigMap."""
-    return dict(_pairs(kustomization))
+def containers_of(template: Document) -> list[Document]:
+    return [*template["spec"].get("initContainers", ()), *template["spec"]["containers"]]
+
+
+def environment_of(container: Document, documents: list[Document]) -> dict[str, str]:
+    """Gives the variables whose values are known before there is a cluster."""
+    maps = of_kind(documents, "ConfigMap")
+    environment: dict[str, str] = {}
+    for source in container.get("envFrom", ()):
+        environment |= maps[source["configMapRef"]["name"]]["data"]
+    return environment | {each["name"]: each["value"] for each in container.get("env", ()) if "value" in each}
 
 
 def build_settings(environment: Mapping[str, str]) -> Settings:
@@ -74,15 +110,17 @@ def build_settings(environment: Mapping[str, str]) -> Settings:
     ours = {
         name.removeprefix(PREFIX).lower(): value
         for name, value in environment.items()
-        if name.startswith(PREFIX)
+        if name.startswith(PREFIX) and value
     }
     unknown = set(ours) - set(Settings.model_fields)
     assert not unknown, f"no such settings: {sorted(unknown)}"
     return Settings.model_validate(ours)
 
 
-def _pairs(kustomization: Document) -> Iterator[tuple[str, str]]:
-    for generator in kustomization["configMapGenerator"]:
-        for literal in generator["literals"]:
-            name, _, value = literal.partition("=")
-            yield name, value
+@cache
+def _has_components() -> bool:
+    done = subprocess.run(
+        ["kubectl", "version", "--client"], capture_output=True, text=True, check=False, timeout=60
+    )
+    version = re.search(r"Kustomize Version: v(\d+)", done.stdout)
+    return version is not None and int(version[1]) >= 5

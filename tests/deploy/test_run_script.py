@@ -38,18 +38,34 @@ def test_each_group_that_cannot_run_is_named_with_its_cure(bare_machine: Path) -
     done = run_suite(bare_machine)
     assert done.returncode == 0, done.stderr
     ran, *not_run = done.stdout.splitlines()
-    assert ran == "ran: -m pytest -m not docker and not int8 and not redis and not kubectl and not gpu"
+    left_out = " and ".join(
+        f"not {group}" for group in ("docker", "int8", "redis", "kubectl", "promtool", "gpu")
+    )
+    assert ran == f"ran: -m pytest -m {left_out}"
     named = [line.partition(",")[0] for line in not_run]
-    assert named == [f"not run: {group}" for group in ("redis", "kubectl", "gpu", "int8", "docker")]
+    assert named == [
+        f"not run: {group}" for group in ("redis", "kubectl", "promtool", "gpu", "int8", "docker")
+    ]
     assert all("; enable with: " in line for line in not_run)
 
 
+def add_kubectl(programs: Path, kustomize: str) -> None:
+    (programs / "kubectl").write_text(f"#!/bin/sh\necho 'Kustomize Version: {kustomize}'\n")
+    (programs / "kubectl").chmod(0o755)
+
+
 def test_a_group_runs_where_its_program_is_there(bare_machine: Path) -> None:
-    for name in ("redis-server", "kubectl", "nvidia-smi", "docker", "pip"):
+    for name in ("redis-server", "promtool", "nvidia-smi", "docker", "pip"):
         add_program(bare_machine, name)
+    add_kubectl(bare_machine, "v5.5.0")
     done = run_suite(bare_machine)
     groups = ["not docker and not int8", "int8", "docker"]
     assert done.stdout.splitlines() == [f"ran: -m pytest -m {group}" for group in groups]
+
+
+def test_a_kubectl_that_is_too_old_is_none(bare_machine: Path) -> None:
+    add_kubectl(bare_machine, "v2.0.3")
+    assert "not run: kubectl, no kubectl with kustomize 5" in run_suite(bare_machine).stdout
 
 
 def test_a_failing_group_fails_the_suite(bare_machine: Path) -> None:
