@@ -2,6 +2,7 @@
 
 import ipaddress
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,17 @@ def test_a_misspelt_field_would_be_found(kind: str) -> None:
     check_schema(document)
     with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
         check_schema(document | {"spec": document["spec"] | {"replica": 1}})
+
+
+def test_the_overlay_that_the_readme_shows_has_the_last_word(tmp_path: Path) -> None:
+    [text] = re.findall(r"```yaml\n(.*?)```", (KUBERNETES / "README.md").read_text(), flags=re.DOTALL)
+    below = os.path.relpath(KUBERNETES / "overlays/gpu", tmp_path)
+    (tmp_path / "kustomization.yaml").write_text(text.replace("../gpu", below))
+    container = inference(render(tmp_path))
+    assert container["image"].startswith("registry.example.org/team/blip2-server:")
+    environment = environment_of(container, render(tmp_path))
+    assert environment["BLIP2_MODEL"] == "Salesforce/blip2-flan-t5-xl"
+    assert environment["BLIP2_DEVICE"] == "cuda"
 
 
 def test_everything_is_in_one_namespace(manifests: list[Document]) -> None:
