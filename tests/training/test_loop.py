@@ -9,8 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from training import loop
 from training.config import Optimization
-from training.loop import LOG_EVERY, Losses, NonFiniteLossError, Run, build_optimizer, train
+from training.loop import (
+    LOG_EVERY,
+    CheckpointMismatchError,
+    Losses,
+    NonFiniteLossError,
+    Run,
+    build_optimizer,
+    train,
+)
 from training.schedule import learning_rate_at
 
 PLAN = Optimization(
@@ -133,3 +142,12 @@ def test_vectors_and_scalars_are_not_decayed() -> None:
     assert [p.ndim for p in decayed["params"]] == [2]
     assert sorted(p.ndim for p in exempt["params"]) == [0, 1]
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.05, 0.0)
+
+
+def test_processes_that_see_unequal_checkpoints_do_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "gather_object", lambda mine: [*mine, 25])  # of another process
+    with pytest.raises(CheckpointMismatchError, match=r"checkpoints of steps \[0, 25\].*one directory"):
+        train_line(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +15,14 @@ import yaml
 from torch import Tensor, nn
 
 from model import Blip2
+from tests.training import test_loop
 from tests.training.miniature import miniature_config
-from training.config import Optimization
 from training.loop import Losses, Run, train
 from training.tiny import TinyTraining
 
 NUM_PROCESSES = 2
-PLAN = Optimization(
-    steps=8,
-    batch_size=4,
-    learning_rate=0.05,
-    min_learning_rate=0.005,
-    warmup_steps=2,
-    weight_decay=0.05,
-    beta2=0.98,
-    max_grad_norm=1.0,
-)
+PLAN = replace(test_loop.PLAN, steps=8, warmup_steps=2)
+Split = Callable[[np.random.Generator], list[np.random.Generator]]
 SCRIPT = f"""
 import sys, torch
 from pathlib import Path
@@ -43,7 +36,7 @@ processes.destroy_process_group()
 """
 
 
-def fit_line(directory: Path, split: object) -> Tensor:
+def fit_line(directory: Path, split: Split) -> Tensor:
     """Fits a line to points that are drawn from each of the generators that `split` makes of a step's own."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
@@ -53,7 +46,7 @@ def fit_line(directory: Path, split: object) -> Tensor:
         return (model(inputs) - inputs.sum(dim=1, keepdim=True)).pow(2).mean()
 
     def step(rng: np.random.Generator) -> Losses:
-        return {"loss": torch.stack([loss_of(each) for each in split(rng)]).mean()}  # type: ignore[operator]
+        return {"loss": torch.stack([loss_of(each) for each in split(rng)]).mean()}
 
     train(Run("line", directory, 1, torch.device("cpu"), None, save_every=4), model, step, PLAN)
     return model.weight.detach().clone()
