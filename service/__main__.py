@@ -3,8 +3,8 @@
 import os
 import sys
 
-from service.listener import ListenError, open_listener
-from service.settings import SettingsError, load_settings
+from service.runtime.listener import ListenError, open_listener
+from service.runtime.settings import SettingsError, load_settings
 
 # oneDNN keeps a plan for each shape of a product that it met, half a megabyte each: 1,024 of them, if it may.
 _MAX_PLANS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
@@ -19,8 +19,8 @@ def main() -> int:
     except (SettingsError, ListenError) as exc:
         return _give_up(exc)
     # torch takes seconds to import: what can be wrong before is told before.
-    from service.lifecycle import FatalError
-    from service.server import serve
+    from service.runtime.lifecycle import FatalError
+    from service.runtime.server import serve
 
     try:
         serve(settings, listener)

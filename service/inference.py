@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from model import GenerationParams
-from service.backend import Backend
 from service.cache import EmbeddingCache
-from service.errors import FieldError, InferenceFailedError, RequestError, ServiceError
-from service.images import ImageDesk, ImageFile
-from service.jobs import (
+from service.engine.request import (
     Answer,
     Encodings,
     GenerateJob,
@@ -31,7 +28,10 @@ from service.jobs import (
     generate_needs,
     match_needs,
 )
-from service.scheduler import Line, Place
+from service.engine.request_queue import Line, Place
+from service.errors import FieldError, InferenceFailedError, RequestError, ServiceError
+from service.image_decoding import ImageDesk, ImageFile
+from service.model_backend import Backend
 
 T = TypeVar("T")
 

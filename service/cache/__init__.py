@@ -3,7 +3,7 @@
 Whatever happens to Redis, an answer stays right: a lost, slow or corrupt entry is a miss.
 """
 
-from service.cache.memory import MemoryCache
-from service.cache.tiers import EmbeddingCache, Lookup
+from service.cache.embedding_cache import EmbeddingCache, Lookup
+from service.cache.lru import MemoryCache
 
 __all__ = ["EmbeddingCache", "Lookup", "MemoryCache"]

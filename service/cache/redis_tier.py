@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from service.cache.breaker import CircuitBreaker
-from service.cache.read_line import FAILED, Read, ReadLine
+from service.cache.read_batcher import FAILED, Read, ReadLine
 from service.cache.redis_store import ByteStore, RefusedError, StoreError
 from service.cache.wire import WireError, pack, unpack
-from service.jobs import Kind
+from service.engine.request import Kind
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from service.jobs import Kind
+from service.engine.request import Kind
 
 _MAGIC: Final = b"BL2E"
 _VERSION: Final = 2

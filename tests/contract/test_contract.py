@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from service.app import create_app
+from service.api.app import create_app
 from service.cache.wire import pack, redis_key
+from service.engine.request import Kind
 from service.errors import ServiceError
-from service.jobs import Kind
-from service.logs import JsonFormatter
-from service.metrics import Metrics
-from service.settings import PREFIX, Settings
+from service.runtime.logs import JsonFormatter
+from service.runtime.metrics import Metrics
+from service.runtime.settings import PREFIX, Settings
 from tests.service.fakes import FakeBackend, png_base64
 from tests.service.running import site
 

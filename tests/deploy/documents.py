@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from service.settings import PREFIX, Settings
+from service.runtime.settings import PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICE_DOCKERFILE = ROOT / "docker" / "service.Dockerfile"

@@ -11,9 +11,9 @@ import jsonschema
 import kubernetes_validate
 import pytest
 
-from service.app import create_app
-from service.backend import Backend
-from service.settings import PREFIX, Settings
+from service.api.app import create_app
+from service.model_backend import Backend
+from service.runtime.settings import PREFIX, Settings
 from tests.deploy.documents import (
     CLOSING_S,
     KUBERNETES,

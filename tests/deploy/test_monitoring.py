@@ -11,7 +11,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import Metrics
+from service.runtime.metrics import Metrics
 from tests.deploy.documents import KUBERNETES, MONITORING, ROOT, Document
 
 RULES = MONITORING / "rules.yml"

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from model import DecodeJob, Generation, GenerationParams
-from service.backend import Backend, StepDecoder
-from service.jobs import Tower
-from service.lifecycle import FatalError
-from service.listener import open_listener
-from service.loading import Blip2Backend, load_backend
-from service.server import serve
-from service.settings import load_settings
+from service.engine.request import Tower
+from service.model_backend import Backend, StepDecoder
+from service.runtime.lifecycle import FatalError
+from service.runtime.listener import open_listener
+from service.runtime.loading import Blip2Backend, load_backend
+from service.runtime.server import serve
+from service.runtime.settings import load_settings
 
 RAISE: Final = 91.0  # the job fails whatever it shares the device with
 LOSE: Final = 92.0  # the device's context is lost, which ends the engine's thread

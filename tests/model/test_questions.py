@@ -14,9 +14,9 @@ from model.matching import Matcher
 from model.parts import Blip2Parts
 from model.qformer import QFormer
 from model.questions import QuestionReader
-from service.jobs import GenerateJob, ImageInput, Kind, Ticket
-from service.loading import load_backend
-from service.settings import Settings
+from service.engine.request import GenerateJob, ImageInput, Kind, Ticket
+from service.runtime.loading import load_backend
+from service.runtime.settings import Settings
 from tests.builders import (
     build_matcher,
     build_parts,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model import DecodeJob, Generation, GenerationParams
 from model.errors import InvalidPromptError
-from service.jobs import Kind, Tower
+from service.engine.request import Kind, Tower
 
 POISON_RED = 13  # an image of this red makes every batch it is in fail
 POISON_WORD = "poison"  # so does a prompt with this word, in the decoder

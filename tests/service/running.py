@@ -13,15 +13,15 @@ import httpx
 from fastapi import FastAPI
 
 from model import GenerationParams
-from service.app import create_app
-from service.backend import Backend
+from service.api.app import create_app
 from service.cache import MemoryCache
-from service.engine import Engine
-from service.jobs import GenerateJob, ImageInput, Job, MatchJob, Mode, Ticket
-from service.lifecycle import FatalError, Lifecycle
-from service.metrics import Metrics
-from service.scheduler import Line, ServiceRate
-from service.settings import Settings
+from service.engine.engine import Engine
+from service.engine.request import GenerateJob, ImageInput, Job, MatchJob, Mode, Ticket
+from service.engine.request_queue import Line, ServiceRate
+from service.model_backend import Backend
+from service.runtime.lifecycle import FatalError, Lifecycle
+from service.runtime.metrics import Metrics
+from service.runtime.settings import Settings
 from tests.service.fakes import TIMEOUT_S, FakeBackend, pixels
 
 GREEDY = GenerationParams(num_beams=1)

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from service.metrics import Metrics
-from service.settings import Settings
+from service.runtime.metrics import Metrics
+from service.runtime.settings import Settings
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -9,13 +9,13 @@ import torch
 
 from model import Blip2, GenerationParams
 from model.checkpoints import save_hub, save_retrieval_adapter
-from service.jobs import GenerateJob, ImageInput, MatchJob, Mode, Ticket, Tower
-from service.loading import Blip2Backend, load_backend
-from service.settings import Settings, SettingsError
+from service.engine.request import GenerateJob, ImageInput, MatchJob, Mode, Ticket, Tower
+from service.runtime.loading import Blip2Backend, load_backend
+from service.runtime.settings import Settings, SettingsError
 from tests.builders import build_matcher, build_parts, build_vision_model, random_picture
 from tests.service.fakes import TIMEOUT_S, FakeBackend, pixels, png
 from tests.service.running import site, text_of, workshop
-from tests.service.test_loading import serve
+from tests.service.runtime.test_loading import serve
 
 PICTURES = [random_picture(seed) for seed in range(3)]
 GREEDY = GenerationParams(num_beams=1, max_new_tokens=8)

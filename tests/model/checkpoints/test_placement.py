@@ -14,7 +14,7 @@ from model.checkpoints import LoadOptions
 from model.checkpoints.options import Quantization
 from model.devices import find_device
 from model.errors import DeviceUnavailableError
-from service.settings import Settings
+from service.runtime.settings import Settings
 from tests.builders import random_pixels
 
 PARAMS = GenerationParams(num_beams=4, max_new_tokens=8)

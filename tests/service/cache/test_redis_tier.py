@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from service.cache.breaker import CircuitBreaker
-from service.cache.read_line import Read, ReadLine
+from service.cache.read_batcher import Read, ReadLine
 from service.cache.redis_store import RefusedError, StoreError
 from service.cache.redis_tier import RedisTier
 from service.cache.wire import pack
-from service.jobs import Kind
+from service.engine.request import Kind
 from tests.service.running import until_async
 
 

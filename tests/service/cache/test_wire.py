@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from service.cache.wire import WireError, pack, redis_key, unpack
-from service.jobs import Kind
+from service.engine.request import Kind
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,65 @@
+"""How long a caller waits, and whether there still is one. Both end the work through cancellation alone."""
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar
+
+from starlette.requests import Request
+from starlette.types import Receive
+
+from service.api.middleware import context_of
+from service.errors import ClientGoneError, DeadlineExceededError, InvalidRequestError
+
+TIMEOUT_HEADER: Final = "X-Request-Timeout-Ms"
+_MAX_TIMEOUT_MS: Final = 3_600_000
+
+T = TypeVar("T")
+
+
+def deadline_of(request: Request) -> float | None:
+    """Gives when the caller stops waiting, on the monotonic clock; None where the caller did not say.
+
+    Raises InvalidRequestError where X-Request-Timeout-Ms is not a number of milliseconds up to an hour.
+    """
+    budget = request.headers.get(TIMEOUT_HEADER)
+    if budget is None:
+        return None
+    if not (
+        budget.isascii() and budget.isdigit() and len(budget) < 9 and 1 <= int(budget) <= _MAX_TIMEOUT_MS
+    ):
+        raise InvalidRequestError.of(
+            TIMEOUT_HEADER,
+            f"{budget[:40]!r} is not a whole number from 1 to {_MAX_TIMEOUT_MS}; correct or drop it",
+        )
+    return context_of(request).arrived + int(budget) / 1000
+
+
+async def while_waited_for(request: Request, deadline: float | None, work: Coroutine[Any, Any, T]) -> T:
+    """Gives what the work gives, unless its caller's deadline passes or the caller hangs up first.
+
+    The work is cancelled then, with all that it waits for: images not yet decoded, jobs in line, beams on the
+    device. The body of the request must have been read. Raises DeadlineExceededError or ClientGoneError.
+    """
+    timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_hung_up(request.receive))
+    try:
+        await asyncio.wait({task, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            raise ClientGoneError("the client closed the connection before the answer was ready")
+        budget_ms = request.headers.get(TIMEOUT_HEADER)
+        raise DeadlineExceededError(
+            f"no answer within the {budget_ms} ms of {TIMEOUT_HEADER}; allow more, or ask for less"
+        )
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

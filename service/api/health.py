@@ -1,0 +1,80 @@
+"""Probes, version and metrics. None of them waits for the device."""
+
+from importlib.metadata import version
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from service.api.openapi import problem_responses
+from service.api.responses import ProbeResponse, VersionResponse
+from service.runtime.lifecycle import Lifecycle, tasks_of
+from service.runtime.metrics import Metrics
+
+DISTRIBUTION = "blip2-server"
+
+
+class HealthRoutes:
+    """A probe that is not well answers 503 with a problem that says why."""
+
+    def __init__(self, lifecycle: Lifecycle, metrics: Metrics) -> None:
+        self._lifecycle = lifecycle
+        self._metrics = metrics
+
+    def router(self) -> APIRouter:
+        router = APIRouter(tags=["operations"])
+        for path, probe, operation_id in (
+            ("/livez", self.livez, "livez"),
+            ("/readyz", self.readyz, "readyz"),
+            ("/startupz", self.startupz, "startupz"),
+            ("/health", self.readyz, "health"),
+        ):
+            router.add_api_route(
+                path,
+                probe,
+                operation_id=operation_id,
+                response_model=ProbeResponse,
+                responses=problem_responses(503),
+            )
+        router.add_api_route("/version", self.version, operation_id="version", response_model=VersionResponse)
+        router.add_api_route(
+            "/metrics",
+            self.metrics,
+            operation_id="metrics",
+            response_class=Response,
+            responses={200: {"content": {"text/plain": {}}}},
+        )
+        return router
+
+    async def livez(self) -> ProbeResponse:
+        """Whether the engine makes progress, or has nothing to do. If not, restart the process."""
+        self._lifecycle.check_alive()
+        return ProbeResponse()
+
+    async def readyz(self) -> ProbeResponse:
+        """Whether requests are answered: the weights are loaded and warm, and the service is not draining."""
+        self._lifecycle.check_ready()
+        return ProbeResponse()
+
+    async def startupz(self) -> ProbeResponse:
+        """Whether the weights are loaded and warm."""
+        self._lifecycle.check_started()
+        return ProbeResponse()
+
+    async def version(self) -> VersionResponse:
+        """What runs here."""
+        backend = self._lifecycle.backend
+        if backend is None:
+            return VersionResponse(version=version(DISTRIBUTION))
+        return VersionResponse(
+            version=version(DISTRIBUTION),
+            model=backend.name,
+            retrieval_model=backend.matching_name if backend.can_match else None,
+            fingerprint=backend.fingerprint,
+            device=backend.device,
+            dtype=backend.dtype,
+            tasks=tasks_of(backend),
+        )
+
+    async def metrics(self) -> Response:
+        """Counters, gauges and histograms, as Prometheus reads them."""
+        return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,143 @@
+"""What is known of an HTTP request while it is served, and the middleware that puts it in headers and log."""
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.runtime.logs import FIELDS
+from service.runtime.metrics import OTHER_ROUTE, ROUTES, Metrics
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID_HEADER: Final = "X-Request-ID"
+_WELL_FORMED_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+/=@-]{0,127}", re.ASCII)
+_STATE_KEY: Final = "context"
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """arrived: on the monotonic clock. timings_ms, rows: of the answer, as far as it came.
+
+    image_cached: whether all its images were; None where it had none.
+    """
+
+    request_id: str
+    arrived: float = field(default_factory=time.monotonic)
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    rows: int = 0
+    image_cached: bool | None = None
+
+    def total_ms(self) -> float:
+        return round((time.monotonic() - self.arrived) * 1000, 3)
+
+    def server_timing(self) -> str:
+        """Gives the value of the Server-Timing header."""
+        timings = {**self.timings_ms, "total": self.total_ms()}
+        entries = [f"{stage};dur={milliseconds:.3f}" for stage, milliseconds in timings.items()]
+        return ", ".join([*entries, *(['cache;desc="hit"'] if self.image_cached else [])])
+
+
+def context_of(request: Request) -> RequestContext:
+    """Gives the context the middleware made for this request."""
+    context: RequestContext = request.scope["state"][_STATE_KEY]
+    return context
+
+
+class Traffic:
+    """Counts the requests in flight. For the event loop."""
+
+    def __init__(self) -> None:
+        self.num_requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def enter(self) -> None:
+        self.num_requests += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        self.num_requests -= 1
+        if self.num_requests == 0:
+            self._idle.set()
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Waits until none is in flight; False where that takes longer."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        return self.num_requests == 0
+
+
+class ContextMiddleware:
+    """Gives each request its context, each answer X-Request-ID and Server-Timing, and the log its line.
+
+    closing(): whether clients should be told to let their connections go.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, traffic: Traffic, closing: Callable[[], bool]
+    ) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._traffic = traffic
+        self._closing = closing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        context = RequestContext(_request_id(Headers(scope=scope)))
+        scope.setdefault("state", {})[_STATE_KEY] = context
+        status = 500
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self._add_headers(MutableHeaders(scope=message), context)
+            await send(message)
+
+        self._traffic.enter()
+        try:
+            await self._app(scope, receive, send_with_headers)
+        finally:
+            self._traffic.leave()
+            self._record(scope, status, context)
+
+    def _add_headers(self, headers: MutableHeaders, context: RequestContext) -> None:
+        headers[REQUEST_ID_HEADER] = context.request_id
+        headers["Server-Timing"] = context.server_timing()
+        headers.setdefault("Cache-Control", "no-store")
+        if self._closing():
+            headers["Connection"] = "close"
+
+    def _record(self, scope: Scope, status: int, context: RequestContext) -> None:
+        route = scope["path"] if scope["path"] in ROUTES else OTHER_ROUTE
+        total_ms = context.total_ms()
+        self._metrics.requests.labels(route, str(status)).inc()
+        self._metrics.request_seconds.labels(route).observe(total_ms / 1000)
+        fields = {
+            "request_id": context.request_id,
+            "method": scope["method"],
+            "path": scope["path"][:128],
+            "status": status,
+            "timings_ms": {**context.timings_ms, "total": total_ms},
+            "rows": context.rows,
+        }
+        # Probes and scrapes come every few seconds.
+        level = logging.INFO if route in ROUTES else logging.DEBUG
+        logger.log(level, "request", extra={FIELDS: fields})
+
+
+def _request_id(headers: Headers) -> str:
+    offered = headers.get(REQUEST_ID_HEADER, "")
+    return offered if _WELL_FORMED_ID.fullmatch(offered) else uuid.uuid4().hex

@@ -1,0 +1,181 @@
+"""What requests are answered with. Times are milliseconds, scores natural logs unless said."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.engine.request import Mode
+from service.errors import ServiceError
+
+
+class Part(BaseModel):
+    """A part of an answer."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class FieldProblem(Part):
+    """What is wrong with one field."""
+
+    field: str
+    message: str
+
+
+class Problem(Part):
+    """An error, as RFC 9457 has it; the media type is application/problem+json."""
+
+    type: str = Field(examples=["urn:blip2:problem:invalid_image"])
+    title: str = Field(examples=["The image cannot be used"])
+    status: int = Field(examples=[422])
+    detail: str = Field(
+        examples=["the image is 10000 x 10000 = 100 Mpx, the limit is 40 Mpx; downscale it first"]
+    )
+    code: str = Field(examples=["invalid_image"])
+    request_id: str
+    errors: list[FieldProblem] | None = None
+
+    @classmethod
+    def of(cls, error: ServiceError, request_id: str) -> Self:
+        fields = [FieldProblem(field=at.field, message=at.message) for at in error.fields]
+        return cls(
+            type=f"urn:blip2:problem:{error.code}",
+            title=error.title,
+            status=error.status,
+            detail=error.detail,
+            code=error.code,
+            request_id=request_id,
+            errors=fields or None,
+        )
+
+
+class GenerateTimings(Part):
+    """Where the time went. Work that was shared with other requests counts in full."""
+
+    queue: float
+    preprocess: float
+    vision: float
+    qformer: float
+    decode: float
+    total: float
+
+
+class MatchTimings(Part):
+    """Where the time went. Work that was shared with other requests counts in full."""
+
+    queue: float
+    preprocess: float
+    vision: float
+    qformer: float
+    match: float
+    total: float
+
+
+class TokenLogprob(Part):
+    """One token of an answer. Their sum, over all, is the log-probability that its score is made of."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+class Caption(Part):
+    """score: log-probability / num_tokens ** length_penalty. num_tokens: the end token counts."""
+
+    text: str
+    score: float
+    num_tokens: int
+    finish_reason: Literal["stop", "length"]
+    logprobs: list[TokenLogprob] | None = None
+
+
+class CaptionResponse(Part):
+    """Captions of one image, the best first. image_cached: its encoding was known already."""
+
+    model: str
+    captions: list[Caption]
+    image_cached: bool
+    timings_ms: GenerateTimings
+
+
+class FailedImage(Part):
+    """Stands where the captions of one image would, had it been a good one."""
+
+    error: Problem
+
+
+class CaptionsResponse(Part):
+    """One result for each of the images, in their order."""
+
+    model: str
+    results: list[CaptionResponse | FailedImage]
+
+
+class Alternative(Part):
+    """An answer that scored less."""
+
+    answer: str
+    score: float
+    num_tokens: int
+    logprobs: list[TokenLogprob] | None = None
+
+
+class VqaAnswer(Part):
+    """The best answer to one question. score: log-probability / num_tokens ** length_penalty."""
+
+    question: str
+    answer: str
+    score: float
+    num_tokens: int
+    logprobs: list[TokenLogprob] | None = None
+    alternatives: list[Alternative]
+
+
+class VqaResponse(Part):
+    """One answer for each question, in their order. image_cached: its encoding was known already."""
+
+    model: str
+    answers: list[VqaAnswer]
+    image_cached: bool
+    timings_ms: GenerateTimings
+
+
+class RetrieveResult(Part):
+    """One candidate.
+
+    rank: from 1. index: among the candidates. itc: the cosine, from -1 to 1. itm_probability: that image and
+    text belong together, by the matching head. score: in mode itc the cosine, in mode itm the natural log of
+    itm_probability, in mode rerank the match logit plus the cosine.
+    """
+
+    rank: int
+    index: int
+    score: float
+    itc: float
+    itm_probability: float | None = None
+
+
+class RetrieveResponse(Part):
+    """The best candidates, the best first. mode: the one that was used."""
+
+    model: str
+    mode: Mode
+    results: list[RetrieveResult]
+    timings_ms: MatchTimings
+
+
+class ProbeResponse(Part):
+    """A probe that is well; one that is not answers 503 with a problem."""
+
+    status: Literal["ok"] = "ok"
+
+
+class VersionResponse(Part):
+    """What runs here. All but `version` is null until the weights are loaded."""
+
+    version: str
+    model: str | None = None
+    retrieval_model: str | None = None
+    fingerprint: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    tasks: list[Literal["caption", "vqa", "retrieve"]] | None = None

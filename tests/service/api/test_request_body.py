@@ -1,0 +1,187 @@
+"""Bodies off the wire: JSON and forms give the same request, and what is wrong is said in words."""
+
+import json
+from collections.abc import Mapping
+from typing import TypeVar
+
+import pytest
+from starlette.requests import Request
+from starlette.types import Message
+
+from service.api.request_body import read_body
+from service.api.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
+from service.errors import (
+    BodyTooLargeError,
+    InvalidRequestError,
+    ServiceError,
+    UnreadableBodyError,
+    UnsupportedContentTypeError,
+)
+
+LIMIT = 10_000
+JSON = {"content-type": "application/json"}
+B = TypeVar("B", bound=Body)
+
+
+async def read(schema: type[B], content: bytes, headers: Mapping[str, str]) -> B:
+    """Reads a body that comes in chunks."""
+    chunks = [content[start : start + 100] for start in range(0, len(content), 100)] or [b""]
+
+    async def receive() -> Message:
+        body = chunks.pop(0)
+        return {"type": "http.request", "body": body, "more_body": bool(chunks)}
+
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": raw}
+    return await read_body(Request(scope, receive), schema, LIMIT)
+
+
+async def from_json(schema: type[B], fields: object) -> B:
+    return await read(schema, json.dumps(fields).encode(), JSON)
+
+
+async def refusal(schema: type[Body], fields: object) -> ServiceError:
+    with pytest.raises(ServiceError) as refused:
+        await from_json(schema, fields)
+    return refused.value
+
+
+def multipart(files: list[tuple[str, bytes]], fields: list[tuple[str, str]]) -> tuple[bytes, dict[str, str]]:
+    lines = []
+    for name, value in fields:
+        lines.append(
+            b'--frontier\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
+            % (name.encode(), value.encode())
+        )
+    for name, data in files:
+        lines.append(
+            b'--frontier\r\nContent-Disposition: form-data; name="%s"; filename="f.png"\r\n'
+            b"Content-Type: image/png\r\n\r\n%s\r\n" % (name.encode(), data)
+        )
+    return b"".join([*lines, b"--frontier--\r\n"]), {"content-type": "multipart/form-data; boundary=frontier"}
+
+
+async def test_json_and_form_give_the_same_request() -> None:
+    expected = CaptionRequest(image=b"\x89PNG", num_captions=2, do_sample=True, top_p=0.5, seed=7)
+    body, headers = multipart(
+        [("image", b"\x89PNG")],
+        [("num_captions", "2"), ("do_sample", "true"), ("top_p", "0.5"), ("seed", "7")],
+    )
+    assert await read(CaptionRequest, body, headers) == expected
+
+
+async def test_a_repeated_image_part_becomes_images() -> None:
+    body, headers = multipart([("image", b"one"), ("image", b"two")], [])
+    read_back = await read(CaptionRequest, body, headers)
+    assert read_back.image is None
+    assert read_back.images == [b"one", b"two"]
+
+
+async def test_lists_repeat_their_field_and_objects_are_json() -> None:
+    turn = {"question": "what?", "answer": "a cat"}
+    body, headers = multipart(
+        [("image", b"one")],
+        [("question", "who?"), ("question", "where?"), ("history", json.dumps(turn))],
+    )
+    read_back = await read(VqaRequest, body, headers)
+    assert read_back.question == ["who?", "where?"]
+    assert read_back.history[0].answer == "a cat"
+    body, headers = multipart([], [("text", "a"), ("candidates", '{"texts": ["b", "c"]}')])
+    assert (await read(RetrieveRequest, body, headers)).candidate_texts == ["b", "c"]
+
+
+async def test_one_question_may_be_a_plain_string() -> None:
+    assert (await from_json(VqaRequest, {"image": "x", "question": "who?"})).question == ["who?"]
+
+
+async def test_a_part_that_may_not_repeat_is_refused_when_it_does() -> None:
+    body, headers = multipart([("image", b"x")], [("seed", "1"), ("seed", "2")])
+    with pytest.raises(InvalidRequestError, match="seed: is sent 2 times; send it once"):
+        await read(CaptionRequest, body, headers)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image": "x", "num_beams": "5"}, "num_beams: '5' is not a whole number; send one without quotes"),
+        ({"image": "x", "num_beams": 2.5}, "num_beams: 2.5 is not a whole number; send one without quotes"),
+        ({"image": "x", "num_beams": True}, "num_beams: True is not a whole number; send one without quotes"),
+        ({"image": "x", "num_beams": None}, "num_beams: None is not a whole number; send one without quotes"),
+        ({"image": "x", "top_p": "a"}, "top_p: 'a' is not a number; send one without quotes"),
+        ({"image": "x", "do_sample": 1}, "do_sample: 1 is not a truth value; send true or false"),
+        ({"image": 5}, "image: is not a string; send the file in base64"),
+        ({"images": "x"}, "images: 'x' is not a list; put it in [ and ]"),
+        ({"image": "x", "num_beems": 5}, "num_beems: is not a known field; did you mean num_beams?"),
+    ],
+)
+async def test_a_wrong_field_is_told_with_value_and_cure(fields: dict[str, object], message: str) -> None:
+    refused = await refusal(CaptionRequest, fields)
+    assert isinstance(refused, InvalidRequestError)
+    assert refused.detail == message
+    assert refused.fields[0].field == next(name for name in reversed(fields))
+
+
+async def test_a_missing_field_is_told() -> None:
+    assert (await refusal(VqaRequest, {"image": "x"})).detail == "question: is required; add it"
+
+
+async def test_fields_inside_objects_are_checked_too() -> None:
+    refused = await refusal(RetrieveRequest, {"text": "a", "candidates": {"image": ["x"]}})
+    assert refused.detail == "candidates.image: is not a known field; did you mean images?"
+    refused = await refusal(RetrieveRequest, {"text": "a", "candidates": {"texts": ["a"]}, "mode": "best"})
+    assert refused.detail == "mode: 'best' is not 'itc', 'itm' or 'rerank'; choose one of them"
+    refused = await refusal(RetrieveRequest, {"text": "a", "candidates": '{"texts": ["a"]}'})
+    assert "candidates" in refused.detail  # a string of JSON is for forms
+
+
+async def test_a_long_value_is_not_repeated_whole() -> None:
+    refused = await refusal(CaptionRequest, {"image": "x", "num_beams": "9" * 5000})
+    assert len(refused.detail) < 200
+
+
+async def test_a_number_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="top_p: nan is not a finite number"):
+        await read(CaptionRequest, b'{"image": "x", "top_p": NaN}', JSON)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"not json", b"\xff\xfe", b'{"image": "\\ud800"}', b"[" * 1000, b"[1]", b'"text"', b"null"],
+)
+async def test_what_is_no_json_object_is_unreadable(content: bytes) -> None:
+    with pytest.raises(UnreadableBodyError, match=r"check its syntax|put the fields between"):
+        await read(CaptionRequest, content, JSON)
+
+
+async def test_a_form_that_is_none_is_unreadable_or_lacks_its_fields() -> None:
+    headers = {"content-type": "multipart/form-data; boundary=frontier"}
+    with pytest.raises(InvalidRequestError):
+        await read(VqaRequest, b"", headers)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "image/png"])
+async def test_other_content_types_are_refused_with_those_that_are_taken(kind: str) -> None:
+    with pytest.raises(UnsupportedContentTypeError, match="application/json or multipart/form-data"):
+        await read(CaptionRequest, b"{}", {"content-type": kind})
+
+
+async def test_a_body_without_a_content_type_is_read_as_json() -> None:
+    assert (await read(CaptionRequest, b'{"image": "x"}', {})).image == "x"
+
+
+async def test_a_body_over_the_limit_is_refused_whether_it_says_so_or_not() -> None:
+    content = json.dumps({"image": "x" * LIMIT}).encode()
+    for headers in ({**JSON, "content-length": str(len(content))}, JSON):
+        with pytest.raises(BodyTooLargeError, match=rf"the limit is {LIMIT}"):
+            await read(CaptionRequest, content, headers)
+    body, headers = multipart([("image", b"x" * LIMIT)], [])
+    with pytest.raises(BodyTooLargeError):
+        await read(CaptionRequest, body, headers)
+
+
+async def test_an_object_in_a_form_that_is_no_json_is_told_what_to_send() -> None:
+    body, headers = multipart([], [("text", "a"), ("candidates", "hello")])
+    with pytest.raises(InvalidRequestError) as refused:
+        await read(RetrieveRequest, body, headers)
+    assert "candidates: 'hello' is not JSON" in refused.value.detail
+    assert "send an object in { and }, and repeat the field for a list" in refused.value.detail

@@ -1,0 +1,39 @@
+"""Log lines: one JSON object each."""
+
+import json
+import logging
+import sys
+
+from service.runtime.logs import FIELDS, JsonFormatter
+
+
+def line(message: str, *args: object, **extra: object) -> dict[str, object]:
+    record = logging.LogRecord("service.test", logging.INFO, "file.py", 1, message, args, None)
+    record.__dict__.update(extra)
+    formatted = JsonFormatter().format(record)
+    assert "\n" not in formatted
+    parsed: dict[str, object] = json.loads(formatted)
+    return parsed
+
+
+def test_a_line_is_one_json_object_with_its_fields() -> None:
+    parsed = line("served %s", "it", **{FIELDS: {"status": 200, "request_id": "abc"}})
+    assert parsed.keys() == {"time", "level", "logger", "message", "status", "request_id"}
+    assert (parsed["message"], parsed["status"], parsed["level"]) == ("served it", 200, "INFO")
+
+
+def test_line_breaks_cannot_forge_a_second_line() -> None:
+    assert line("a\nb")["message"] == "a\nb"
+
+
+def test_what_json_does_not_know_is_written_as_text() -> None:
+    assert line("x", **{FIELDS: {"path": object}})["path"] == str(object)
+
+
+def test_an_error_brings_its_traceback() -> None:
+    try:
+        raise ValueError("the reason")
+    except ValueError:
+        record = logging.LogRecord("service", logging.ERROR, "f.py", 1, "failed", (), sys.exc_info())
+    parsed = json.loads(JsonFormatter().format(record))
+    assert "the reason" in parsed["traceback"]

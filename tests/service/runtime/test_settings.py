@@ -1,0 +1,123 @@
+"""The settings: what is refused, and how the operator is told."""
+
+import os
+
+import pytest
+from pydantic import ValidationError
+
+from service.runtime.settings import SettingsError, load_settings
+
+Environment = pytest.MonkeyPatch
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment without settings."""
+    for name in list(os.environ):
+        if name.upper().startswith("BLIP2_"):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def refusal() -> str:
+    with pytest.raises(SettingsError) as refused:
+        load_settings()
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_the_defaults_serve_the_embedded_model_on_loopback() -> None:
+    settings = load_settings()
+    assert (settings.model, settings.device, settings.dtype) == ("tiny", "auto", "auto")
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert settings.redis_url is None
+    assert settings.max_image_pixels == 40_000_000
+
+
+def test_variables_are_read_with_their_prefix(environment: Environment) -> None:
+    environment.setenv("BLIP2_PORT", "9000")
+    environment.setenv("BLIP2_DEVICE", "cuda:1")
+    assert (load_settings().port, load_settings().device) == (9000, "cuda:1")
+
+
+def test_an_empty_variable_is_as_good_as_none(environment: Environment) -> None:
+    environment.setenv("BLIP2_REDIS_URL", "")
+    environment.setenv("BLIP2_PORT", "")
+    assert load_settings().redis_url is None
+    assert load_settings().port == 8000
+
+
+def test_a_misspelt_variable_is_an_error_that_names_the_nearest(environment: Environment) -> None:
+    environment.setenv("BLIP2_MODLE", "tiny")
+    assert refusal() == "BLIP2_MODLE is not a setting; the nearest is BLIP2_MODEL"
+
+
+def test_a_variable_that_kubernetes_would_inject_is_an_error_too(environment: Environment) -> None:
+    environment.setenv("BLIP2_SERVICE_HOST", "10.0.0.1")
+    assert "BLIP2_SERVICE_HOST is not a setting" in refusal()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("BLIP2_PORT", "65536"),
+        ("BLIP2_PORT", "tcp://10.0.0.1:80"),
+        ("BLIP2_DEVICE", "gpu"),
+        ("BLIP2_DTYPE", "int4"),
+        ("BLIP2_MAX_ROWS", "15"),
+        ("BLIP2_MAX_WAITING", "0"),
+        ("BLIP2_STALL_TIMEOUT_MS", "99"),
+        ("BLIP2_LOG_LEVEL", "LOUD"),
+    ],
+)
+def test_a_value_out_of_bounds_is_named_with_its_variable(
+    environment: Environment, name: str, value: str
+) -> None:
+    environment.setenv(name, value)
+    assert refusal().startswith(f"{name} is {value!r}: ")
+
+
+def test_all_wrong_values_are_named_at_once(environment: Environment) -> None:
+    environment.setenv("BLIP2_PORT", "x")
+    environment.setenv("BLIP2_MAX_ROWS", "y")
+    assert "BLIP2_PORT" in refusal()
+    assert "BLIP2_MAX_ROWS" in refusal()
+
+
+def test_a_password_in_the_redis_url_is_never_shown(environment: Environment) -> None:
+    environment.setenv("BLIP2_REDIS_URL", "http://:hunter2@redis:6379")
+    assert "BLIP2_REDIS_URL has no scheme that is known" in refusal()
+    assert "hunter2" not in refusal()
+    environment.setenv("BLIP2_REDIS_URL", "rediss://:hunter2@redis:6379/0")
+    assert "hunter2" not in repr(load_settings())
+    environment.setenv("BLIP2_MAX_WAITING", "1")
+    assert "hunter2" not in refusal()
+
+
+_AT_ONCE = {"BLIP2_MAX_IMAGES", "BLIP2_MAX_QUESTIONS", "BLIP2_MAX_CANDIDATES"}
+
+
+@pytest.mark.parametrize("name", sorted(_AT_ONCE))
+def test_a_request_that_could_never_be_let_in_is_refused_at_the_start(
+    environment: Environment, name: str
+) -> None:
+    environment.setenv(name, "300")
+    environment.setenv("BLIP2_MAX_WAITING", "256")
+    for other in _AT_ONCE - {name}:
+        environment.setenv(other, "1")
+    assert refusal().startswith(f"{name} is 300 and BLIP2_MAX_WAITING is 256")
+
+
+def test_an_image_that_could_never_arrive_is_refused_at_the_start(environment: Environment) -> None:
+    environment.setenv("BLIP2_MAX_BODY_BYTES", "2048")
+    assert "BLIP2_MAX_BODY_BYTES is 2048" in refusal()
+
+
+def test_a_revision_of_no_second_model_is_refused(environment: Environment) -> None:
+    environment.setenv("BLIP2_RETRIEVAL_REVISION", "v2")
+    assert "BLIP2_RETRIEVAL_MODEL is not set; set both, or neither" in refusal()
+
+
+def test_settings_do_not_change_afterwards() -> None:
+    with pytest.raises(ValidationError):
+        load_settings().port = 1

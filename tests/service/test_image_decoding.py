@@ -1,0 +1,217 @@
+"""The desk: what it takes, what it refuses and why, and that the pixels are upright."""
+
+import base64
+import io
+import random
+import struct
+import zlib
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.preprocess import ImagePreprocessor
+from service.engine.request import Tower
+from service.errors import ImageTooLargeError, InvalidImageError, ServiceError, UnsupportedImageError
+from service.image_decoding import ImageDesk, decode_image
+
+SIZE = 16
+
+
+def preprocess(image: Image.Image, tower: Tower) -> Tensor:
+    return ImagePreprocessor(SIZE)(image)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def photo(width: int = 20, height: int = 12, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few dozen bytes whose header claims a size."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+async def desk() -> AsyncIterator[ImageDesk]:
+    made = ImageDesk(preprocess, max_bytes=100_000, max_pixels=40_000_000, num_threads=1)
+    yield made
+    made.close()
+
+
+async def pixels_of(desk: ImageDesk, source: str | bytes) -> Tensor:
+    return await desk.prepare(await desk.read(source), Tower.MAIN)
+
+
+async def status_of(desk: ImageDesk, source: bytes) -> int:
+    try:
+        await pixels_of(desk, source)
+    except ServiceError as refused:
+        return refused.status
+    return 200
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+async def test_each_promised_format_is_read(desk: ImageDesk, kind: str) -> None:
+    assert (await pixels_of(desk, encode(photo(), kind))).shape == (3, SIZE, SIZE)
+
+
+async def test_base64_data_uri_and_bytes_are_the_same_file(desk: ImageDesk) -> None:
+    data = encode(photo())
+    text = base64.b64encode(data).decode()
+    files = [await desk.read(source) for source in (data, text, f"data:image/png;base64,{text}")]
+    assert {file.digest for file in files} == {files[0].digest}
+    assert all(file.data == data for file in files)
+
+
+async def test_the_pixels_are_those_of_the_preprocessor(desk: ImageDesk) -> None:
+    assert torch.equal(await pixels_of(desk, encode(photo())), ImagePreprocessor(SIZE)(photo()))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+async def test_the_orientation_in_exif_is_applied(desk: ImageDesk, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = photo() if orientation == 1 else photo().transpose(undo[orientation])
+    assert torch.equal(
+        await pixels_of(desk, encode(stored, exif=exif)), await pixels_of(desk, encode(photo()))
+    )
+
+
+async def test_damaged_exif_costs_the_orientation_only(desk: ImageDesk) -> None:
+    data = encode(photo(), exif=b"Exif\0\0 this is no TIFF header")
+    assert torch.equal(await pixels_of(desk, data), await pixels_of(desk, encode(photo())))
+
+
+async def test_the_first_frame_of_an_animation_is_taken(desk: ImageDesk) -> None:
+    red, blue = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
+    animated = encode(red, "GIF", save_all=True, append_images=[blue])
+    assert torch.equal(await pixels_of(desk, animated), ImagePreprocessor(SIZE)(red))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_every_mode_becomes_pixels(mode: str) -> None:
+    kind = "TIFF" if mode in ("CMYK", "YCbCr", "PA", "HSV") else "PNG"
+    image = photo().convert("RGB").convert(mode if mode not in ("PA", "HSV") else "RGB")
+    assert ImagePreprocessor(SIZE)(decode_image(encode(image, kind))).isfinite().all()
+
+
+async def test_16_bit_grey_is_scaled_not_clipped(desk: ImageDesk) -> None:
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    deep, flat = Image.fromarray(levels * 256), Image.fromarray(levels.astype(np.uint8))
+    assert torch.equal(await pixels_of(desk, encode(deep)), await pixels_of(desk, encode(flat)))
+
+
+async def test_32_bit_samples_are_refused_with_a_cure(desk: ImageDesk) -> None:
+    floats = Image.fromarray(np.zeros((4, 4), dtype=np.float32))
+    with pytest.raises(InvalidImageError, match="convert it to 8 bits"):
+        await pixels_of(desk, encode(floats, "TIFF"))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1)])
+async def test_odd_shapes_are_taken(desk: ImageDesk, size: tuple[int, int]) -> None:
+    assert (await pixels_of(desk, encode(Image.new("RGB", size)))).shape == (3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "shown"), [(10_000, 10_000, "100 Mpx"), (60_000, 60_000, "3600 Mpx")]
+)
+async def test_a_bomb_is_refused_by_its_header(desk: ImageDesk, width: int, height: int, shown: str) -> None:
+    with pytest.raises(InvalidImageError, match=rf"{shown}, the limit is 40 Mpx; downscale it first"):
+        await desk.read(bomb(width, height))
+
+
+async def test_an_image_of_exactly_the_limit_is_let_in(desk: ImageDesk) -> None:
+    await desk.read(bomb(8_000, 5_000))
+    with pytest.raises(InvalidImageError):
+        await desk.read(bomb(8_000, 5_001))
+
+
+async def test_a_file_over_the_byte_limit_is_refused_in_any_wrapping(desk: ImageDesk) -> None:
+    data = bytes(100_001)
+    for source in (data, base64.b64encode(data).decode()):
+        with pytest.raises(ImageTooLargeError, match=r"100001 bytes, the limit is 100000; compress"):
+            await desk.read(source)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"hello, this is text",
+        b"BMW is a make of cars, not a bitmap",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"<html></html>",
+        b"RIFF\x10\0\0\0WAVEfmt ",
+        b"%PDF-1.7",
+        b"\0\0\0\x18ftypheic\0\0\0\0",
+    ],
+)
+async def test_what_is_no_image_is_an_unsupported_format(desk: ImageDesk, data: bytes) -> None:
+    with pytest.raises(UnsupportedImageError, match="none of JPEG, PNG, WEBP, GIF, TIFF, BMP"):
+        await desk.read(data)
+
+
+async def test_an_empty_file_is_said_to_be_empty(desk: ImageDesk) -> None:
+    for source in (b"", "", "data:image/png;base64,"):
+        with pytest.raises(InvalidImageError, match="empty"):
+            await desk.read(source)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
+async def test_a_truncated_file_is_refused(desk: ImageDesk, kind: str, part: float) -> None:
+    data = encode(photo(60, 60), kind)
+    with pytest.raises(InvalidImageError, match=r"whole|empty"):
+        await pixels_of(desk, data[: int(len(data) * part)])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own, about what it mended in a TIFF
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+async def test_damaged_files_are_answered_or_refused_never_a_crash(desk: ImageDesk, kind: str) -> None:
+    whole = encode(photo(30, 30), kind)
+    chance = random.Random(0)
+    for _ in range(120):
+        damaged = bytearray(whole)
+        for _ in range(chance.randint(1, 20)):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        assert await status_of(desk, bytes(damaged)) in (200, 415, 422)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("!!!!", "not base64"),
+        ("iVBORw0KGgo", "not base64"),  # no padding
+        ("iVBO\nRw0K", "line breaks"),
+        ("iVBO_w-K", "standard alphabet"),
+        ("größe", "not base64"),
+        ("data:image/png,%89PNG", "write it as data:image/png;base64"),
+        ("https://example.org/cat.png", "URLs are not fetched"),
+    ],
+)
+async def test_bad_base64_is_told_apart(desk: ImageDesk, source: str, message: str) -> None:
+    with pytest.raises(InvalidImageError, match=message):
+        await desk.read(source)
