@@ -1,4 +1,4 @@
-"""The one table of what can go wrong: every error knows its HTTP status, its code and its title.
+"""The one tree of errors: each class carries its HTTP status, its code and its title.
 
 A message names the value, the limit and the cure, and is safe to show to the caller.
 """
@@ -11,7 +11,7 @@ from model import errors as model_errors
 
 @dataclass(frozen=True, slots=True)
 class FieldError:
-    """What is wrong with one field; `field` is its path, such as `candidates.images.3`."""
+    """The fault of one field; `field` is its path, such as `candidates.images.3`."""
 
     field: str
     message: str
@@ -20,7 +20,7 @@ class FieldError:
 class ServiceError(Exception):
     """The base of the tree.
 
-    fields: the fields at fault, where there are some. retry_after_s: when asking again may help.
+    fields: the fields at fault, if any. retry_after_s: after which a retry may succeed.
     """
 
     status: ClassVar[int] = 500
@@ -37,7 +37,7 @@ class ServiceError(Exception):
 
 
 class RequestError(ServiceError):
-    """The caller's to mend."""
+    """An error the caller can correct."""
 
     status = 400
     code = "bad_request"
@@ -107,7 +107,7 @@ class InvalidRequestError(RequestError):
 
     @classmethod
     def of(cls, field: str, message: str) -> Self:
-        """Makes the error of a single field."""
+        """Build the error of a single field."""
         return cls(f"{field}: {message}", fields=(FieldError(field, message),))
 
 
@@ -127,15 +127,15 @@ class InvalidParamsError(InvalidRequestError):
 
 
 class ClientGoneError(RequestError):
-    """Nobody is left to read this answer; it is only for the log and the metrics."""
+    """The client disconnected; this is only for the log and the metrics."""
 
     status = 499
     code = "client_gone"
-    title = "The client hung up"
+    title = "The client disconnected"
 
 
 class ShedError(ServiceError):
-    """The service's state, not the request, is the reason; asking again later may help."""
+    """Caused by the state of the service, not by the request; a later retry may succeed."""
 
     status = 503
     code = "unavailable"
@@ -145,7 +145,7 @@ class ShedError(ServiceError):
 class OverloadedError(ShedError):
     status = 429
     code = "overloaded"
-    title = "The line is full"
+    title = "The request queue is full"
 
 
 class NotReadyError(ShedError):
@@ -165,7 +165,7 @@ class DeadlineExceededError(ServiceError):
 
 
 class InferenceFailedError(ServiceError):
-    """The model failed on this input; what happened is in the log, never in the answer."""
+    """The model failed on this input; the details are in the log, never in the answer."""
 
     code = "inference_failed"
     title = "Inference failed"
@@ -184,9 +184,9 @@ _FROM_MODEL: dict[type[model_errors.ModelError], type[ServiceError]] = {
 
 
 def for_caller(error: Exception) -> ServiceError:
-    """Gives what the caller is told: errors made for callers as they are, the rest without their details."""
+    """Return what the caller may see: errors made for callers as they are, others without their details."""
     if isinstance(error, ServiceError):
         return error
     if isinstance(error, model_errors.ModelError) and type(error) in _FROM_MODEL:
         return _FROM_MODEL[type(error)](str(error))
-    return InferenceFailedError("the model failed on this input; the log of the service says how")
+    return InferenceFailedError("the model failed on this input; see the log of the service")

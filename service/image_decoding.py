@@ -1,8 +1,6 @@
-"""The desk: bytes to an upright image to pixel_values, in CPU threads.
+"""Image decoding: bytes to an upright image to pixel_values, in CPU threads. Bad input fails here.
 
-All that bad input can break, breaks here.
-
-Taken are JPEG, PNG, WebP, GIF and TIFF (their first frame) and BMP. 16-bit grey is scaled to 8; the
+Formats: JPEG, PNG, WebP, GIF and TIFF (their first frame), BMP. 16-bit grey is scaled to 8 bits; the
 orientation in EXIF is applied; transparency turns white.
 """
 
@@ -21,10 +19,10 @@ from torch import Tensor
 
 from model.errors import InvalidPixelsError
 from model.preprocess import DAMAGE, make_upright
-from service.engine.request import Tower
 from service.errors import ImageTooLargeError, InvalidImageError, UnsupportedImageError
+from service.model_backend import EncoderId
 
-# Raised by one when the same file or the same pixels would be turned into other pixel_values than before.
+# To be increased when the same file would be decoded into other pixel_values than before.
 PREPROCESS_VERSION: Final = "1"
 
 _SIGNATURES: Final = {
@@ -47,12 +45,12 @@ class ImageFile:
     digest: str
 
 
-class ImageDesk:
-    """preprocess: turns an image into pixel_values for a tower; called in `num_threads` threads."""
+class ImageDecoder:
+    """preprocess: converts an image into pixel_values of an encoder; called in `num_threads` threads."""
 
     def __init__(
         self,
-        preprocess: Callable[[Image.Image, Tower], Tensor],
+        preprocess: Callable[[Image.Image, EncoderId], Tensor],
         *,
         max_bytes: int,
         max_pixels: int,
@@ -63,18 +61,18 @@ class ImageDesk:
         self._max_pixels = max_pixels
         # Pillow's own limit is process-wide and only warns up to twice its value; here it is checked always.
         Image.MAX_IMAGE_PIXELS = None
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="desk")
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="image-decoder")
 
     async def read(self, source: str | bytes) -> ImageFile:
-        """Takes base64, a data URI, or the bytes themselves, and checks what the header says.
+        """Read base64, a data URI, or the bytes themselves, and check the header.
 
         Raises ImageTooLargeError (413), UnsupportedImageError (415) or InvalidImageError (422).
         """
         return await self._in_thread(self._read, source)
 
-    async def prepare(self, file: ImageFile, tower: Tower) -> Tensor:
-        """Gives the [3, S, S] pixels a tower reads. Raises InvalidImageError where the file is damaged."""
-        return await self._in_thread(self._prepare, file, tower)
+    async def decode_pixels(self, file: ImageFile, encoder: EncoderId) -> Tensor:
+        """Decode a file into [3, S, S] pixel_values. Raises InvalidImageError where the file is damaged."""
+        return await self._in_thread(self._decode_pixels, file, encoder)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -89,9 +87,9 @@ class ImageDesk:
         check_header(source, self._max_pixels)
         return ImageFile(source, hashlib.sha256(source).hexdigest())
 
-    def _prepare(self, file: ImageFile, tower: Tower) -> Tensor:
+    def _decode_pixels(self, file: ImageFile, encoder: EncoderId) -> Tensor:
         try:
-            return self._preprocess(decode_image(file.data), tower)
+            return self._preprocess(decode_image(file.data), encoder)
         except InvalidImageError:
             raise
         except DAMAGE as exc:
@@ -121,7 +119,7 @@ class ImageDesk:
 
 
 def check_header(data: bytes, max_pixels: int) -> None:
-    """Reads the format and the size an image file claims, without decoding it.
+    """Check the format and the size in the header of an image file, without decoding it.
 
     Raises UnsupportedImageError for a format that is not read, InvalidImageError for too many pixels.
     """
@@ -147,7 +145,7 @@ def check_header(data: bytes, max_pixels: int) -> None:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Gives the first frame, upright, with at most 8 bits per channel, in whatever mode it then has.
+    """Decode the first frame, upright, with at most 8 bits per channel, in whatever mode it then has.
 
     Raises what Pillow raises on a damaged file, and InvalidImageError for samples of 32 bits.
     """
@@ -162,6 +160,6 @@ def _sniff(data: bytes) -> str | None:
     name = next((name for name, starts in _SIGNATURES.items() if data.startswith(starts)), None)
     if name == "WEBP" and data[8:12] != b"WEBP":  # RIFF holds sound and video too
         return None
-    if name == "BMP" and data[6:10] != bytes(4):  # two letters are few: many a text begins so
+    if name == "BMP" and data[6:10] != bytes(4):  # two letters are a weak signature: many texts begin so
         return None
     return name

@@ -1,78 +1,79 @@
-"""From parsed requests to answers: desk, cache, line and engine in a row. Runs on the event loop.
+"""The path of a request: read and hash its images, look up the cache, decode, queue, await the answer.
 
-An image is read and hashed, its encodings are looked up, and only what is not known goes on to be decoded and
-encoded. Cancelling one of these coroutines withdraws its work, wherever it is.
+An image is decoded and encoded only where its embeddings are not cached. All of it runs on the event loop;
+cancelling one of these coroutines withdraws its work, wherever it is.
 """
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
+
 from model import GenerationParams
-from service.cache import EmbeddingCache
+from service.cache.embedding_cache import EmbeddingCache
+from service.engine.image_pool import ImageInput
 from service.engine.request import (
     Answer,
-    Encodings,
-    GenerateJob,
+    GenerateInput,
     Generations,
-    ImageInput,
-    Kind,
     Matches,
-    MatchJob,
+    MatchInput,
     Mode,
-    Ticket,
-    Tower,
-    generate_needs,
-    match_needs,
+    Request,
+    required_to_generate,
+    required_to_match,
 )
-from service.engine.request_queue import Line, Place
+from service.engine.request_queue import RequestQueue, Reservation
 from service.errors import FieldError, InferenceFailedError, RequestError, ServiceError
-from service.image_decoding import ImageDesk, ImageFile
-from service.model_backend import Backend
+from service.image_decoding import ImageDecoder, ImageFile
+from service.model_backend import Backend, EmbeddingKind, EncoderId
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Upload:
-    """An image as it came. source: base64 or a data: URI, or the file itself. field: names it in errors."""
+    """An image as it came. source: base64, a data: URI, or the file itself. field: its name in errors."""
 
     field: str
     source: str | bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Served(Generic[T]):
-    """An answer, and the seconds its images took before they stood in line."""
+class ServedAnswer(Generic[T]):
+    """An answer, and the seconds its images took before they were queued."""
 
     answer: Answer[T]
     preprocess_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What is asked about an image; see `GenerateJob`."""
+class TokenizedPrompts:
+    """What is to be generated about an image; see `GenerateInput`."""
 
-    prompts: tuple[tuple[int, ...], ...]
+    prompt_ids: tuple[tuple[int, ...], ...]
     params: GenerationParams
     questions: tuple[str, ...]
 
 
 class Inference:
-    """deadline: on the monotonic clock, None for none; past it a job never reaches the device.
+    """deadline: on the monotonic clock, or None; past it a request never reaches the device.
 
-    All verbs raise OverloadedError or NotReadyError where the line does not take the work, a RequestError
-    where an image cannot be used, and InferenceFailedError where the model fails on it.
+    All methods raise OverloadedError or NotReadyError where the queue refuses the work, a RequestError where
+    an image cannot be used, and InferenceFailedError where the model fails on it.
     """
 
-    def __init__(self, backend: Backend, desk: ImageDesk, cache: EmbeddingCache, line: Line) -> None:
+    def __init__(
+        self, backend: Backend, image_decoder: ImageDecoder, cache: EmbeddingCache, queue: RequestQueue
+    ) -> None:
         self._backend = backend
-        self._desk = desk
+        self._image_decoder = image_decoder
         self._cache = cache
-        self._line = line
+        self._queue = queue
 
     async def generate(
         self,
@@ -82,30 +83,30 @@ class Inference:
         deadline: float | None,
         *,
         questions: Sequence[str] | None = None,
-    ) -> Served[Generations]:
-        """Answers several prompts about one image, which is encoded once.
+    ) -> ServedAnswer[Generations]:
+        """Generate texts for several prompts about one image, which is encoded once.
 
-        questions: what a question-conditioned Q-Former is shown; None: the prompts. Raises
-        InvalidPromptError where a prompt is too long.
+        questions: what a question-conditioned Q-Former reads; None: the prompts. Raises InvalidPromptError
+        where a prompt is too long.
         """
-        asked = self._ask(prompts, prompts if questions is None else questions, params)
-        (place,) = self._line.reserve(len(prompts))
-        with place:
-            return await self._generate(place, image, asked, deadline)
+        tokenized = self._tokenize(prompts, prompts if questions is None else questions, params)
+        (reservation,) = self._queue.make_reservations(len(prompts))
+        with reservation:
+            return await self._generate(reservation, image, tokenized, deadline)
 
     async def generate_each(
         self, images: Sequence[Upload], prompt: str, params: GenerationParams, deadline: float | None
-    ) -> list[Served[Generations] | ServiceError]:
-        """Answers one prompt about each image; all are let in, or none. An image that fails, fails alone."""
-        asked = self._ask([prompt], [prompt], params)
-        places = self._line.reserve(*[1] * len(images))
+    ) -> list[ServedAnswer[Generations] | ServiceError]:
+        """Generate texts for one prompt about each image, all queued or none. A bad image fails alone."""
+        tokenized = self._tokenize([prompt], [prompt], params)
+        reservations = self._queue.make_reservations(*[1] * len(images))
         with ExitStack() as stack:
-            for place in places:
-                stack.enter_context(place)
+            for reservation in reservations:
+                stack.enter_context(reservation)
             outcomes = await asyncio.gather(
                 *(
-                    self._generate(place, image, asked, deadline)
-                    for place, image in zip(places, images, strict=True)
+                    self._generate(reservation, image, tokenized, deadline)
+                    for reservation, image in zip(reservations, images, strict=True)
                 ),
                 return_exceptions=True,
             )
@@ -120,82 +121,89 @@ class Inference:
         rerank_k: int,
         top_k: int,
         deadline: float | None,
-    ) -> Served[Matches]:
-        """Scores candidates, texts or images, against a query."""
-        (place,) = self._line.reserve(len(candidates))
-        with place:
+    ) -> ServedAnswer[Matches]:
+        """Score candidates, texts or images, against a query."""
+        (reservation,) = self._queue.make_reservations(len(candidates))
+        with reservation:
             started = time.monotonic()
             sides = [query, *candidates]
             uploads = [side for side in sides if isinstance(side, Upload)]
-            images = iter(await self._take_in(uploads, match_needs(mode), self._backend.matching_tower))
-            inputs = [side if isinstance(side, str) else next(images) for side in sides]
-            ticket: Ticket[Matches] = Ticket(deadline)
-            job = MatchJob(inputs[0], tuple(inputs[1:]), mode, rerank_k, top_k, ticket)
-            place.put(job)
-            return await self._served(ticket, time.monotonic() - started)
+            encoder = self._backend.matching_encoder
+            images = iter(await self._load_images(uploads, required_to_match(mode), encoder))
+            loaded = [side if isinstance(side, str) else next(images) for side in sides]
+            inputs = MatchInput(loaded[0], tuple(loaded[1:]), mode, rerank_k, top_k)
+            return await self._submit(reservation, Request(inputs, deadline), started)
 
-    def _ask(self, prompts: Sequence[str], questions: Sequence[str], params: GenerationParams) -> Asked:
-        prompt_ids = (self._backend.tokenize_prompt(prompt, params) for prompt in prompts)
-        return Asked(tuple(prompt_ids), params, tuple(questions) if self._backend.shows_questions else ())
+    def _tokenize(
+        self, prompts: Sequence[str], questions: Sequence[str], params: GenerationParams
+    ) -> TokenizedPrompts:
+        prompt_ids = tuple(self._backend.tokenize_prompt(prompt, params) for prompt in prompts)
+        is_conditioned = self._backend.is_question_conditioned
+        return TokenizedPrompts(prompt_ids, params, tuple(questions) if is_conditioned else ())
 
     async def _generate(
-        self,
-        place: Place,
-        image: Upload,
-        asked: Asked,
-        deadline: float | None,
-    ) -> Served[Generations]:
+        self, reservation: Reservation, image: Upload, tokenized: TokenizedPrompts, deadline: float | None
+    ) -> ServedAnswer[Generations]:
         started = time.monotonic()
-        needs = generate_needs(shows_questions=bool(asked.questions))
-        (taken,) = await self._take_in([image], needs, Tower.MAIN)
-        ticket: Ticket[Generations] = Ticket(deadline)
-        place.put(GenerateJob(taken, asked.prompts, asked.params, ticket, asked.questions))
-        return await self._served(ticket, time.monotonic() - started)
+        required = required_to_generate(is_question_conditioned=bool(tokenized.questions))
+        (loaded,) = await self._load_images([image], required, EncoderId.MAIN)
+        inputs = GenerateInput(loaded, tokenized.prompt_ids, tokenized.params, tokenized.questions)
+        return await self._submit(reservation, Request(inputs, deadline), started)
 
-    async def _served(self, ticket: Ticket[T], preprocess_s: float) -> Served[T]:
-        answer = await asyncio.wrap_future(ticket.future)
-        self._cache.store(answer.fresh)
-        return Served(answer, preprocess_s)
+    async def _submit(self, reservation: Reservation, request: Request[T], started: float) -> ServedAnswer[T]:
+        reservation.submit(request)
+        preprocess_s = time.monotonic() - started
+        answer = await asyncio.wrap_future(request.future)
+        self._cache.store(answer.computed)
+        return ServedAnswer(answer, preprocess_s)
 
-    async def _take_in(
-        self, images: Sequence[Upload], needs: frozenset[Kind], tower: Tower
+    async def _load_images(
+        self, images: Sequence[Upload], required: frozenset[EmbeddingKind], encoder: EncoderId
     ) -> list[ImageInput]:
-        files = await _all(_blamed(image.field, self._desk.read(image.source)) for image in images)
-        known = await self._cache.lookup([_digest_for(file, tower) for file in files], needs)
-        return await _all(
-            _blamed(image.field, self._to_input(file, known[_digest_for(file, tower)], needs, tower))
+        files = await _gather_or_cancel(
+            _named(image.field, self._image_decoder.read(image.source)) for image in images
+        )
+        known = await self._cache.lookup([_digest_for(file, encoder) for file in files], required)
+        return await _gather_or_cancel(
+            _named(image.field, self._build_input(file, known[_digest_for(file, encoder)], required, encoder))
             for image, file in zip(images, files, strict=True)
         )
 
-    async def _to_input(
-        self, file: ImageFile, known: Encodings, needs: frozenset[Kind], tower: Tower
+    async def _build_input(
+        self,
+        file: ImageFile,
+        known: Mapping[EmbeddingKind, Tensor],
+        required: frozenset[EmbeddingKind],
+        encoder: EncoderId,
     ) -> ImageInput:
-        suffices = needs <= known.keys() or Kind.IMAGE_FEATURES in known
-        pixel_values = None if suffices else await self._desk.prepare(file, tower)
-        return ImageInput(_digest_for(file, tower), pixel_values, known, tower)
+        is_known = required <= known.keys() or EmbeddingKind.IMAGE_FEATURES in known
+        pixel_values = None if is_known else await self._image_decoder.decode_pixels(file, encoder)
+        return ImageInput(_digest_for(file, encoder), pixel_values, known, encoder)
 
 
-def _digest_for(file: ImageFile, tower: Tower) -> str:
-    return file.digest if tower is Tower.MAIN else f"{file.digest}:{tower}"
+def _digest_for(file: ImageFile, encoder: EncoderId) -> str:
+    return file.digest if encoder is EncoderId.MAIN else f"{file.digest}:{encoder}"
 
 
-def _outcome_of_one(outcome: Served[Generations] | BaseException) -> Served[Generations] | ServiceError:
-    """Keeps what concerns one image alone, and raises what concerns them all."""
-    if isinstance(outcome, Served | RequestError | InferenceFailedError):
+def _outcome_of_one(
+    outcome: ServedAnswer[Generations] | BaseException,
+) -> ServedAnswer[Generations] | ServiceError:
+    """Return what concerns one image alone, and raise what concerns them all."""
+    if isinstance(outcome, ServedAnswer | RequestError | InferenceFailedError):
         return outcome
     raise outcome
 
 
-async def _blamed(field: str, work: Coroutine[Any, Any, T]) -> T:
-    """Has an error say which field it is about."""
+async def _named(field: str, work: Coroutine[Any, Any, T]) -> T:
+    """Await work, and add the name of its field to an error."""
     try:
         return await work
     except RequestError as exc:
         raise type(exc)(f"{field}: {exc.detail}", fields=(FieldError(field, exc.detail),)) from exc
 
 
-async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Gives what all of them give, in order; the first failure ends the others."""
+async def _gather_or_cancel(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Await all, and return their results in order; the first failure cancels the others."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
         return await asyncio.gather(*tasks)

@@ -1,26 +1,44 @@
-"""What the service asks of a model: the seam between scheduling and tensors."""
+"""What the service asks of a model, and the BLIP-2 models that answer it: the border to tensors."""
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+from enum import StrEnum
 from typing import Protocol
 
+import torch
 from PIL import Image
 from torch import Tensor
 
-from model import DecodeJob, Generation, GenerationParams
-from service.engine.request import Kind, Tower
+from model import Blip2, DecodeJob, Decoder, DecoderLimits, Generation, GenerationParams
+from model.language import Extent as MemoryRequirement
+from model.language import LanguageModel
+from model.matching import Matcher
+
+
+class EmbeddingKind(StrEnum):
+    """What can be computed of an image, each worth caching."""
+
+    QUERY_OUTPUT = "query_output"  # [Q, D], of the generating Q-Former
+    IMAGE_EMBEDS = "image_embeds"  # [Q, E], normalised, of the matching Q-Former
+    IMAGE_FEATURES = "image_features"  # [P, V], before ln_vision; the others are computed from them
+
+
+class EncoderId(StrEnum):
+    """An image encoder: the model's, or that of a retrieval model which does not share it."""
+
+    MAIN = "main"
+    MATCHING = "matching"
 
 
 class StepDecoder(Protocol):
-    """The batched decoder: jobs join and leave between steps."""
+    """The batched decoder, which jobs join and leave between steps."""
 
     def add(self, job: DecodeJob) -> None: ...
 
     def step(self) -> Sequence[tuple[DecodeJob, tuple[Generation, ...]]]: ...
 
     def cancel(self, job: DecodeJob) -> None: ...
-
-    def has_room(self, num_prefix_tokens: int, params: GenerationParams) -> bool:
-        """Whether a job of so many prompt and image tokens could begin at the next step."""
 
 
 class Backend(Protocol):
@@ -31,11 +49,11 @@ class Backend(Protocol):
 
     @property
     def matching_name(self) -> str:
-        """The name of the model that answers /retrieve."""
+        """Name of the model that answers /retrieve."""
 
     @property
-    def matching_tower(self) -> Tower:
-        """Which tower encodes the images that are matched."""
+    def matching_encoder(self) -> EncoderId:
+        """The encoder of images that are matched."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -50,18 +68,18 @@ class Backend(Protocol):
     def can_generate(self) -> bool: ...
 
     @property
-    def shows_questions(self) -> bool:
-        """Whether the Q-Former is shown the question, so that its output is not the image's alone."""
+    def is_question_conditioned(self) -> bool:
+        """Whether the Q-Former reads the question, so that its output is not the image's alone."""
 
     @property
     def can_match(self) -> bool: ...
 
-    def preprocess(self, image: Image.Image, tower: Tower) -> Tensor:
-        """Turns an image into the [3, S, S] pixel_values that a tower reads, on the CPU."""
+    def preprocess(self, image: Image.Image, encoder: EncoderId) -> Tensor:
+        """Convert an image into the [3, S, S] pixel_values of an encoder, on the CPU."""
 
     @property
     def num_query_tokens(self) -> int:
-        """How many tokens an image is to the language model."""
+        """Number of tokens an image is to the language model."""
 
     def caption_prompt(self) -> str: ...
 
@@ -70,40 +88,184 @@ class Backend(Protocol):
     ) -> str: ...
 
     def tokenize_prompt(self, prompt: str, params: GenerationParams) -> tuple[int, ...]:
-        """Raises model.errors.InvalidPromptError where image, prompt and answer together are too long.
+        """Tokenize a prompt, and check that its generation can ever run.
 
+        Raises model.errors.InvalidPromptError where image, prompt and answer together are too long.
         Raises model.errors.InvalidParamsError where there would never be room for the answer.
         """
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Gives the text of each token by itself."""
+        """Return the text of each token by itself."""
 
     def to_device(self, tensor: Tensor) -> Tensor: ...
 
     def synchronize(self) -> None:
-        """Waits until the device has done all it was given, so that clocks tell the truth."""
+        """Wait until the device has done all it was given, so that durations are right."""
 
     def free_memory(self) -> None:
-        """Gives back what the allocator keeps for later, after the device ran out of memory."""
+        """Release what the allocator caches, after the device ran out of memory."""
 
-    def encode_images(self, pixel_values: Tensor, tower: Tower) -> Tensor:
-        """Turns [B, 3, S, S] into the [B, P, V] image_features of a tower."""
+    def encode_images(self, pixel_values: Tensor, encoder: EncoderId) -> Tensor:
+        """Encode [B, 3, S, S] into the [B, P, V] image_features of an encoder."""
 
-    def encode_kind(self, kind: Kind, image_features: Tensor) -> Tensor:
-        """Turns [B, P, V] image_features into [B, ...] of the kind asked for."""
+    def encode(self, kind: EmbeddingKind, image_features: Tensor) -> Tensor:
+        """Compute the [B, ...] embeddings of a kind from [B, P, V] image_features."""
 
     def build_decoder(self) -> StepDecoder: ...
 
     def build_decode_job(
         self, encoded: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams, question: str | None
     ) -> DecodeJob:
-        """encoded: the [Q, D] query_output; with a question for the Q-Former the [P, V] image_features."""
+        """Build a job from the [Q, D] query_output, or with a question from the [P, V] image_features."""
+
+    def kv_bytes(self, requirements: Sequence[MemoryRequirement]) -> int:
+        """Compute the most bytes that the keys and values of such sequences take together."""
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Gives [M, E], normalised."""
+        """Compute the normalised [M, E] embeddings of texts."""
 
     def similarities(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """Turns [N, Q, E] and [M, E] into [N, M] cosines."""
+        """Compute the [N, M] cosines of [N, Q, E] and [M, E]."""
 
     def match_logits(self, image_features: Tensor, texts: Sequence[str]) -> Tensor:
-        """Turns [K, P, V] and K texts into [K, 2] logits; index 1 says that they belong together."""
+        """Compute [K, 2] logits of [K, P, V] and K texts; index 1 means that they belong together."""
+
+
+class Blip2Backend:
+    """A `Backend` over a BLIP-2 model, and over a second one that matches, unless the first does.
+
+    Where their image encoders are equal, one is held, and one pass of it serves both.
+    """
+
+    def __init__(
+        self, blip2: Blip2, matching: Blip2 | None = None, limits: DecoderLimits | None = None
+    ) -> None:
+        self.generating_model = blip2
+        self.matching_model = matching or blip2
+        self._limits = limits or DecoderLimits()
+        self.fingerprint = blip2.fingerprint
+        if self.matching_model is not blip2:
+            self.fingerprint = _sha256(f"{blip2.fingerprint} {self.matching_model.fingerprint}")
+        is_shared = blip2.share_vision_model(self.matching_model)
+        self.matching_encoder = EncoderId.MAIN if is_shared else EncoderId.MATCHING
+
+    def pack(self, qformer_dtype: torch.dtype) -> None:
+        """Lay out the weights for a CPU, see `Blip2.pack`; to be called before the first request."""
+        self.generating_model.pack(qformer_dtype)
+        self.matching_model.pack(qformer_dtype)
+        if qformer_dtype != torch.float32:  # its embeddings differ, and must not be taken for float32's
+            self.fingerprint = _sha256(f"{self.fingerprint} {qformer_dtype}")
+
+    @property
+    def name(self) -> str:
+        return self.generating_model.name
+
+    @property
+    def matching_name(self) -> str:
+        return self.matching_model.name
+
+    @property
+    def device(self) -> str:
+        return str(self.generating_model.device)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.generating_model.dtype).removeprefix("torch.")
+
+    @property
+    def can_generate(self) -> bool:
+        return self.generating_model.language_model is not None
+
+    @property
+    def is_question_conditioned(self) -> bool:
+        return self.generating_model.question_reader is not None
+
+    @property
+    def can_match(self) -> bool:
+        return self.matching_model.matcher is not None
+
+    def preprocess(self, image: Image.Image, encoder: EncoderId) -> Tensor:
+        return self._model_of(encoder).preprocess(image)
+
+    @property
+    def num_query_tokens(self) -> int:
+        return self.generating_model.query_tokens.shape[1]
+
+    def caption_prompt(self) -> str:
+        return self.generating_model.prompts.caption_prompt()
+
+    def question_prompt(self, question: str, history: Sequence[tuple[str, str]], template: str | None) -> str:
+        prompts = (
+            self.generating_model.prompts
+            if template is None
+            else replace(self.generating_model.prompts, question=template)
+        )
+        return prompts.question_prompt(question, history)
+
+    def tokenize_prompt(self, prompt: str, params: GenerationParams) -> tuple[int, ...]:
+        prompt_ids = self._language_model.tokenize(prompt)
+        Decoder(self._language_model, self._limits).check(len(prompt_ids), self.num_query_tokens, params)
+        return prompt_ids
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return self._language_model.token_texts(token_ids)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.generating_model.device)
+
+    def synchronize(self) -> None:
+        if self.generating_model.device.type == "cuda":
+            torch.cuda.synchronize(self.generating_model.device)
+
+    def free_memory(self) -> None:
+        if self.generating_model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def encode_images(self, pixel_values: Tensor, encoder: EncoderId) -> Tensor:
+        return self._model_of(encoder).encode_images(pixel_values)
+
+    def encode(self, kind: EmbeddingKind, image_features: Tensor) -> Tensor:
+        if kind is EmbeddingKind.QUERY_OUTPUT:
+            return self.generating_model.encode_queries(image_features)
+        return self._matcher.image_embeds(self._matcher.encode_image_queries(image_features).query_output)
+
+    def build_decoder(self) -> StepDecoder:
+        return Decoder(self._language_model, self._limits)
+
+    def build_decode_job(
+        self, encoded: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams, question: str | None
+    ) -> DecodeJob:
+        query_output = encoded
+        if question is not None:
+            query_output = self.generating_model.encode_queries(encoded[None], [question])[0]
+        language_model_inputs = self.generating_model.project_queries(query_output[None])[0]  # [Q, L]
+        return DecodeJob(language_model_inputs, prompt_ids, params)
+
+    def kv_bytes(self, requirements: Sequence[MemoryRequirement]) -> int:
+        return self._language_model.build_state().num_bytes(requirements)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        return self._matcher.text_embeds(*self._matcher.tokenize(texts))
+
+    def similarities(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        return self._matcher.itc_scores(image_embeds, text_embeds)
+
+    def match_logits(self, image_features: Tensor, texts: Sequence[str]) -> Tensor:
+        return self._matcher.match_logits(image_features, *self._matcher.tokenize(texts))
+
+    def _model_of(self, encoder: EncoderId) -> Blip2:
+        return self.generating_model if encoder is EncoderId.MAIN else self.matching_model
+
+    @property
+    def _language_model(self) -> LanguageModel:
+        assert self.generating_model.language_model is not None, "asked to generate without a language model"
+        return self.generating_model.language_model
+
+    @property
+    def _matcher(self) -> Matcher:
+        assert self.matching_model.matcher is not None, "asked to match without a matcher"
+        return self.matching_model.matcher
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

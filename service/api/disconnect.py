@@ -1,4 +1,4 @@
-"""How long a caller waits, and whether there still is one. Both end the work through cancellation alone."""
+"""The caller's deadline and disconnection. Both end the work through cancellation alone."""
 
 import asyncio
 import time
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def deadline_of(request: Request) -> float | None:
-    """Gives when the caller stops waiting, on the monotonic clock; None where the caller did not say.
+    """Return the caller's deadline on the monotonic clock, or None.
 
     Raises InvalidRequestError where X-Request-Timeout-Ms is not a number of milliseconds up to an hour.
     """
@@ -35,20 +35,22 @@ def deadline_of(request: Request) -> float | None:
     return context_of(request).arrived + int(budget) / 1000
 
 
-async def while_waited_for(request: Request, deadline: float | None, work: Coroutine[Any, Any, T]) -> T:
-    """Gives what the work gives, unless its caller's deadline passes or the caller hangs up first.
+async def cancel_on_disconnect_or_deadline(
+    request: Request, deadline: float | None, work: Coroutine[Any, Any, T]
+) -> T:
+    """Await the work, or cancel it when the caller's deadline passes or the caller disconnects.
 
-    The work is cancelled then, with all that it waits for: images not yet decoded, jobs in line, beams on the
-    device. The body of the request must have been read. Raises DeadlineExceededError or ClientGoneError.
+    Cancellation reaches images not yet decoded, queued requests and beams on the device. The body must have
+    been read. Raises DeadlineExceededError or ClientGoneError.
     """
     timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
     task = asyncio.create_task(work)
-    gone = asyncio.create_task(_hung_up(request.receive))
+    disconnected = asyncio.create_task(_await_disconnect(request.receive))
     try:
-        await asyncio.wait({task, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnected}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        if gone.done():
+        if disconnected.done():
             raise ClientGoneError("the client closed the connection before the answer was ready")
         budget_ms = request.headers.get(TIMEOUT_HEADER)
         raise DeadlineExceededError(
@@ -56,10 +58,10 @@ async def while_waited_for(request: Request, deadline: float | None, work: Corou
         )
     finally:
         task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        disconnected.cancel()
+        await asyncio.gather(task, disconnected, return_exceptions=True)
 
 
-async def _hung_up(receive: Receive) -> None:
+async def _await_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

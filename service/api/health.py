@@ -7,17 +7,17 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.api.openapi import problem_responses
 from service.api.responses import ProbeResponse, VersionResponse
-from service.runtime.lifecycle import Lifecycle, tasks_of
 from service.runtime.metrics import Metrics
+from service.runtime.readiness import Readiness, tasks_of
 
 DISTRIBUTION = "blip2-server"
 
 
 class HealthRoutes:
-    """A probe that is not well answers 503 with a problem that says why."""
+    """Each failing probe answers 503 with a problem that names the reason."""
 
-    def __init__(self, lifecycle: Lifecycle, metrics: Metrics) -> None:
-        self._lifecycle = lifecycle
+    def __init__(self, readiness: Readiness, metrics: Metrics) -> None:
+        self._readiness = readiness
         self._metrics = metrics
 
     def router(self) -> APIRouter:
@@ -46,23 +46,23 @@ class HealthRoutes:
         return router
 
     async def livez(self) -> ProbeResponse:
-        """Whether the engine makes progress, or has nothing to do. If not, restart the process."""
-        self._lifecycle.check_alive()
+        """Check that the engine makes progress, or has nothing to do. If not, restart the process."""
+        self._readiness.check_alive()
         return ProbeResponse()
 
     async def readyz(self) -> ProbeResponse:
-        """Whether requests are answered: the weights are loaded and warm, and the service is not draining."""
-        self._lifecycle.check_ready()
+        """Check that requests are served: the weights are loaded and warm, and nothing is draining."""
+        self._readiness.check_ready()
         return ProbeResponse()
 
     async def startupz(self) -> ProbeResponse:
-        """Whether the weights are loaded and warm."""
-        self._lifecycle.check_started()
+        """Check that the weights are loaded and warm."""
+        self._readiness.check_started()
         return ProbeResponse()
 
     async def version(self) -> VersionResponse:
-        """What runs here."""
-        backend = self._lifecycle.backend
+        """Return the versions of service and model."""
+        backend = self._readiness.backend
         if backend is None:
             return VersionResponse(version=version(DISTRIBUTION))
         return VersionResponse(
@@ -76,5 +76,5 @@ class HealthRoutes:
         )
 
     async def metrics(self) -> Response:
-        """Counters, gauges and histograms, as Prometheus reads them."""
+        """Return counters, gauges and histograms, as Prometheus reads them."""
         return Response(self._metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

@@ -1,7 +1,5 @@
-"""What is known of an HTTP request while it is served, and the middleware that puts it in headers and log."""
+"""The context of each HTTP request, and the middleware that writes it into headers, metrics and the log."""
 
-import asyncio
-import contextlib
 import logging
 import re
 import time
@@ -16,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.runtime.logs import FIELDS
 from service.runtime.metrics import OTHER_ROUTE, ROUTES, Metrics
+from service.runtime.traffic import Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +25,9 @@ _STATE_KEY: Final = "context"
 
 @dataclass(slots=True)
 class RequestContext:
-    """arrived: on the monotonic clock. timings_ms, rows: of the answer, as far as it came.
+    """arrived: on the monotonic clock. timings_ms, rows: of the answers so far.
 
-    image_cached: whether all its images were; None where it had none.
+    image_cached: whether all its images were cached; None where it had none.
     """
 
     request_id: str
@@ -41,55 +40,31 @@ class RequestContext:
         return round((time.monotonic() - self.arrived) * 1000, 3)
 
     def server_timing(self) -> str:
-        """Gives the value of the Server-Timing header."""
+        """Return the value of the Server-Timing header."""
         timings = {**self.timings_ms, "total": self.total_ms()}
         entries = [f"{stage};dur={milliseconds:.3f}" for stage, milliseconds in timings.items()]
         return ", ".join([*entries, *(['cache;desc="hit"'] if self.image_cached else [])])
 
 
 def context_of(request: Request) -> RequestContext:
-    """Gives the context the middleware made for this request."""
+    """Return the context the middleware made for this request."""
     context: RequestContext = request.scope["state"][_STATE_KEY]
     return context
 
 
-class Traffic:
-    """Counts the requests in flight. For the event loop."""
-
-    def __init__(self) -> None:
-        self.num_requests = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    def enter(self) -> None:
-        self.num_requests += 1
-        self._idle.clear()
-
-    def leave(self) -> None:
-        self.num_requests -= 1
-        if self.num_requests == 0:
-            self._idle.set()
-
-    async def wait_idle(self, timeout_s: float) -> bool:
-        """Waits until none is in flight; False where that takes longer."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
-        return self.num_requests == 0
-
-
 class ContextMiddleware:
-    """Gives each request its context, each answer X-Request-ID and Server-Timing, and the log its line.
+    """Adds the context to each request, X-Request-ID and Server-Timing to each answer, and a line to the log.
 
-    closing(): whether clients should be told to let their connections go.
+    is_closing(): whether clients should close their connections.
     """
 
     def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, traffic: Traffic, closing: Callable[[], bool]
+        self, app: ASGIApp, *, metrics: Metrics, traffic: Traffic, is_closing: Callable[[], bool]
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._traffic = traffic
-        self._closing = closing
+        self._is_closing = is_closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -117,7 +92,7 @@ class ContextMiddleware:
         headers[REQUEST_ID_HEADER] = context.request_id
         headers["Server-Timing"] = context.server_timing()
         headers.setdefault("Cache-Control", "no-store")
-        if self._closing():
+        if self._is_closing():
             headers["Connection"] = "close"
 
     def _record(self, scope: Scope, status: int, context: RequestContext) -> None:
@@ -139,5 +114,5 @@ class ContextMiddleware:
 
 
 def _request_id(headers: Headers) -> str:
-    offered = headers.get(REQUEST_ID_HEADER, "")
-    return offered if _WELL_FORMED_ID.fullmatch(offered) else uuid.uuid4().hex
+    given = headers.get(REQUEST_ID_HEADER, "")
+    return given if _WELL_FORMED_ID.fullmatch(given) else uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""The parts of the OpenAPI document that FastAPI cannot see: bodies that are JSON or a form, and problems."""
+"""Parts of the OpenAPI document that FastAPI cannot derive: bodies that are JSON or a form, and problems."""
 
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ _REQUESTS: Final[tuple[type[Body], ...]] = (CaptionRequest, VqaRequest, Retrieve
 
 
 def request_body(schema: type[Body], example: dict[str, Any]) -> dict[str, Any]:
-    """Gives the requestBody of a route whose body is of `schema`, in JSON or as a form."""
+    """Return the requestBody of a route whose body is of `schema`, in JSON or as a form."""
     return {
         "required": True,
         "content": {
@@ -31,7 +31,7 @@ def request_body(schema: type[Body], example: dict[str, Any]) -> dict[str, Any]:
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Gives the responses of these statuses, all of them problems."""
+    """Return the responses of these statuses, all of them problems."""
     return {
         status: {
             "description": " or ".join(sorted(_codes(status))),
@@ -42,7 +42,7 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def install(app: FastAPI) -> None:
-    """Has the app give a document that holds the schemas above too."""
+    """Replace the app's document by one that holds these schemas too."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -1,4 +1,4 @@
-"""Reads the body of a request, JSON or a form, into one of the `schemas`; what is wrong with it, in words."""
+"""Reads the body of a request, JSON or a form, into one of the `schemas`, or explains what is invalid."""
 
 import difflib
 from collections import defaultdict
@@ -20,11 +20,11 @@ from service.errors import (
 )
 
 _MAX_PARTS: Final = 4096
-_MAX_SHOWN: Final = 60  # characters of a caller's value that an error repeats
+_MAX_ECHOED: Final = 60  # characters of a caller's value that an error repeats
 _MAX_FIELD_ERRORS: Final = 10
 
 _NESTED: Final[dict[str, type[Body]]] = {"candidates": Candidates, "history": Turn}
-_WANTED: Final = {
+_EXPECTED: Final = {
     "int_type": "a whole number; send one without quotes",
     "int_parsing": "a whole number; send digits",
     "float_type": "a number; send one without quotes",
@@ -43,7 +43,7 @@ B = TypeVar("B", bound=Body)
 
 
 async def read_body(request: Request, schema: type[B], max_bytes: int) -> B:
-    """Gives the parsed body, its types checked.
+    """Parse the body and check its types.
 
     Raises UnreadableBodyError (400), BodyTooLargeError (413), UnsupportedContentTypeError (415) or
     InvalidRequestError (422).
@@ -110,7 +110,9 @@ def _explain(exc: ValidationError, schema: type[Body]) -> InvalidRequestError | 
     if not details[0]["loc"]:
         return UnreadableBodyError("the body is not a JSON object; put the fields between { and }")
     fields = tuple(_field_error(detail, schema) for detail in details[:_MAX_FIELD_ERRORS])
-    return InvalidRequestError("; ".join(f"{at.field}: {at.message}" for at in fields), fields=fields)
+    return InvalidRequestError(
+        "; ".join(f"{field.field}: {field.message}" for field in fields), fields=fields
+    )
 
 
 def _field_error(detail: ErrorDetails, schema: type[Body]) -> FieldError:
@@ -122,8 +124,8 @@ def _field_error(detail: ErrorDetails, schema: type[Body]) -> FieldError:
         return FieldError(path, "is required; add it")
     if kind == "value_error":
         return FieldError(path, str(context["error"]))
-    wanted = _WANTED.get(kind, detail["msg"]).format(**context)
-    return FieldError(path, f"{_shown(detail['input'])} is not {wanted}")
+    expected = _EXPECTED.get(kind, detail["msg"]).format(**context)
+    return FieldError(path, f"{_echo(detail['input'])} is not {expected}")
 
 
 def _unknown_field(path: tuple[int | str, ...], schema: type[Body]) -> str:
@@ -133,6 +135,6 @@ def _unknown_field(path: tuple[int | str, ...], schema: type[Body]) -> str:
     return f"is not a known field; {cure}"
 
 
-def _shown(value: object) -> str:
+def _echo(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+    return text if len(text) <= _MAX_ECHOED else f"{text[:_MAX_ECHOED]}…"

@@ -1,4 +1,4 @@
-"""Turns what the engine gave into the answers of the routes, and tells context and metrics what it cost."""
+"""Builds responses from the engine's answers, and records their durations in context and metrics."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,20 +22,20 @@ from service.api.responses import (
 )
 from service.engine.request import Generations, Matches, Mode
 from service.errors import ServiceError
-from service.inference import Served
+from service.inference import ServedAnswer
 from service.model_backend import Backend
 from service.runtime.metrics import Metrics
 
 
-class Replies:
-    """backend: whose answers they are. logprobs, below: whether each token is told."""
+class ResponseBuilder:
+    """Builds the responses of one model. logprobs, below: whether they list each token."""
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
         self._backend = backend
         self._metrics = metrics
 
     def caption(
-        self, served: Served[Generations], context: RequestContext, *, logprobs: bool
+        self, served: ServedAnswer[Generations], context: RequestContext, *, logprobs: bool
     ) -> CaptionResponse:
         self._count_tokens(served)
         return CaptionResponse(
@@ -56,7 +56,7 @@ class Replies:
 
     def captions(
         self,
-        outcomes: Sequence[Served[Generations] | ServiceError],
+        outcomes: Sequence[ServedAnswer[Generations] | ServiceError],
         context: RequestContext,
         *,
         logprobs: bool,
@@ -65,7 +65,7 @@ class Replies:
             model=self._backend.name,
             results=[
                 self.caption(outcome, context, logprobs=logprobs)
-                if isinstance(outcome, Served)
+                if isinstance(outcome, ServedAnswer)
                 else FailedImage(error=Problem.of(outcome, context.request_id))
                 for outcome in outcomes
             ],
@@ -74,7 +74,7 @@ class Replies:
     def vqa(
         self,
         questions: Sequence[str],
-        served: Served[Generations],
+        served: ServedAnswer[Generations],
         context: RequestContext,
         *,
         logprobs: bool,
@@ -90,7 +90,9 @@ class Replies:
             timings_ms=GenerateTimings(**self._timings(served, "decode", context)),
         )
 
-    def retrieve(self, mode: Mode, served: Served[Matches], context: RequestContext) -> RetrieveResponse:
+    def retrieve(
+        self, mode: Mode, served: ServedAnswer[Matches], context: RequestContext
+    ) -> RetrieveResponse:
         return RetrieveResponse(
             model=self._backend.matching_name,
             mode=mode,
@@ -107,7 +109,7 @@ class Replies:
             timings_ms=MatchTimings(**self._timings(served, "match", context)),
         )
 
-    def _timings(self, served: Served[Any], work: str, context: RequestContext) -> dict[str, float]:
+    def _timings(self, served: ServedAnswer[Any], work: str, context: RequestContext) -> dict[str, float]:
         answer = served.answer
         seconds = {
             "queue": answer.times.queue_s,
@@ -149,7 +151,7 @@ class Replies:
             )
         ]
 
-    def _count_tokens(self, served: Served[Generations]) -> None:
+    def _count_tokens(self, served: ServedAnswer[Generations]) -> None:
         self._metrics.generated_tokens.inc(
             sum(generation.num_tokens for group in served.answer.value for generation in group)
         )

@@ -1,4 +1,4 @@
-"""What requests are answered with. Times are milliseconds, scores natural logs unless said."""
+"""The schemas of responses. Times are milliseconds; scores are natural logarithms unless said."""
 
 from typing import Literal, Self
 
@@ -8,21 +8,21 @@ from service.engine.request import Mode
 from service.errors import ServiceError
 
 
-class Part(BaseModel):
-    """A part of an answer."""
+class ResponseModel(BaseModel):
+    """Base of all schemas here."""
 
     model_config = ConfigDict(frozen=True)
 
 
-class FieldProblem(Part):
-    """What is wrong with one field."""
+class FieldProblem(ResponseModel):
+    """The fault of one field."""
 
     field: str
     message: str
 
 
-class Problem(Part):
-    """An error, as RFC 9457 has it; the media type is application/problem+json."""
+class Problem(ResponseModel):
+    """An error in the form of RFC 9457; the media type is application/problem+json."""
 
     type: str = Field(examples=["urn:blip2:problem:invalid_image"])
     title: str = Field(examples=["The image cannot be used"])
@@ -36,7 +36,7 @@ class Problem(Part):
 
     @classmethod
     def of(cls, error: ServiceError, request_id: str) -> Self:
-        fields = [FieldProblem(field=at.field, message=at.message) for at in error.fields]
+        fields = [FieldProblem(field=field.field, message=field.message) for field in error.fields]
         return cls(
             type=f"urn:blip2:problem:{error.code}",
             title=error.title,
@@ -48,8 +48,8 @@ class Problem(Part):
         )
 
 
-class GenerateTimings(Part):
-    """Where the time went. Work that was shared with other requests counts in full."""
+class GenerateTimings(ResponseModel):
+    """Milliseconds in each stage. Work that was shared with other requests counts in full."""
 
     queue: float
     preprocess: float
@@ -59,8 +59,8 @@ class GenerateTimings(Part):
     total: float
 
 
-class MatchTimings(Part):
-    """Where the time went. Work that was shared with other requests counts in full."""
+class MatchTimings(ResponseModel):
+    """Milliseconds in each stage. Work that was shared with other requests counts in full."""
 
     queue: float
     preprocess: float
@@ -70,7 +70,7 @@ class MatchTimings(Part):
     total: float
 
 
-class TokenLogprob(Part):
+class TokenLogprob(ResponseModel):
     """One token of an answer. Their sum, over all, is the log-probability that its score is made of."""
 
     token_id: int
@@ -78,7 +78,7 @@ class TokenLogprob(Part):
     logprob: float
 
 
-class Caption(Part):
+class Caption(ResponseModel):
     """score: log-probability / num_tokens ** length_penalty. num_tokens: the end token counts."""
 
     text: str
@@ -88,7 +88,7 @@ class Caption(Part):
     logprobs: list[TokenLogprob] | None = None
 
 
-class CaptionResponse(Part):
+class CaptionResponse(ResponseModel):
     """Captions of one image, the best first. image_cached: its encoding was known already."""
 
     model: str
@@ -97,20 +97,20 @@ class CaptionResponse(Part):
     timings_ms: GenerateTimings
 
 
-class FailedImage(Part):
-    """Stands where the captions of one image would, had it been a good one."""
+class FailedImage(ResponseModel):
+    """The result of an image that could not be used."""
 
     error: Problem
 
 
-class CaptionsResponse(Part):
+class CaptionsResponse(ResponseModel):
     """One result for each of the images, in their order."""
 
     model: str
     results: list[CaptionResponse | FailedImage]
 
 
-class Alternative(Part):
+class Alternative(ResponseModel):
     """An answer that scored less."""
 
     answer: str
@@ -119,7 +119,7 @@ class Alternative(Part):
     logprobs: list[TokenLogprob] | None = None
 
 
-class VqaAnswer(Part):
+class VqaAnswer(ResponseModel):
     """The best answer to one question. score: log-probability / num_tokens ** length_penalty."""
 
     question: str
@@ -130,7 +130,7 @@ class VqaAnswer(Part):
     alternatives: list[Alternative]
 
 
-class VqaResponse(Part):
+class VqaResponse(ResponseModel):
     """One answer for each question, in their order. image_cached: its encoding was known already."""
 
     model: str
@@ -139,7 +139,7 @@ class VqaResponse(Part):
     timings_ms: GenerateTimings
 
 
-class RetrieveResult(Part):
+class RetrieveResult(ResponseModel):
     """One candidate.
 
     rank: from 1. index: among the candidates. itc: the cosine, from -1 to 1. itm_probability: that image and
@@ -154,7 +154,7 @@ class RetrieveResult(Part):
     itm_probability: float | None = None
 
 
-class RetrieveResponse(Part):
+class RetrieveResponse(ResponseModel):
     """The best candidates, the best first. mode: the one that was used."""
 
     model: str
@@ -163,14 +163,14 @@ class RetrieveResponse(Part):
     timings_ms: MatchTimings
 
 
-class ProbeResponse(Part):
-    """A probe that is well; one that is not answers 503 with a problem."""
+class ProbeResponse(ResponseModel):
+    """A probe that succeeds; one that fails answers 503 with a problem."""
 
     status: Literal["ok"] = "ok"
 
 
-class VersionResponse(Part):
-    """What runs here. All but `version` is null until the weights are loaded."""
+class VersionResponse(ResponseModel):
+    """Versions of service and model. All but `version` is null until the weights are loaded."""
 
     version: str
     model: str | None = None

@@ -1,9 +1,10 @@
-"""The bodies of requests, as the outside sees them. What they are answered with is in `answers`.
+"""The schemas of request bodies; those of responses are in `responses`.
 
-The types are checked when a body is parsed; `check` then looks at what types cannot say, and at the limits
-the operator set. The bounds of the generation fields are those of `GenerationParams`, which checks them.
+Parsing checks types; `check` then checks what types cannot express, and the limits the operator set. The
+bounds of the generation fields are those of `GenerationParams`, which checks them.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Final
 
 import pydantic_core
@@ -20,9 +21,8 @@ from pydantic import (
 from model import GenerationParams
 from model.decoding.params import MAX_BEAMS
 from model.errors import InvalidParamsError as ModelParamsError
-from service.api.limits import check_count, check_length, check_one_of, check_text
 from service.engine.request import Mode
-from service.errors import InvalidParamsError, InvalidRequestError
+from service.errors import InvalidParamsError, InvalidRequestError, TooManyItemsError
 from service.runtime.settings import Settings
 
 _IMAGE_SCHEMA: Final = {
@@ -32,17 +32,17 @@ _IMAGE_SCHEMA: Final = {
 _BEAMS: Final[dict[str, Any]] = {"minimum": 1, "maximum": MAX_BEAMS}
 
 
-def _take_image(value: object) -> str | bytes:
+def _check_image(value: object) -> str | bytes:
     if not isinstance(value, str | bytes):
         raise ValueError("is not a string; send the file in base64")
     return value
 
 
-def _take_texts(value: object) -> object:
+def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _take_object(value: object, info: ValidationInfo) -> object:
+def _parse_object(value: object, info: ValidationInfo) -> object:
     if not isinstance(value, str) or info.mode != "python":
         return value
     try:
@@ -54,10 +54,10 @@ def _take_object(value: object, info: ValidationInfo) -> object:
         ) from error
 
 
-ImageField = Annotated[str | bytes, PlainValidator(_take_image), WithJsonSchema(_IMAGE_SCHEMA)]
+ImageField = Annotated[str | bytes, PlainValidator(_check_image), WithJsonSchema(_IMAGE_SCHEMA)]
 TextsField = Annotated[
     list[str],
-    BeforeValidator(_take_texts),
+    BeforeValidator(_as_list),
     WithJsonSchema(
         {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
     ),
@@ -72,7 +72,7 @@ class Body(BaseModel):
 
 
 class GenerationFields(Body):
-    """What steers the search for an answer; the meaning is that of `generate` in transformers."""
+    """Generation parameters; their meaning is that of `generate` in transformers."""
 
     num_beams: int = Field(
         default=5, description="with do_sample it is 1 unless given", json_schema_extra=_BEAMS
@@ -88,10 +88,10 @@ class GenerationFields(Body):
     top_p: float = 0.9
     top_k: int = Field(default=0, description="0: off")
     seed: int | None = Field(default=None, description="equal seeds give equal samples")
-    logprobs: bool = Field(default=False, description="tell each token of an answer with its log-probability")
+    logprobs: bool = Field(default=False, description="return each token with its log-probability")
 
     def generation_params(self, count_field: str) -> GenerationParams:
-        """Gives the parameters for as many answers as the named field says.
+        """Build the parameters for the number of answers in the named field.
 
         Raises InvalidParamsError where one is out of its bounds, or two contradict each other.
         """
@@ -116,12 +116,12 @@ class CaptionRequest(GenerationFields):
     num_captions: int = Field(default=1, json_schema_extra=_BEAMS)
 
     def check(self, settings: Settings) -> None:
-        """Raises InvalidRequestError or TooManyItemsError."""
-        check_one_of(image=self.image, images=self.images)
+        """Raise InvalidRequestError or TooManyItemsError where a limit is exceeded."""
+        _check_one_of(image=self.image, images=self.images)
         if self.images is not None:
-            check_count("images", self.images, settings.max_images, "BLIP2_MAX_IMAGES")
+            _check_count("images", self.images, settings.max_images, "BLIP2_MAX_IMAGES")
         if self.prompt is not None:
-            check_length("prompt", self.prompt, settings.max_text_chars)
+            _check_length("prompt", self.prompt, settings.max_text_chars)
 
 
 class Turn(Body):
@@ -137,7 +137,7 @@ class VqaRequest(GenerationFields):
     lists: ClassVar[frozenset[str]] = frozenset({"question", "history"})
     image: ImageField
     question: TextsField
-    history: list[Annotated[Turn, BeforeValidator(_take_object)]] = Field(
+    history: list[Annotated[Turn, BeforeValidator(_parse_object)]] = Field(
         default=[], description="the dialogue so far, oldest first"
     )
     prompt_template: str | None = Field(
@@ -152,32 +152,32 @@ class VqaRequest(GenerationFields):
     )
 
     def check(self, settings: Settings) -> None:
-        """Raises InvalidRequestError or TooManyItemsError."""
-        check_count("question", self.question, settings.max_questions, "BLIP2_MAX_QUESTIONS")
+        """Raise InvalidRequestError or TooManyItemsError where a limit is exceeded."""
+        _check_count("question", self.question, settings.max_questions, "BLIP2_MAX_QUESTIONS")
         if self.history:
-            check_count("history", self.history, settings.max_questions, "BLIP2_MAX_QUESTIONS")
+            _check_count("history", self.history, settings.max_questions, "BLIP2_MAX_QUESTIONS")
         for index, question in enumerate(self.question):
-            check_text(f"question.{index}", question, settings.max_text_chars)
+            _check_text(f"question.{index}", question, settings.max_text_chars)
         for index, turn in enumerate(self.history):
-            check_text(f"history.{index}.question", turn.question, settings.max_text_chars)
-            check_length(f"history.{index}.answer", turn.answer, settings.max_text_chars)
+            _check_text(f"history.{index}.question", turn.question, settings.max_text_chars)
+            _check_length(f"history.{index}.answer", turn.answer, settings.max_text_chars)
         if self.prompt_template is not None:
-            check_length("prompt_template", self.prompt_template, settings.max_text_chars)
+            _check_length("prompt_template", self.prompt_template, settings.max_text_chars)
 
 
 class Candidates(Body):
-    """What is searched: images or texts."""
+    """The candidates to rank: images or texts."""
 
     images: list[ImageField] | None = None
     texts: list[str] | None = None
 
 
 class RetrieveRequest(Body):
-    """One text or image, and the candidates it is compared with."""
+    """One text or image, and the candidates to rank by it."""
 
     text: str | None = None
     image: ImageField | None = None
-    candidates: Annotated[Candidates, BeforeValidator(_take_object)]
+    candidates: Annotated[Candidates, BeforeValidator(_parse_object)]
     mode: Mode | None = Field(
         default=None,
         description="itc: cosines; itm: the matching head; rerank: the best rerank_k by itc, re-scored by "
@@ -195,35 +195,70 @@ class RetrieveRequest(Body):
         return self.candidates.texts or []
 
     @property
-    def across(self) -> bool:
-        """Whether query and candidates are of two kinds, which is what the matching head compares."""
+    def is_cross_modal(self) -> bool:
+        """Whether one side is images and the other texts, which is what the matching head compares."""
         return (self.text is None) == (self.candidates.images is None)
 
     @property
     def chosen_mode(self) -> Mode:
-        return self.mode or (Mode.RERANK if self.across else Mode.ITC)
+        return self.mode or (Mode.RERANK if self.is_cross_modal else Mode.ITC)
 
     @property
-    def num_wanted(self) -> int:
-        """top_k, which follows a smaller rerank_k unless it was given."""
+    def num_results(self) -> int:
+        """Number of results: top_k, or a smaller rerank_k where top_k was not given."""
         return self.top_k if "top_k" in self.model_fields_set else min(self.top_k, self.rerank_k)
 
     def check(self, settings: Settings) -> None:
-        """Raises InvalidRequestError or TooManyItemsError."""
-        check_one_of(text=self.text, image=self.image)
-        check_one_of("candidates.", images=self.candidates.images, texts=self.candidates.texts)
+        """Raise InvalidRequestError or TooManyItemsError where a limit is exceeded."""
+        _check_one_of(text=self.text, image=self.image)
+        _check_one_of("candidates.", images=self.candidates.images, texts=self.candidates.texts)
         name = "candidates.images" if self.candidates.texts is None else "candidates.texts"
         limit = settings.max_candidates
-        check_count(name, self.candidate_images or self.candidate_texts, limit, "BLIP2_MAX_CANDIDATES")
+        _check_count(name, self.candidate_images or self.candidate_texts, limit, "BLIP2_MAX_CANDIDATES")
         if self.text is not None:
-            check_text("text", self.text, settings.max_text_chars)
+            _check_text("text", self.text, settings.max_text_chars)
         for index, text in enumerate(self.candidate_texts):
-            check_text(f"candidates.texts.{index}", text, settings.max_text_chars)
-        if self.chosen_mode is not Mode.ITC and not self.across:
+            _check_text(f"candidates.texts.{index}", text, settings.max_text_chars)
+        if self.chosen_mode is not Mode.ITC and not self.is_cross_modal:
             raise InvalidRequestError.of(
                 "mode", f"{self.mode} compares an image with a text; use itc between two of one kind"
             )
-        if self.chosen_mode is Mode.RERANK and self.num_wanted > self.rerank_k:
+        if self.chosen_mode is Mode.RERANK and self.num_results > self.rerank_k:
             raise InvalidRequestError.of(
                 "top_k", f"{self.top_k} is more than rerank_k, {self.rerank_k}; raise rerank_k or lower top_k"
             )
+
+
+def _check_one_of(prefix: str = "", **fields: object) -> None:
+    """Raise InvalidRequestError unless exactly one of the named values is given. prefix: of their path."""
+    given = [name for name, value in fields.items() if value is not None]
+    names = " or ".join(prefix + name for name in fields)
+    if len(given) != 1:
+        raise InvalidRequestError.of(
+            prefix + next(iter(fields)), f"{len(given)} of {names} are given; send exactly one of them"
+        )
+
+
+def _check_count(field: str, items: Sequence[object], limit: int, setting: str) -> None:
+    """Raise InvalidRequestError for none, TooManyItemsError for more than the setting allows."""
+    if not items:
+        raise InvalidRequestError.of(field, "is an empty list; send at least one")
+    if len(items) > limit:
+        raise TooManyItemsError(
+            f"{field} has {len(items)} items, the limit is {limit}; send fewer at once, or raise {setting}"
+        )
+
+
+def _check_text(field: str, text: str, max_chars: int) -> None:
+    """Raise InvalidRequestError where a text is blank, or too long."""
+    if not text.strip():
+        raise InvalidRequestError.of(field, "is empty; send a text")
+    _check_length(field, text, max_chars)
+
+
+def _check_length(field: str, text: str, max_chars: int) -> None:
+    """Raise InvalidRequestError where a text is too long."""
+    if len(text) > max_chars:
+        raise InvalidRequestError.of(
+            field, f"has {len(text)} characters, the limit is {max_chars}; shorten it"
+        )

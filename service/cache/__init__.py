@@ -2,8 +2,3 @@
 
 Whatever happens to Redis, an answer stays right: a lost, slow or corrupt entry is a miss.
 """
-
-from service.cache.embedding_cache import EmbeddingCache, Lookup
-from service.cache.lru import MemoryCache
-
-__all__ = ["EmbeddingCache", "Lookup", "MemoryCache"]

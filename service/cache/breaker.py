@@ -1,4 +1,4 @@
-"""A circuit breaker: after a run of failures Redis is left alone for a while, so an outage costs little."""
+"""A circuit breaker: after repeated failures Redis is not called for a while, so an outage costs little."""
 
 import random
 import time
@@ -14,8 +14,8 @@ _SPREAD = 0.25
 class CircuitBreaker:
     """Opens after five failures in a row, or when more than half of the last twenty calls failed.
 
-    While open, nothing is let through; after a pause, which doubles from 1 to 30 seconds with each failed
-    try, one probe is. For one thread. clock: monotonic seconds. jitter: numbers in [0, 1).
+    While open, no call is allowed; after a pause, which doubles from 1 to 30 seconds with each failed probe,
+    one probe is. For one thread. clock: monotonic seconds. jitter: numbers in [0, 1).
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class CircuitBreaker:
         return self._open_until is not None
 
     def allow(self) -> bool:
-        """Whether a call may be made now; who is told so reports `succeeded`, `failed` or `abandoned`."""
+        """Return whether a call may be made now; its outcome is reported by one of the next three methods."""
         if self._open_until is None:
             return True
         if self._probing or self._clock() < self._open_until:
@@ -43,6 +43,7 @@ class CircuitBreaker:
         return True
 
     def succeeded(self) -> None:
+        """Record a success; close the breaker."""
         self._failures_in_a_row = 0
         if self._open_until is None:
             self._recent.append(False)
@@ -50,6 +51,7 @@ class CircuitBreaker:
             self._close()
 
     def failed(self) -> None:
+        """Record a failure; open the breaker after too many."""
         self._failures_in_a_row += 1
         if self._probing:
             self._pause_s = min(_MAX_PAUSE_S, self._pause_s * 2)
@@ -61,7 +63,7 @@ class CircuitBreaker:
             self._open()
 
     def abandoned(self) -> None:
-        """The call was given up by our own side, which says nothing of Redis."""
+        """Record that the caller cancelled the call, which proves nothing about Redis."""
         self._probing = False
 
     def _open(self) -> None:

@@ -1,4 +1,4 @@
-"""Both levels as one cache of encodings by image digest."""
+"""Both tiers as one cache of embeddings by image digest."""
 
 import asyncio
 import contextlib
@@ -7,32 +7,32 @@ from typing import Protocol
 
 from torch import Tensor
 
-from service.cache.lru import MemoryCache
+from service.cache.lru import LruTier
 from service.cache.redis_tier import RedisTier
 from service.cache.wire import redis_key
-from service.engine.request import FreshEncoding, Kind
+from service.engine.image_pool import ComputedEmbedding
+from service.model_backend import EmbeddingKind
 
-_BUDGET_S = 1.0  # what a request loses to Redis at most
+_BUDGET_S = 1.0  # that a request spends on Redis at most
 
-Lookup = dict[str, dict[Kind, Tensor]]  # by digest
+Lookup = dict[str, dict[EmbeddingKind, Tensor]]  # by digest
 
 
 class CacheCounter(Protocol):
-    """Is told of every look-up: tier is "memory" or "redis", result as in `redis_tier.Read`."""
+    """Count one look-up: tier is "memory" or "redis", result as in `read_batcher.CacheRead`."""
 
-    def __call__(self, tier: str, kind: Kind, result: str) -> None: ...
+    def __call__(self, tier: str, kind: EmbeddingKind, result: str) -> None: ...
 
 
 class EmbeddingCache:
-    """Read on the event loop before the line, written after the answer.
+    """Read on the event loop before the request queue, written after the answer.
 
-    fingerprint, preprocess_version: what, beside the image file, decides an encoding.
-    count: see CacheCounter.
+    fingerprint, preprocess_version: with the digest of the file they determine an embedding.
     """
 
     def __init__(
         self,
-        memory: MemoryCache,
+        memory: LruTier,
         redis: RedisTier | None,
         *,
         fingerprint: str,
@@ -45,28 +45,28 @@ class EmbeddingCache:
         self._preprocess_version = preprocess_version
         self._count = count
 
-    async def lookup(self, digests: Sequence[str], needs: frozenset[Kind]) -> Lookup:
-        """Gives what is known of each image: of what is needed, else the image features, to make it from."""
+    async def lookup(self, digests: Sequence[str], required: frozenset[EmbeddingKind]) -> Lookup:
+        """Look up what is required of each image, or else the image features, to compute it from."""
         found: Lookup = {digest: {} for digest in digests}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_BUDGET_S):
-                await self._look_for_all(found, needs)
+                await self._look_up_all(found, required)
         return found
 
-    async def _look_for_all(self, found: Lookup, needs: frozenset[Kind]) -> None:
-        for kind in sorted(needs):
-            await self._look_for(kind, found)
-        lacking = {digest: known for digest, known in found.items() if needs - known.keys()}
-        if lacking and Kind.IMAGE_FEATURES not in needs:
-            await self._look_for(Kind.IMAGE_FEATURES, lacking)
+    async def _look_up_all(self, found: Lookup, required: frozenset[EmbeddingKind]) -> None:
+        for kind in sorted(required):
+            await self._look_up(kind, found)
+        lacking = {digest: known for digest, known in found.items() if required - known.keys()}
+        if lacking and EmbeddingKind.IMAGE_FEATURES not in required:
+            await self._look_up(EmbeddingKind.IMAGE_FEATURES, lacking)
 
-    def store(self, fresh: Iterable[FreshEncoding]) -> None:
-        """Has them written to Redis soon; the engine has put them into this process's memory already."""
+    def store(self, computed: Iterable[ComputedEmbedding]) -> None:
+        """Schedule writes to Redis; the engine has put the embeddings into this process's memory already."""
         if self._redis is not None:
-            for encoding in fresh:
-                self._redis.put(self._key(encoding.digest, encoding.kind), encoding.tensor)
+            for embedding in computed:
+                self._redis.put(self._key(embedding.digest, embedding.kind), embedding.tensor)
 
-    async def _look_for(self, kind: Kind, found: Lookup) -> None:
+    async def _look_up(self, kind: EmbeddingKind, found: Lookup) -> None:
         lacking = [digest for digest, known in found.items() if not self._recall(digest, kind, known)]
         if not lacking or self._redis is None:
             return
@@ -77,14 +77,14 @@ class EmbeddingCache:
                 found[digest][kind] = read.tensor
                 self._memory.put(digest, kind, read.tensor)
 
-    def _recall(self, digest: str, kind: Kind, known: dict[Kind, Tensor]) -> bool:
+    def _recall(self, digest: str, kind: EmbeddingKind, known: dict[EmbeddingKind, Tensor]) -> bool:
         tensor = self._memory.get(digest, kind)
         self._count("memory", kind, "miss" if tensor is None else "hit")
         if tensor is not None:
             known[kind] = tensor
         return tensor is not None
 
-    def _key(self, digest: str, kind: Kind) -> str:
+    def _key(self, digest: str, kind: EmbeddingKind) -> str:
         return redis_key(
             digest=digest,
             fingerprint=self._fingerprint,

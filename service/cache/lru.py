@@ -1,53 +1,42 @@
-"""The first level: tensors in this process, least recently used out first, bounded in bytes."""
+"""The first tier: tensors in this process, least recently used out first, bounded in bytes."""
 
 import threading
-from collections import OrderedDict
+from typing import Final
 
+from cachetools import LRUCache
 from torch import Tensor
 
-from service.engine.request import Kind
+from service.model_backend import EmbeddingKind
 
-_OVERHEAD_BYTES = 512  # of one entry beside its numbers: key, tensor object, table slot
+_OVERHEAD_BYTES: Final = 512  # of one entry beside its numbers: key, tensor object, table slot
 
 
-class MemoryCache:
+class LruTier:
     """Holds at most `max_bytes`; 0 holds nothing. The tensors are shared and must not be written to.
 
-    Locked, for the event loop reads it before the line and the engine reads and fills it; the lock is held
+    Locked: the event loop reads it before the queue, and the engine reads and fills it. The lock is held
     for a look-up, never for a copy.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._num_bytes = 0
-        self._entries: OrderedDict[tuple[str, Kind], Tensor] = OrderedDict()
+        self._entries: LRUCache[tuple[str, EmbeddingKind], Tensor] = LRUCache(max_bytes, getsizeof=_num_bytes)
         self._lock = threading.Lock()
 
     @property
     def num_bytes(self) -> int:
-        return self._num_bytes
+        return int(self._entries.currsize)
 
-    def get(self, digest: str, kind: Kind) -> Tensor | None:
-        """Gives what is kept of this image, or None; counts as a use."""
+    def get(self, digest: str, kind: EmbeddingKind) -> Tensor | None:
+        """Return what is kept of this image, or None; counts as a use."""
         with self._lock:
-            tensor = self._entries.get((digest, kind))
-            if tensor is not None:
-                self._entries.move_to_end((digest, kind))
-            return tensor
+            return self._entries.get((digest, kind))
 
-    def put(self, digest: str, kind: Kind, tensor: Tensor) -> None:
-        """Keeps a CPU tensor that owns its storage; one larger than the whole cache is not kept."""
-        size = _size(tensor)
-        if size > self._max_bytes:
-            return
+    def put(self, digest: str, kind: EmbeddingKind, tensor: Tensor) -> None:
+        """Keep a CPU tensor that owns its storage; one larger than the whole cache is not kept."""
         with self._lock:
-            replaced = self._entries.pop((digest, kind), None)
-            self._num_bytes += size - (0 if replaced is None else _size(replaced))
-            self._entries[(digest, kind)] = tensor
-            while self._num_bytes > self._max_bytes:
-                _, dropped = self._entries.popitem(last=False)
-                self._num_bytes -= _size(dropped)
+            if _num_bytes(tensor) <= self._entries.maxsize:
+                self._entries[digest, kind] = tensor
 
 
-def _size(tensor: Tensor) -> int:
+def _num_bytes(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes() + _OVERHEAD_BYTES

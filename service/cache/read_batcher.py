@@ -1,4 +1,4 @@
-"""Reads of many callers, together: what is asked for while reads are under way goes into the next one."""
+"""Batches the reads of many callers: keys requested while a read runs go into the next one."""
 
 import asyncio
 import math
@@ -10,27 +10,27 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class CacheRead:
     """result: hit, miss, error (Redis failed, or the entry is corrupt), or skipped (the breaker is open)."""
 
     tensor: Tensor | None
     result: str
 
 
-FAILED = Read(None, "error")
+FAILED = CacheRead(None, "error")
 
-ReadMany = Callable[[Sequence[str]], Awaitable[Sequence[Read]]]
+ReadMany = Callable[[Sequence[str]], Awaitable[Sequence[CacheRead]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """One key, and where its value is awaited."""
+class PendingKey:
+    """One key, and the future of its value."""
 
     key: str
-    read: asyncio.Future[Read]
+    value: asyncio.Future[CacheRead]
 
 
-class ReadLine:
+class ReadBatcher:
     """For the event loop. read_many: reads up to `per_read` keys in one round trip, and raises nothing.
 
     max_reads: round trips at once. budget_s: how long a caller waits at most.
@@ -41,32 +41,32 @@ class ReadLine:
         self._per_read = per_read
         self._max_reads = max_reads
         self._budget_s = budget_s
-        self._wishes: deque[Wish] = deque()
+        self._pending: deque[PendingKey] = deque()
         self._readers: set[asyncio.Task[None]] = set()
-        self._num_readers = 0  # that look for wishes: a task outlives its last look by a moment
+        self._num_readers = 0  # that still take keys: a task outlives its last read by a moment
 
-    async def get(self, keys: Sequence[str]) -> list[Read]:
-        """Reads one key or more; what is not there when the time is up is an error."""
+    async def get(self, keys: Sequence[str]) -> list[CacheRead]:
+        """Read one key or more; a value that has not arrived within the budget is an error."""
         loop = asyncio.get_running_loop()
-        wishes = [Wish(key, loop.create_future()) for key in keys]
-        self._wishes.extend(wishes)
+        pending_keys = [PendingKey(key, loop.create_future()) for key in keys]
+        self._pending.extend(pending_keys)
         self._start_readers()
         try:
-            await asyncio.wait([wish.read for wish in wishes], timeout=self._budget_s)
+            await asyncio.wait([pending.value for pending in pending_keys], timeout=self._budget_s)
         finally:
-            for wish in wishes:
-                wish.read.cancel()  # does nothing to those that are read
-        return [FAILED if wish.read.cancelled() else wish.read.result() for wish in wishes]
+            for pending in pending_keys:
+                pending.value.cancel()  # does nothing to those that are read
+        return [FAILED if pending.value.cancelled() else pending.value.result() for pending in pending_keys]
 
     async def aclose(self) -> None:
-        """Gives up what is under way."""
+        """Cancel the reads under way."""
         for reader in self._readers:
             reader.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
 
     def _start_readers(self) -> None:
-        wanted = math.ceil(len(self._wishes) / self._per_read)
-        for _ in range(min(wanted, self._max_reads - self._num_readers)):
+        num_needed = math.ceil(len(self._pending) / self._per_read)
+        for _ in range(min(num_needed, self._max_reads - self._num_readers)):
             self._num_readers += 1
             reader = asyncio.create_task(self._read_all(), name="redis-reader")
             self._readers.add(reader)
@@ -74,18 +74,18 @@ class ReadLine:
 
     async def _read_all(self) -> None:
         try:
-            while wishes := self._next_wishes():
-                reads = await self._read_many([wish.key for wish in wishes])
-                for wish, read in zip(wishes, reads, strict=True):
-                    if not wish.read.done():
-                        wish.read.set_result(read)
+            while pending_keys := self._next_batch():
+                reads = await self._read_many([pending.key for pending in pending_keys])
+                for pending, read in zip(pending_keys, reads, strict=True):
+                    if not pending.value.done():
+                        pending.value.set_result(read)
         finally:
             self._num_readers -= 1
 
-    def _next_wishes(self) -> list[Wish]:
-        wishes: list[Wish] = []
-        while self._wishes and len(wishes) < self._per_read:
-            wish = self._wishes.popleft()
-            if not wish.read.done():  # its caller may have gone
-                wishes.append(wish)
-        return wishes
+    def _next_batch(self) -> list[PendingKey]:
+        pending_keys: list[PendingKey] = []
+        while self._pending and len(pending_keys) < self._per_read:
+            pending = self._pending.popleft()
+            if not pending.value.done():  # its caller may have gone
+                pending_keys.append(pending)
+        return pending_keys

@@ -1,4 +1,4 @@
-"""Bytes in Redis, with bounds on every wait. The client's own defaults stall for seconds in an outage."""
+"""Bytes in Redis, every wait bounded: the client's own defaults stall for seconds in an outage."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
@@ -20,7 +20,7 @@ class StoreError(Exception):
 
 
 class RefusedError(StoreError):
-    """The store answers, and does not do as it was told: it is full, or only to be read."""
+    """The store answers and refuses the command: it is full, or read-only."""
 
 
 class ByteStore(Protocol):
@@ -61,7 +61,7 @@ class RedisStore:
 
 
 def open_redis(url: str) -> RedisStore:
-    """Gives a store that connects when it is first used."""
+    """Build a store that connects when it is first used."""
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=_MAX_CONNECTIONS,

@@ -1,4 +1,4 @@
-"""The second level: tensors in Redis, shared by all replicas. Fails open: whatever goes wrong is a miss."""
+"""The second tier: tensors in Redis, shared by all replicas. Fails open: whatever goes wrong is a miss."""
 
 import asyncio
 import logging
@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from service.cache.breaker import CircuitBreaker
-from service.cache.read_batcher import FAILED, Read, ReadLine
+from service.cache.read_batcher import FAILED, CacheRead, ReadBatcher
 from service.cache.redis_store import ByteStore, RefusedError, StoreError
 from service.cache.wire import WireError, pack, unpack
-from service.engine.request import Kind
+from service.model_backend import EmbeddingKind
 
 logger = logging.getLogger(__name__)
 
 _KEYS_PER_READ, _MAX_READS = 32, 2
-_LARGE = frozenset({Kind.IMAGE_FEATURES})  # a megabyte each: faster one by one, several at once
+_LARGE = frozenset({EmbeddingKind.IMAGE_FEATURES})  # a megabyte each: faster one by one, several at once
 _MAX_LARGE_READS = 8
 _READ_BUDGET_S = 1.0
 _VALUES_PER_WRITE = 8
@@ -24,10 +24,10 @@ _MAX_WAITING_BYTES = 64 * 2**20
 
 
 class RedisTier:
-    """Reads on the event loop; writes behind the answers, in a task of its own, dropping what is too much.
+    """Reads on the event loop; writes after the answers, in a task of its own, and drops any excess.
 
-    count_writes(result, number of values) is told what became of each: written, refused (by a Redis that is
-    full, say), error, skipped (the breaker is open) or dropped (too many waited).
+    count_writes(result, number of values) is called with the result of each write: written, refused (Redis is
+    full or read-only), error, skipped (the breaker is open) or dropped (too many bytes waited).
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class RedisTier:
         self._breaker = breaker
         self._ttl_s = ttl_s
         self._count_writes = count_writes
-        self._small = ReadLine(
+        self._small = ReadBatcher(
             self._read, per_read=_KEYS_PER_READ, max_reads=_MAX_READS, budget_s=_READ_BUDGET_S
         )
-        self._large = ReadLine(self._read, per_read=1, max_reads=_MAX_LARGE_READS, budget_s=_READ_BUDGET_S)
+        self._large = ReadBatcher(self._read, per_read=1, max_reads=_MAX_LARGE_READS, budget_s=_READ_BUDGET_S)
         self._waiting: deque[tuple[str, Tensor]] = deque()
         self._waiting_bytes = 0
         self._writer: asyncio.Task[None] | None = None
@@ -55,18 +55,18 @@ class RedisTier:
     def breaker_open(self) -> bool:
         return self._breaker.is_open
 
-    async def greet(self) -> None:
-        """Says in the log where Redis does not answer; it is used all the same, as soon as it does."""
+    async def ping(self) -> None:
+        """Log a warning where Redis does not answer; it is used all the same, as soon as it does."""
         (read,) = await self._small.get(["blip2:greeting"])
         if read.result == "error":
             logger.warning("Redis does not answer; until it does, embeddings are kept in this process alone")
 
-    async def get(self, kind: Kind, keys: Sequence[str]) -> list[Read]:
-        """Reads so many of one kind, within a second; together with those of other requests."""
+    async def get(self, kind: EmbeddingKind, keys: Sequence[str]) -> list[CacheRead]:
+        """Read values of one kind within a second, batched with the reads of other requests."""
         return await (self._large if kind in _LARGE else self._small).get(keys)
 
     def put(self, key: str, tensor: Tensor) -> None:
-        """Has a tensor written soon; drops it where too many wait already."""
+        """Schedule a tensor to be written; drop it where too many bytes wait already."""
         if self._waiting_bytes + tensor.nbytes > _MAX_WAITING_BYTES:
             self._count_writes("dropped", 1)
             return
@@ -76,7 +76,7 @@ class RedisTier:
             self._writer = asyncio.create_task(self._write_all(), name="redis-writer")
 
     async def aclose(self, timeout_s: float) -> None:
-        """Writes what waits, for so long at most, and closes the store."""
+        """Write what waits, within the time-out, and close the store."""
         if self._writer is not None:
             await asyncio.wait([self._writer], timeout=timeout_s)
             self._writer.cancel()
@@ -84,19 +84,19 @@ class RedisTier:
         await self._large.aclose()
         await self._store.aclose()
 
-    async def _read(self, keys: Sequence[str]) -> list[Read]:
+    async def _read(self, keys: Sequence[str]) -> list[CacheRead]:
         if not self._breaker.allow():
-            return [Read(None, "skipped")] * len(keys)
+            return [CacheRead(None, "skipped")] * len(keys)
         try:
             async with asyncio.timeout(_READ_BUDGET_S):
                 values = await self._store.get_many(keys)
         except (StoreError, TimeoutError) as exc:
-            self._failed(exc)
+            self._report_failure(exc)
             return [FAILED] * len(keys)
         except BaseException:
             self._breaker.abandoned()
             raise
-        self._succeeded()
+        self._report_success()
         return [_read_value(key, value) for key, value in zip(keys, values, strict=True)]
 
     async def _write_all(self) -> None:
@@ -111,43 +111,41 @@ class RedisTier:
         try:
             await self._store.set_many({key: pack(key, tensor) for key, tensor in batch}, self._ttl_s)
         except RefusedError as exc:
-            self._succeeded()  # it answers, and what it holds can be read
-            self._refused(exc)
+            self._report_success()  # it answers, and what it holds can be read
+            self._report_refusal(exc)
             return "refused"
         except StoreError as exc:
-            self._failed(exc)
+            self._report_failure(exc)
             return "error"
         except BaseException:
             self._breaker.abandoned()
             raise
-        self._succeeded()
+        self._report_success()
         self._is_refused = False
         return "written"
 
-    def _refused(self, error: RefusedError) -> None:
+    def _report_refusal(self, error: RefusedError) -> None:
         if not self._is_refused:
-            logger.warning(
-                "Redis does not take what is written; what it holds is read all the same: %s", error
-            )
+            logger.warning("Redis refuses writes; reads go on: %s", error)
         self._is_refused = True
 
-    def _succeeded(self) -> None:
+    def _report_success(self) -> None:
         if self._breaker.is_open:
             logger.info("Redis answers again")
         self._breaker.succeeded()
 
-    def _failed(self, error: Exception) -> None:
+    def _report_failure(self, error: Exception) -> None:
         was_open = self._breaker.is_open
         self._breaker.failed()
         if self._breaker.is_open and not was_open:
-            logger.warning("Redis is left alone for a while, for it fails: %s", error)
+            logger.warning("Redis fails; the circuit breaker keeps it out for a while: %s", error)
 
 
-def _read_value(key: str, value: bytes | None) -> Read:
+def _read_value(key: str, value: bytes | None) -> CacheRead:
     if value is None:
-        return Read(None, "miss")
+        return CacheRead(None, "miss")
     try:
-        return Read(unpack(key, value), "hit")
+        return CacheRead(unpack(key, value), "hit")
     except WireError as exc:
-        logger.warning("an entry in Redis is not used: %s", exc)
-        return Read(None, "error")
+        logger.warning("an entry in Redis is ignored: %s", exc)
+        return CacheRead(None, "error")

@@ -1,4 +1,4 @@
-"""How a tensor and its key look in Redis: raw numbers behind a fixed header. Nothing is ever unpickled."""
+"""The format of tensors and keys in Redis: raw numbers behind a fixed header. Nothing is ever unpickled."""
 
 import hashlib
 import math
@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from service.engine.request import Kind
+from service.model_backend import EmbeddingKind
 
 _MAGIC: Final = b"BL2E"
 _VERSION: Final = 2
@@ -25,7 +25,7 @@ class WireError(ValueError):
 
 
 def pack(key: str, tensor: Tensor) -> bytes:
-    """Gives what is kept under a key: a CPU tensor of up to 3 dimensions, of float32, bfloat16 or float16."""
+    """Serialize a CPU tensor of up to 3 dimensions, of float32, bfloat16 or float16, bound to its key."""
     body = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     shape = (*tensor.shape, *[0] * (_MAX_DIMS - tensor.dim()))
     header = _HEADER.pack(_MAGIC, _VERSION, _DTYPES.index(tensor.dtype), tensor.dim(), *shape)
@@ -33,7 +33,7 @@ def pack(key: str, tensor: Tensor) -> bytes:
 
 
 def unpack(key: str, data: bytes) -> Tensor:
-    """Gives the tensor back. Raises WireError where magic, version, size or checksum is wrong."""
+    """Deserialize a tensor. Raises WireError where magic, version, size, checksum or key is wrong."""
     if len(data) < _START:
         raise WireError(f"{len(data)} bytes are shorter than the header")
     magic, version, dtype_index, num_dims, *shape = _HEADER.unpack_from(data)
@@ -54,10 +54,10 @@ def _checksum(key: str, header: bytes, body: bytes | memoryview) -> int:
     return zlib.crc32(body, zlib.crc32(header, zlib.crc32(key.encode())))
 
 
-def redis_key(*, digest: str, fingerprint: str, preprocess_version: str, kind: Kind) -> str:
-    """Gives the key of one encoding of one image file by one model.
+def redis_key(*, digest: str, fingerprint: str, preprocess_version: str, kind: EmbeddingKind) -> str:
+    """Compute the key of one embedding of one image file by one model.
 
-    The fields are framed by their lengths before they are hashed, so that no two lists of fields meet.
+    Each field is preceded by its length before all are hashed, so that no two lists of fields collide.
     """
     framed = hashlib.sha256()
     for field in (digest, fingerprint, preprocess_version, kind.value):

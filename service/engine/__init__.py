@@ -1,1 +1,1 @@
-"""The three kinds of work the engine does in a turn; all of it runs in the engine's thread."""
+"""The engine: one thread that owns the device, the queue in front of it, and the policy of what runs next."""

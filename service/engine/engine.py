@@ -1,237 +1,181 @@
-"""The one thread that owns the device: jobs in, answers out. Knows no HTTP.
-
-Each turn takes in waiting jobs and does one piece of work: it encodes a batch of images, scores a batch of
-pairs, or advances every running text by one token, whichever has had the least of the device (`SHARES`).
-Nobody waits for a batch to fill; it blocks only when idle.
-"""
+"""The one thread that owns the device: schedule → run → update. Knows no HTTP and no policy."""
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Protocol
 
 import torch
 
 from model.devices import is_out_of_memory
-from service.engine.admission import open_lanes
-from service.engine.batch_size import TURN_S, BatchSize
-from service.engine.decode_runner import GenerateStage
-from service.engine.encoder_runner import MAX_IMAGES_PER_TURN, EncodeStage
-from service.engine.engine_metrics import Meter
-from service.engine.fair_share import DeviceShares
-from service.engine.image_pool import EncodingMemory, Images
-from service.engine.match_runner import MAX_PAIRS_PER_TURN, MatchStage
-from service.engine.request import GenerateJob, Job, Lane
-from service.engine.request_queue import Line, ServiceRate
-from service.engine.sequence import Running
-from service.errors import DeadlineExceededError, NotReadyError, OutOfDeviceMemoryError
+from service.engine.decode_runner import DecodeRunner
+from service.engine.encoder_runner import EncoderRunner
+from service.engine.image_pool import ImagePool
+from service.engine.isolation import Isolation
+from service.engine.match_runner import MatchRunner, TextEmbedder
+from service.engine.protocols import EmbeddingMemory, EngineMetrics
+from service.engine.request import AnyRequest
+from service.engine.request_queue import RequestQueue, Throughput
+from service.engine.scheduler import Scheduler
+from service.engine.step import DecodeStep, EncodeStep, Step
+from service.errors import NotReadyError, OutOfDeviceMemoryError
 from service.model_backend import Backend
 
 logger = logging.getLogger(__name__)
 
-# Of the device's time, while all have work. Images of texts go first, for texts that are decoded together
-# cost less, and there are never more of them than texts have room for.
-SHARES = {"images of texts": 40.0, "images of pairs": 1.0, "pairs": 1.0, "texts": 1.0}
-
-
-class Stage(Protocol):
-    """One kind of work, in pieces. `step` is called where there is work, `recover` where it failed.
-
-    name: what the metrics call it.
-    """
-
-    name: str
-
-    def has_work(self) -> bool: ...
-
-    def step(self) -> None: ...
-
-    def recover(self, error: Exception) -> None: ...
-
 
 class Engine:
-    """Serves the jobs of `line` until `stop`, or until the device is lost.
+    """Serves the requests of `queue` until `stop`, or until the device is lost.
 
-    max_rows: bounds the rows (beams, pairs) that run at once. longest_turn_s: so far.
+    max_rows, max_kv_bytes: see `Scheduler`. longest_step_s: the duration of the longest step so far.
     """
 
     def __init__(
         self,
         backend: Backend,
-        line: Line,
-        memory: EncodingMemory,
+        queue: RequestQueue,
+        memory: EmbeddingMemory,
         *,
-        rate: ServiceRate,
+        throughput: Throughput,
+        metrics: EngineMetrics,
         max_rows: int,
-        meter: Meter,
+        max_kv_bytes: int,
     ) -> None:
-        self._line = line
-        self._rate = rate
-        self._max_rows = max_rows
-        self._meter = meter
-        self._images = Images(backend, memory)
-        size = BatchSize(MAX_IMAGES_PER_TURN, turn_s=TURN_S)
-        self._encode_for_texts = EncodeStage(backend, self._images, size, meter)
-        self._encode_for_pairs = EncodeStage(backend, self._images, size, meter)
-        self._match = MatchStage(backend, meter=meter)
-        self._generate = GenerateStage(backend, max_rows=max_rows, meter=meter)
-        self._stages: dict[str, Stage] = {
-            "images of texts": self._encode_for_texts,
-            "images of pairs": self._encode_for_pairs,
-            "pairs": self._match,
-            "texts": self._generate,
-        }
-        self._shares = DeviceShares(SHARES)
-        self._running: list[Running] = []
-        self._beat: float | None = None
-        self._stopping = False
-        self._ended = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.longest_turn_s = 0.0
+        self._queue = queue
+        self._throughput = throughput
+        self._metrics = metrics
+        self._pool = ImagePool(backend, memory)
+        self._isolation = Isolation(backend, metrics)
+        embedder = TextEmbedder(backend)
+        self._encoder_runner = EncoderRunner(backend, self._pool, metrics)
+        self._match_runner = MatchRunner(backend, embedder, metrics)
+        self._decode_runner = DecodeRunner(backend, metrics)
+        self._scheduler = Scheduler(
+            backend,
+            self._isolation.bisections,
+            max_rows=max_rows,
+            max_kv_bytes=max_kv_bytes,
+            recall_texts=embedder.recall,
+        )
+        self._heartbeat: float | None = None
+        self._is_stopping = False
+        self._has_ended = False
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self.longest_step_s = 0.0
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """Ends the thread after its present turn; what is unanswered then fails with NotReadyError."""
-        self._stopping = True
-        _refuse(self._line.close("the service is shutting down"))
+        """End the thread after its present step; what is unanswered then fails with NotReadyError."""
+        self._is_stopping = True
+        _refuse(self._queue.close("the service is shutting down"))
         if self._thread.ident is None:  # it was never started
             return
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            self.give_up("the engine did not end in time")
+            self.abort_all("the engine did not end in time")
 
-    def give_up(self, reason: str) -> None:
-        """Tells all callers that no answer will come, for the thread hangs or has died. From any thread."""
-        self._stopping = True
-        _refuse([*self._line.close(reason), *(running.job for running in list(self._running))])
+    def abort_all(self, reason: str) -> None:
+        """Fail every request, because the thread hangs or has died. For any thread."""
+        self._is_stopping = True
+        _refuse([*self._queue.close(reason), *self._scheduler.requests])
 
     @property
-    def alive(self) -> bool:
-        return self._thread.is_alive() and not self._ended
+    def is_alive(self) -> bool:
+        return self._thread.is_alive() and not self._has_ended
 
     @property
     def num_running(self) -> int:
-        """How many items were taken out of the line and are not answered yet."""
-        return sum(running.num_items for running in self._running)
+        """Number of items that were taken from the queue and are not answered yet."""
+        return sum(request.num_items for request in self._scheduler.requests)
 
     @property
     def num_images(self) -> int:
-        """How many images are held on the device for the jobs that run."""
-        return len(self._images)
+        """Number of images held on the device for the running requests."""
+        return len(self._pool)
 
     def heartbeat_age_s(self) -> float:
-        """Gives the time since the last progress; while there is nothing to do, 0. For any thread."""
-        beat = self._beat
-        return self._line.oldest_wait_s() if beat is None else time.monotonic() - beat
+        """Return the seconds since the last progress; 0 while there is nothing to do. For any thread."""
+        heartbeat = self._heartbeat
+        return self._queue.oldest_wait_s() if heartbeat is None else time.monotonic() - heartbeat
 
     @torch.inference_mode()
-    def _run(self) -> None:
+    def _serve(self) -> None:
         try:
-            while not self._stopping and (self._running or self._line.wait()):
-                self._turn()
-                if not self._running:
-                    self._beat = None
+            while not self._is_stopping and (not self._scheduler.is_idle or self._queue.wait()):
+                self._step()
+                if self._scheduler.is_idle:
+                    self._heartbeat = None
         finally:
-            self._ended, self._beat = True, None
+            self._has_ended, self._heartbeat = True, None
             # Also where the device was lost: nobody may wait for an answer that cannot come.
-            _refuse(self._line.close("the engine has stopped; this process must be restarted"))
-            _refuse([running.job for running in self._running])
+            _refuse(self._queue.close("the engine has stopped; this process must be restarted"))
+            _refuse(self._scheduler.requests)
 
-    def _turn(self) -> None:
-        started = self._beat = time.monotonic()
+    def _step(self) -> None:
+        started = self._heartbeat = time.monotonic()
         self._admit()
-        self._hand_on()
-        self._work()
-        self._let_go(time.monotonic() - started)
+        if step := self._scheduler.schedule():
+            self._run_and_update(step)
+        answered = self._scheduler.remove_done()
+        seconds = time.monotonic() - started
+        self._throughput.record(sum(request.num_items for request in answered), seconds)
+        self.longest_step_s = max(self.longest_step_s, seconds)
 
     def _admit(self) -> None:
-        while taken := self._line.take(open_lanes(self._running, self._max_rows)):
-            job, num_items = taken
-            if job.ticket.expired(time.monotonic()):
-                job.ticket.fail(DeadlineExceededError("the deadline passed while the request was in line"))
-            elif not job.ticket.settled:
-                self._guarded(partial(self._take_in, job, num_items), partial(_fail, job))
+        while request := self._scheduler.admit(self._queue):
+            if error := self._attempt(partial(self._acquire_images, request)):
+                request.fail(_image_error(error))
 
-    def _take_in(self, job: Job, num_items: int) -> None:
-        running = Running(job, num_items, _num_rows(job))
-        self._running.append(running)  # before all that may fail: from here on it is answered in any case
-        slots = running.slots = tuple(self._images.open_slot(image, job.needs) for image in job.images)
-        running.image_cached = bool(slots) and not any(slot.needs_vision(job.needs) for slot in slots)
+    def _acquire_images(self, request: AnyRequest) -> None:
+        required = request.inputs.required
+        request.images = tuple(self._pool.acquire(image, required) for image in request.inputs.images)
+        is_encoded = not any(image.needs_encoder(required) for image in request.images)
+        request.image_cached = bool(request.images) and is_encoded
 
-    def _hand_on(self) -> None:
-        """Lets those whose images are encoded begin their work, and fails those whose image cannot be."""
-        for running in self._running:
-            if running.work_started is not None or running.settled:
-                continue
-            if running.encode_error is not None:
-                running.fail(running.encode_error)
-            elif running.encoded:
-                self._guarded(partial(self._begin, running), partial(_fail, running.job))
-
-    def _work(self) -> None:
-        waiting = [
-            running
-            for running in self._running
-            if running.work_started is None and not (running.encoded or running.settled)
-        ]
-        self._encode_for_texts.wait_for([each.slots for each in waiting if each.lane is not Lane.MATCH])
-        self._encode_for_pairs.wait_for([each.slots for each in waiting if each.lane is Lane.MATCH])
-        ready = [name for name, stage in self._stages.items() if stage.has_work()]
-        if not ready:
-            return
-        chosen, started = self._shares.next(ready), time.monotonic()
-        stage = self._stages[chosen]
-        self._guarded(stage.step, stage.recover)
+    def _run_and_update(self, step: Step) -> None:
+        started = time.monotonic()
+        error = self._attempt(partial(self._run, step))
+        if error is not None:
+            if isinstance(step, DecodeStep):
+                self._decode_runner.reset()
+            self._isolation.recover(step, error)
         seconds = time.monotonic() - started
-        self._shares.charge(chosen, seconds)
-        self._meter.spent(stage.name, seconds)
+        self._scheduler.update(step, seconds, has_failed=error is not None)
+        self._metrics.add_device_seconds(step.stage, seconds)
 
-    def _begin(self, running: Running) -> None:
-        running.work_started = time.monotonic()
-        if isinstance(running.job, GenerateJob):
-            self._generate.begin(running, running.job)
+    def _run(self, step: Step) -> None:
+        if isinstance(step, EncodeStep):
+            self._encoder_runner.run(step.items)
+        elif isinstance(step, DecodeStep):
+            self._decode_runner.run(step)
         else:
-            self._match.begin(running, running.job)
+            self._match_runner.run(step)
 
-    def _let_go(self, turn_s: float) -> None:
-        settled = {running for running in self._running if running.settled}
-        answered = [running for running in settled if not running.job.ticket.future.cancelled()]
-        self._rate.note(sum(running.num_items for running in answered), turn_s)
-        self._running = [running for running in self._running if running not in settled]
-        self.longest_turn_s = max(self.longest_turn_s, turn_s)
-
-    def _guarded(self, work: Callable[[], None], recover: Callable[[Exception], None]) -> None:
+    def _attempt(self, work: Callable[[], None]) -> Exception | None:
+        """Do a piece of work; return the error it raised, unless the device is lost: that ends the thread."""
         failure: Exception | None = None
         try:
             work()
         except Exception as exc:  # the only broad one that is not raised again
             if isinstance(exc, torch.AcceleratorError) and not is_out_of_memory(exc):
-                raise  # the device's context is lost: nothing can run any more, and /livez must say so
+                raise  # the device's context is lost: nothing can run any more, and /livez must show it
             logger.warning("a step of the engine failed", exc_info=exc)
             failure = exc.with_traceback(None)  # whose frames hold tensors, and memory may be what is short
-        if failure is not None:
-            recover(failure)
-        self._beat = time.monotonic()
+        self._heartbeat = time.monotonic()
+        return failure
 
 
-def _num_rows(job: Job) -> int:
-    if isinstance(job, GenerateJob):
-        return len(job.prompts) * job.params.num_rows
-    return min(len(job.candidates), MAX_PAIRS_PER_TURN)
-
-
-def _fail(job: Job, error: Exception) -> None:
+def _image_error(error: Exception) -> Exception:
     if is_out_of_memory(error):
-        error = OutOfDeviceMemoryError(
+        return OutOfDeviceMemoryError(
             "the device's memory does not hold this request's images beside what runs; send fewer, or later"
         )
-    job.ticket.fail(error)
+    return error
 
 
-def _refuse(jobs: list[Job]) -> None:
-    for job in jobs:
-        job.ticket.fail(NotReadyError("the service stopped before this was answered; send it again"))
+def _refuse(requests: Iterable[AnyRequest]) -> None:
+    for request in requests:
+        request.fail(NotReadyError("the service stopped before this was answered; send it again"))

@@ -1,26 +1,41 @@
-"""The images that the running jobs have in flight, each once, whoever brought it."""
+"""The images of the running requests, each once, whichever requests brought it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 from weakref import WeakValueDictionary
 
 from torch import Tensor
 
-from service.engine.request import FreshEncoding, ImageInput, Kind, Tower
-from service.model_backend import Backend
+from service.engine.protocols import EmbeddingMemory
+from service.model_backend import Backend, EmbeddingKind, EncoderId
 
 
-class EncodingMemory(Protocol):
-    """The in-process cache, as the engine sees it; its tensors lie on the CPU and are never written to."""
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageInput:
+    """One image on its way to the device.
 
-    def get(self, digest: str, kind: Kind) -> Tensor | None: ...
+    digest: SHA-256 of the file, with a suffix unless the main encoder reads it; names the image's embeddings.
+    pixel_values: [3, S, S], or None where the cached `embeddings` suffice without the image encoder.
+    """
 
-    def put(self, digest: str, kind: Kind, tensor: Tensor) -> None: ...
+    digest: str
+    pixel_values: Tensor | None
+    embeddings: Mapping[EmbeddingKind, Tensor]
+    encoder: EncoderId = EncoderId.MAIN
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ComputedEmbedding:
+    """An embedding computed for a request, on the CPU, that Redis does not hold yet."""
+
+    digest: str
+    kind: EmbeddingKind
+    tensor: Tensor
 
 
 @dataclass(slots=True, eq=False)
 class EncodeBatch:
-    """One pass over several images: when it began, on the monotonic clock, and what it took."""
+    """One pass over several images: its start on the monotonic clock, and its duration in each model."""
 
     started: float
     num_images: int
@@ -29,71 +44,78 @@ class EncodeBatch:
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
-class ImageSlot:
-    """An image on the device, shared by all running jobs that brought it."""
+class EncodedImage:
+    """An image on the device, shared by all running requests that brought it.
+
+    required: what those requests need of it. available: what is known of it, on the device.
+    computed: what was computed and not yet handed to Redis.
+    """
 
     digest: str
-    tower: Tower
+    encoder: EncoderId
     pixel_values: Tensor | None = None
-    needs: set[Kind] = field(default_factory=set)
-    have: dict[Kind, Tensor] = field(default_factory=dict)
-    fresh: list[FreshEncoding] = field(default_factory=list)
+    required: set[EmbeddingKind] = field(default_factory=set)
+    available: dict[EmbeddingKind, Tensor] = field(default_factory=dict)
+    computed: list[ComputedEmbedding] = field(default_factory=list)
     batches: list[EncodeBatch] = field(default_factory=list)
     error: Exception | None = None
 
     @property
-    def missing(self) -> set[Kind]:
-        return self.needs - self.have.keys()
+    def missing(self) -> set[EmbeddingKind]:
+        return self.required - self.available.keys()
 
     @property
-    def wanted(self) -> bool:
+    def is_pending(self) -> bool:
         """Whether it is still to be encoded."""
         return self.error is None and bool(self.missing)
 
-    def holds(self, needs: frozenset[Kind]) -> bool:
-        return needs <= self.have.keys()
+    def satisfies(self, required: frozenset[EmbeddingKind]) -> bool:
+        return required <= self.available.keys()
 
-    def needs_vision(self, needs: frozenset[Kind]) -> bool:
-        """Whether the vision tower must run before a job with these needs can go on."""
-        return not self.holds(needs) and Kind.IMAGE_FEATURES not in self.have
+    def needs_encoder(self, required: frozenset[EmbeddingKind]) -> bool:
+        """Whether the image encoder must run before a request that requires these can go on."""
+        return not self.satisfies(required) and EmbeddingKind.IMAGE_FEATURES not in self.available
 
-    def take_fresh(self) -> list[FreshEncoding]:
-        """Gives what was computed since the last call, so that it is written to Redis once."""
-        fresh, self.fresh = self.fresh, []
-        return fresh
+    def fail(self, error: Exception) -> None:
+        self.error = error
+
+    def drain_computed(self) -> list[ComputedEmbedding]:
+        """Return what was computed since the last call, so that it is written to Redis once."""
+        computed, self.computed = self.computed, []
+        return computed
 
 
-class Images:
-    """Where equal images meet: a slot lives as long as a running job holds it."""
+class ImagePool:
+    """Merges equal images in flight. An image stays in the pool as long as a running request holds it."""
 
-    def __init__(self, backend: Backend, memory: EncodingMemory) -> None:
+    def __init__(self, backend: Backend, memory: EmbeddingMemory) -> None:
         self._backend = backend
         self._memory = memory
-        self._slots: WeakValueDictionary[str, ImageSlot] = WeakValueDictionary()
+        self._images: WeakValueDictionary[str, EncodedImage] = WeakValueDictionary()
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._images)
 
-    def keep(self, digest: str, kind: Kind, tensor: Tensor) -> None:
-        """Puts into memory what was computed."""
+    def keep(self, digest: str, kind: EmbeddingKind, tensor: Tensor) -> None:
+        """Put a computed CPU tensor into the in-process cache."""
         self._memory.put(digest, kind, tensor)
 
-    def open_slot(self, image: ImageInput, needs: frozenset[Kind]) -> ImageSlot:
-        """Gives the slot of this image, with all that is known of it already in place."""
-        slot = self._slots.get(image.digest)
-        if slot is None or slot.error is not None:
-            slot = self._slots[image.digest] = ImageSlot(image.digest, image.tower)
-        slot.needs |= needs
-        if slot.pixel_values is None:
-            slot.pixel_values = image.pixel_values
-        for kind in slot.missing:
+    def acquire(self, image: ImageInput, required: frozenset[EmbeddingKind]) -> EncodedImage:
+        """Return the pooled image, with every embedding that is known already on the device."""
+        pooled = self._images.get(image.digest)
+        if pooled is None or pooled.error is not None:
+            pooled = self._images[image.digest] = EncodedImage(image.digest, image.encoder)
+        pooled.required |= required
+        if pooled.pixel_values is None:
+            pooled.pixel_values = image.pixel_values
+        for kind in pooled.missing:
             # Once more from memory: it may have been computed since the event loop looked.
-            known = image.encodings.get(kind)
+            known = image.embeddings.get(kind)
             if known is None:
                 known = self._memory.get(image.digest, kind)
             if known is not None:
-                slot.have[kind] = self._backend.to_device(known)
-        features = image.encodings.get(Kind.IMAGE_FEATURES)
-        if slot.missing and features is not None:
-            slot.have[Kind.IMAGE_FEATURES] = self._backend.to_device(features)
-        return slot
+                pooled.available[kind] = self._backend.to_device(known)
+        features = image.embeddings.get(EmbeddingKind.IMAGE_FEATURES)
+        if pooled.missing and features is not None:
+            pooled.available[EmbeddingKind.IMAGE_FEATURES] = self._backend.to_device(features)
+        return pooled

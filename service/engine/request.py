@@ -1,86 +1,44 @@
-"""What crosses from the event loop to the engine and back: jobs, their tickets, their answers.
-
-A job is immutable once it is in line; its future is completed once, and is the only way back.
-"""
+"""One request inside the service: one record from the queue to the answer, which its future returns."""
 
 import threading
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Generic, TypeVar
-
-from torch import Tensor
+from typing import Any, Final, Generic, TypeVar
 
 from model import Generation, GenerationParams
+from service.engine.image_pool import ComputedEmbedding, EncodedImage, ImageInput
 from service.errors import for_caller
+from service.model_backend import EmbeddingKind
 
+MAX_SHORT_TOKENS: Final = 32
 
-class Kind(StrEnum):
-    """What is known of an image, each worth keeping."""
-
-    QUERY_OUTPUT = "query_output"  # [Q, D], of the generating Q-Former
-    IMAGE_EMBEDS = "image_embeds"  # [Q, E], normalised, of the matching Q-Former
-    IMAGE_FEATURES = "image_features"  # [P, V], before ln_vision; the others can be made of them
-
-
-class Tower(StrEnum):
-    """An image encoder: the model's, or that of a retrieval model which does not share it."""
-
-    MAIN = "main"
-    MATCHING = "matching"
+T = TypeVar("T")
 
 
 class Mode(StrEnum):
-    """How candidates are scored: by cosine, by the matching head, or the best of the first by the second."""
+    """How candidates are scored: by cosine, by the matching head, or the best by cosine by the head."""
 
     ITC = "itc"
     ITM = "itm"
     RERANK = "rerank"
 
 
-class Lane(StrEnum):
-    """Who waits for whom: each lane has room of its own on the device, and none waits for the others."""
+class AdmissionClass(StrEnum):
+    """Requests that are admitted as one group; each class has its own room on the device."""
 
-    SHORT = "short"  # texts
-    LONG = "long"  # texts of many tokens, which occupy their rows for long
+    SHORT = "short"  # generates at most MAX_SHORT_TOKENS tokens
+    LONG = "long"  # generates more, and so holds its rows for long
     MATCH = "match"
-
-
-MAX_SHORT_TOKENS: Final = 32
-
-Encodings = Mapping[Kind, Tensor]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ImageInput:
-    """One image on its way to the device.
-
-    digest: SHA-256 of the file, marked with its tower unless that is the main one: what names the image's
-    encodings. pixel_values: [3, S, S]; None where `encodings`, which come from the cache, suffice without the
-    vision tower. tower: which encodes it.
-    """
-
-    digest: str
-    pixel_values: Tensor | None
-    encodings: Encodings
-    tower: Tower = Tower.MAIN
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FreshEncoding:
-    """An encoding that was computed for this answer and is in no cache beyond this process yet."""
-
-    digest: str
-    kind: Kind
-    tensor: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceTimes:
-    """Where an answer's time went, in seconds: in line, in the vision tower, in the Q-Former, and in the work
-    that followed (decoding or matching). Work shared with others counts in full for each."""
+    """Seconds in the queue, the image encoder, the Q-Former, and decoding or matching.
+
+    Work that was shared with other requests counts in full for each.
+    """
 
     queue_s: float
     vision_s: float
@@ -88,14 +46,11 @@ class DeviceTimes:
     work_s: float
 
 
-T = TypeVar("T")
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer(Generic[T]):
-    """What a job's future gives.
+    """The result of a request's future.
 
-    image_cached: whether the job had images, and none went through the vision tower for it.
+    image_cached: the request had images, and none went through the image encoder for it.
     max_rows: the largest number of rows it shared the device with.
     """
 
@@ -103,76 +58,7 @@ class Answer(Generic[T]):
     times: DeviceTimes
     image_cached: bool
     max_rows: int
-    fresh: tuple[FreshEncoding, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Ticket(Generic[T]):
-    """A job's place in time. deadline and submitted are readings of the monotonic clock, in seconds."""
-
-    deadline: float | None = None
-    submitted: float = field(default_factory=time.monotonic)
-    future: Future[Answer[T]] = field(default_factory=Future)
-    _claiming: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    @property
-    def settled(self) -> bool:
-        """Whether nobody waits any more: answered, failed, or abandoned by the caller."""
-        return self.future.done()
-
-    def expired(self, now: float) -> bool:
-        return self.deadline is not None and now >= self.deadline
-
-    def resolve(self, answer: Answer[T]) -> None:
-        """Answers; does nothing where the job is settled."""
-        if self._claim():
-            self.future.set_result(answer)
-
-    def fail(self, error: Exception) -> None:
-        """Fails with what the caller may know of the error; does nothing where the job is settled."""
-        if self._claim():
-            self.future.set_exception(for_caller(error))
-
-    def _claim(self) -> bool:
-        # The caller may cancel at any moment from the event loop; past this call it no longer can. The engine
-        # and who gives it up may both want the last word.
-        with self._claiming:
-            is_free = not (self.future.done() or self.future.running())
-            return is_free and self.future.set_running_or_notify_cancel()
-
-
-def generate_needs(*, shows_questions: bool) -> frozenset[Kind]:
-    """Gives what generating starts from; what depends on the question cannot be kept from image to image."""
-    return frozenset({Kind.IMAGE_FEATURES if shows_questions else Kind.QUERY_OUTPUT})
-
-
-Generations = tuple[tuple[Generation, ...], ...]  # for each prompt, best first
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GenerateJob:
-    """Texts for one image, one group for each prompt.
-
-    questions: what the Q-Former is shown beside each prompt, none where it reads the image alone.
-    """
-
-    image: ImageInput
-    prompts: tuple[tuple[int, ...], ...]
-    params: GenerationParams
-    ticket: Ticket[Generations]
-    questions: tuple[str, ...] = ()
-
-    @property
-    def images(self) -> tuple[ImageInput, ...]:
-        return (self.image,)
-
-    @property
-    def lane(self) -> Lane:
-        return Lane.SHORT if self.params.max_new_tokens <= MAX_SHORT_TOKENS else Lane.LONG
-
-    @property
-    def needs(self) -> frozenset[Kind]:
-        return generate_needs(shows_questions=bool(self.questions))
+    computed: tuple[ComputedEmbedding, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,12 +75,39 @@ class Match:
     itm_probability: float | None
 
 
+Generations = tuple[tuple[Generation, ...], ...]  # for each prompt, best first
 Matches = tuple[Match, ...]  # best first
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MatchJob:
-    """Scores of candidates against one query; texts and images in any combination, but ITM needs one of each.
+class GenerateInput:
+    """Prompts about one image, each a group of texts to generate.
+
+    questions: what the Q-Former reads beside each prompt; none where it reads the image alone.
+    """
+
+    image: ImageInput
+    prompts: tuple[tuple[int, ...], ...]
+    params: GenerationParams
+    questions: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> tuple[ImageInput, ...]:
+        return (self.image,)
+
+    @property
+    def admission_class(self) -> AdmissionClass:
+        is_short = self.params.max_new_tokens <= MAX_SHORT_TOKENS
+        return AdmissionClass.SHORT if is_short else AdmissionClass.LONG
+
+    @property
+    def required(self) -> frozenset[EmbeddingKind]:
+        return required_to_generate(is_question_conditioned=bool(self.questions))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MatchInput:
+    """Candidates to score against one query: texts and images in any combination, but ITM needs one of each.
 
     rerank_k: how many of the best by ITC are scored by ITM. top_k: how many are returned.
     """
@@ -204,32 +117,120 @@ class MatchJob:
     mode: Mode
     rerank_k: int
     top_k: int
-    ticket: Ticket[Matches]
 
     @property
     def images(self) -> tuple[ImageInput, ...]:
-        sides = (self.query, *self.candidates)
-        return tuple(side for side in sides if isinstance(side, ImageInput))
+        return tuple(side for side in (self.query, *self.candidates) if isinstance(side, ImageInput))
 
     @property
     def texts(self) -> tuple[str, ...]:
-        sides = (self.query, *self.candidates)
-        return tuple(side for side in sides if isinstance(side, str))
+        return tuple(side for side in (self.query, *self.candidates) if isinstance(side, str))
 
     @property
-    def lane(self) -> Lane:
-        return Lane.MATCH
+    def admission_class(self) -> AdmissionClass:
+        return AdmissionClass.MATCH
 
     @property
-    def needs(self) -> frozenset[Kind]:
-        return match_needs(self.mode)
+    def required(self) -> frozenset[EmbeddingKind]:
+        return required_to_match(self.mode)
 
 
-Job = GenerateJob | MatchJob
+def required_to_generate(*, is_question_conditioned: bool) -> frozenset[EmbeddingKind]:
+    """Return what generation starts from; an output that depends on the question cannot be cached."""
+    return frozenset(
+        {EmbeddingKind.IMAGE_FEATURES if is_question_conditioned else EmbeddingKind.QUERY_OUTPUT}
+    )
 
 
-def match_needs(mode: Mode) -> frozenset[Kind]:
-    """Gives what must be known of an image that is scored in this mode."""
+def required_to_match(mode: Mode) -> frozenset[EmbeddingKind]:
+    """Return what must be known of an image to score it in this mode."""
     if mode is Mode.ITC:
-        return frozenset({Kind.IMAGE_EMBEDS})
-    return frozenset({Kind.IMAGE_EMBEDS, Kind.IMAGE_FEATURES})
+        return frozenset({EmbeddingKind.IMAGE_EMBEDS})
+    return frozenset({EmbeddingKind.IMAGE_EMBEDS, EmbeddingKind.IMAGE_FEATURES})
+
+
+@dataclass(slots=True, eq=False)
+class Request(Generic[T]):
+    """A caller's request. The event loop builds it; once admitted, only the engine's thread changes it.
+
+    deadline, submitted, admitted, work_started: readings of the monotonic clock, in seconds.
+    num_items: what the queue counts: captions, questions or candidates. image_cached: see `Answer`.
+    holds_rows: whether one of its sequences has entered the decoder.
+    """
+
+    inputs: GenerateInput | MatchInput
+    deadline: float | None = None
+    num_items: int = 1
+    submitted: float = field(default_factory=time.monotonic)
+    future: Future[Answer[T]] = field(default_factory=Future)
+    images: tuple[EncodedImage, ...] = ()
+    image_cached: bool = False
+    holds_rows: bool = False
+    admitted: float | None = None
+    work_started: float | None = None
+    max_rows: int = 1
+    _claim_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def admission_class(self) -> AdmissionClass:
+        return self.inputs.admission_class
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nobody waits any more: answered, failed, or abandoned by the caller."""
+        return self.future.done()
+
+    @property
+    def is_encoded(self) -> bool:
+        return all(image.satisfies(self.inputs.required) for image in self.images)
+
+    @property
+    def image_error(self) -> Exception | None:
+        return next((image.error for image in self.images if image.error is not None), None)
+
+    def has_expired(self, now: float) -> bool:
+        return self.deadline is not None and now >= self.deadline
+
+    def observe_rows(self, num_rows: int) -> None:
+        self.max_rows = max(self.max_rows, num_rows)
+
+    def resolve(self, value: T) -> None:
+        """Complete the future with a value; no effect where the request is done."""
+        answer = self._build_answer(value)  # before the claim: a claimed future must be completed
+        if self._claim():
+            self.future.set_result(answer)
+
+    def fail(self, error: Exception) -> None:
+        """Complete the future with what the caller may know of an error; no effect where it is done."""
+        if self._claim():
+            self.future.set_exception(for_caller(error))
+
+    def _claim(self) -> bool:
+        # The caller may cancel at any moment from the event loop; past this call it no longer can. The engine
+        # and the watchdog that aborts it may both try to complete the future.
+        with self._claim_lock:
+            is_free = not (self.future.done() or self.future.running())
+            return is_free and self.future.set_running_or_notify_cancel()
+
+    def _build_answer(self, value: T) -> Answer[T]:
+        assert self.admitted is not None
+        assert self.work_started is not None
+        # Passes before this request was admitted did not cost it time; those it shared count in full.
+        batches = {
+            batch for image in self.images for batch in image.batches if batch.started >= self.admitted
+        }
+        return Answer(
+            value=value,
+            times=DeviceTimes(
+                queue_s=self.admitted - self.submitted,
+                vision_s=sum(batch.vision_s for batch in batches),
+                qformer_s=sum(batch.qformer_s for batch in batches),
+                work_s=time.monotonic() - self.work_started,
+            ),
+            image_cached=self.image_cached,
+            max_rows=max([self.max_rows, *(batch.num_images for batch in batches)]),
+            computed=tuple(computed for image in self.images for computed in image.drain_computed()),
+        )
+
+
+AnyRequest = Request[Any]

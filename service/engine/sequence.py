@@ -1,69 +1,96 @@
-"""A job that the engine has taken in: its mutable half, which only the engine's thread sees."""
+"""One prompt on its way through the decoder, and the group of those that belong to one request."""
 
-import time
-from dataclasses import dataclass, field
-from typing import TypeVar
+import math
+from dataclasses import dataclass
 
-from service.engine.image_pool import ImageSlot
-from service.engine.request import Answer, DeviceTimes, Job, Lane
+from torch import Tensor
 
-T = TypeVar("T")
+from model import Generation, GenerationParams
+from model.language import Extent as MemoryRequirement
+from service.engine.request import AdmissionClass, GenerateInput, Generations, Request
+from service.errors import InferenceFailedError
 
 
-@dataclass(slots=True, eq=False)
-class Running:
-    """num_rows: how many it may occupy at once. image_cached: it has images, and the tower need not run.
+@dataclass(frozen=True, slots=True, eq=False)
+class SequenceGroup:
+    """A generation request in the decoder. generations: for each prompt its texts, or none so far."""
 
-    slots: one for each of the job's images. is_ahead: its texts, if it has any, occupy no rows yet.
-    max_rows: the most that ran at once, so far.
+    request: Request[Generations]
+    generations: list[tuple[Generation, ...]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequence:
+    """One prompt of a group, from the moment its image is encoded until its texts are generated.
+
+    index: of the prompt in its group. encoded: the [Q, D] query_output, or the [P, V] image_features where
+    the Q-Former reads the question. question: for the Q-Former, or None. num_prefix_tokens: image tokens
+    and prompt tokens, which are prefilled.
     """
 
-    job: Job
-    num_items: int
-    num_rows: int
-    slots: tuple[ImageSlot, ...] = ()
-    image_cached: bool = False
-    is_ahead: bool = True
-    admitted: float = field(default_factory=time.monotonic)
-    work_started: float | None = None
-    max_rows: int = 1
+    group: SequenceGroup
+    index: int
+    encoded: Tensor
+    prompt_ids: tuple[int, ...]
+    question: str | None
+    params: GenerationParams
+    num_prefix_tokens: int
 
     @property
-    def lane(self) -> Lane:
-        return self.job.lane
+    def request(self) -> Request[Generations]:
+        return self.group.request
 
     @property
-    def settled(self) -> bool:
-        return self.job.ticket.settled
+    def num_rows(self) -> int:
+        return self.params.num_rows
 
     @property
-    def encoded(self) -> bool:
-        return all(slot.holds(self.job.needs) for slot in self.slots)
+    def is_long(self) -> bool:
+        return self.request.admission_class is AdmissionClass.LONG
 
     @property
-    def encode_error(self) -> Exception | None:
-        return next((slot.error for slot in self.slots if slot.error is not None), None)
+    def is_done(self) -> bool:
+        return self.request.is_done
 
-    def saw_rows(self, num_rows: int) -> None:
-        self.max_rows = max(self.max_rows, num_rows)
+    @property
+    def is_finished(self) -> bool:
+        """Whether the texts of this prompt are generated; others of its request may still run."""
+        return bool(self.group.generations[self.index])
+
+    @property
+    def memory_requirement(self) -> MemoryRequirement:
+        return MemoryRequirement(self.num_prefix_tokens, self.num_rows, self.params.max_new_tokens)
 
     def fail(self, error: Exception) -> None:
-        self.job.ticket.fail(error)
+        self.request.fail(error)
 
-    def answer(self, value: T) -> Answer[T]:
-        """Wraps what the work gave."""
-        assert self.work_started is not None
-        # Passes that ran before this job came did not cost it time; those it shared count in full.
-        batches = {batch for slot in self.slots for batch in slot.batches if batch.started >= self.admitted}
-        return Answer(
-            value=value,
-            times=DeviceTimes(
-                queue_s=self.admitted - self.job.ticket.submitted,
-                vision_s=sum(batch.vision_s for batch in batches),
-                qformer_s=sum(batch.qformer_s for batch in batches),
-                work_s=time.monotonic() - self.work_started,
-            ),
-            image_cached=self.image_cached,
-            max_rows=max([self.max_rows, *(batch.num_images for batch in batches)]),
-            fresh=tuple(fresh for slot in self.slots for fresh in slot.take_fresh()),
+    def finish(self, generations: tuple[Generation, ...]) -> None:
+        """Store the texts of this prompt, best first; answer the request once all its prompts have theirs."""
+        self.group.generations[self.index] = generations
+        if not all(self.group.generations):
+            return
+        all_generations = tuple(self.group.generations)
+        if all(math.isfinite(one.score) for texts in all_generations for one in texts):
+            self.request.resolve(all_generations)
+        else:
+            self.fail(InferenceFailedError("the model gave a score that is not a number"))
+
+
+def build_sequences(request: Request[Generations], num_query_tokens: int) -> list[Sequence]:
+    """Return one sequence for each prompt of a request whose image is encoded."""
+    inputs = request.inputs
+    assert isinstance(inputs, GenerateInput)
+    (kind,) = inputs.required
+    group = SequenceGroup(request, [()] * len(inputs.prompts))
+    return [
+        Sequence(
+            group=group,
+            index=index,
+            encoded=request.images[0].available[kind],
+            prompt_ids=prompt_ids,
+            question=inputs.questions[index] if inputs.questions else None,
+            params=inputs.params,
+            num_prefix_tokens=num_query_tokens + len(prompt_ids),
         )
+        for index, prompt_ids in enumerate(inputs.prompts)
+    ]

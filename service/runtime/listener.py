@@ -1,4 +1,4 @@
-"""The listening socket. Needs nothing that is slow to import, so that a taken port is told at once."""
+"""The listening socket. Imports nothing that is slow, so that a taken port is reported at once."""
 
 import socket
 from typing import Final
@@ -11,7 +11,7 @@ class ListenError(Exception):
 
 
 def open_listener(host: str, port: int) -> socket.socket:
-    """Gives a socket that listens; port 0 is any free one. Raises ListenError."""
+    """Open a listening socket; port 0 is any free one. Raises ListenError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named because asyncio turns Nagle's algorithm off only where it is: without, each
     # answer on a kept connection waits 40 ms for the client's delayed acknowledgement.

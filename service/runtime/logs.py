@@ -27,7 +27,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logs(level: str) -> None:
-    """Sends all logs, warnings and uncaught errors of threads to standard error."""
+    """Send all logs, warnings and uncaught errors of threads to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)

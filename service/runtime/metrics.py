@@ -12,7 +12,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from service.engine.request import Kind
+from service.model_backend import EmbeddingKind
 
 ROUTES: Final = ("/caption", "/vqa", "/retrieve")
 OTHER_ROUTE: Final = "other"  # unknown paths are one series, or a scanner would make thousands
@@ -35,20 +35,20 @@ class Metrics:
         self.requests = Counter("blip2_requests", "Answered requests", ["route", "status"], registry=registry)
         self.request_seconds = Histogram(
             "blip2_request_seconds",
-            "From the first byte of the request to the answer",
+            "From the first byte of a request to its answer",
             ["route"],
             buckets=_SECONDS,
             registry=registry,
         )
         self.stage_seconds = Histogram(
             "blip2_stage_seconds",
-            "What each stage took, as in timings_ms",
+            "Duration of each stage, as in timings_ms",
             ["stage"],
             buckets=_SECONDS,
             registry=registry,
         )
         self.queue_seconds = Histogram(
-            "blip2_queue_seconds", "Time in the line", buckets=_SECONDS, registry=registry
+            "blip2_queue_seconds", "Time in the request queue", buckets=_SECONDS, registry=registry
         )
         self.batch_rows = Histogram(
             "blip2_batch_rows", "Rows of each batch", ["stage"], buckets=_ROWS, registry=registry
@@ -56,9 +56,11 @@ class Metrics:
         self.generated_tokens = Counter(
             "blip2_generated_tokens", "Tokens in answers, the end tokens included", registry=registry
         )
-        self.shed = Counter("blip2_shed", "Requests refused by state", ["reason"], registry=registry)
+        self.shed = Counter(
+            "blip2_shed", "Requests refused for the state of the service", ["reason"], registry=registry
+        )
         self.abandoned = Counter(
-            "blip2_abandoned", "Requests nobody waited for any more", ["reason"], registry=registry
+            "blip2_abandoned", "Requests whose caller did not wait any more", ["reason"], registry=registry
         )
         self.cache_requests = Counter(
             "blip2_cache_requests", "Look-ups", ["tier", "kind", "result"], registry=registry
@@ -68,7 +70,7 @@ class Metrics:
         )
         self.padding_waste = Histogram(
             "blip2_padding_waste_ratio",
-            "Share of padding where prompts are read together",
+            "Share of padding where prompts are prefilled together",
             buckets=_SHARES,
             registry=registry,
         )
@@ -78,10 +80,10 @@ class Metrics:
         self.out_of_memory = Counter(
             "blip2_out_of_memory", "Batches the device's memory did not hold", ["stage"], registry=registry
         )
-        self._waiting = Gauge("blip2_waiting", "Items in the line", registry=registry)
+        self._waiting = Gauge("blip2_waiting", "Items in the request queue", registry=registry)
         self._running = Gauge("blip2_running", "Items on the device", registry=registry)
         self._breaker_open = Gauge(
-            "blip2_cache_breaker_open", "1 while Redis is left alone", registry=registry
+            "blip2_cache_breaker_open", "1 while the circuit breaker keeps Redis out", registry=registry
         )
         self._heartbeat_age = Gauge(
             "blip2_engine_heartbeat_age_seconds",
@@ -96,7 +98,7 @@ class Metrics:
         )
         self._create_series()
 
-    def watch(
+    def set_gauges(
         self,
         *,
         waiting: Callable[[], float],
@@ -105,7 +107,7 @@ class Metrics:
         breaker_open: Callable[[], float],
         device_memory_bytes: Callable[[], float],
     ) -> None:
-        """Has the gauges read when they are scraped."""
+        """Set the functions that gauges read when they are scraped."""
         self._waiting.set_function(waiting)
         self._running.set_function(running)
         self._heartbeat_age.set_function(heartbeat_age_s)
@@ -115,26 +117,26 @@ class Metrics:
     def set_model(self, *, name: str, fingerprint: str, device: str, dtype: str) -> None:
         self._model_info.labels(name, fingerprint, device, dtype).set(1)
 
-    def saw_rows(self, stage: str, num_rows: int) -> None:
+    def observe_batch(self, stage: str, num_rows: int) -> None:
         self.batch_rows.labels(stage).observe(num_rows)
 
-    def saw_padding(self, ratio: float) -> None:
+    def observe_padding(self, ratio: float) -> None:
         self.padding_waste.observe(ratio)
 
-    def spent(self, stage: str, seconds: float) -> None:
+    def add_device_seconds(self, stage: str, seconds: float) -> None:
         self.device_seconds.labels(stage).inc(seconds)
 
-    def ran_out_of_memory(self, stage: str) -> None:
+    def count_out_of_memory(self, stage: str) -> None:
         self.out_of_memory.labels(stage).inc()
 
-    def count_lookup(self, tier: str, kind: Kind, result: str) -> None:
+    def count_lookup(self, tier: str, kind: EmbeddingKind, result: str) -> None:
         self.cache_requests.labels(tier, kind.value, result).inc()
 
     def count_writes(self, result: str, num_values: int) -> None:
         self.cache_writes.labels(result).inc(num_values)
 
     def exposition(self) -> bytes:
-        """Gives the text that Prometheus scrapes."""
+        """Return the text that Prometheus scrapes."""
         return generate_latest(self.registry)
 
     def _create_series(self) -> None:
@@ -155,7 +157,7 @@ class Metrics:
             self.abandoned.labels(reason)
         for result in ("written", "refused", "error", "skipped", "dropped"):
             self.cache_writes.labels(result)
-        for kind in Kind:
+        for kind in EmbeddingKind:
             for tier, results in (
                 ("memory", ("hit", "miss")),
                 ("redis", ("hit", "miss", "error", "skipped")),

@@ -23,7 +23,7 @@ _LAST_CONNECTIONS_S = 5
 
 
 class Server(uvicorn.Server):
-    """Drains before it closes the listener: SIGTERM or SIGINT begins it, a second one ends it at once."""
+    """Drains before it closes the listener: SIGTERM or SIGINT begins it, a second one exits at once."""
 
     def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle) -> None:
         super().__init__(config)
@@ -33,14 +33,14 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, _sig: int, _frame: FrameType | None) -> None:
         # Not remembered as uvicorn does, which would raise the signal again at the end: the exit code is 0.
-        asyncio.get_running_loop().call_soon_threadsafe(self._leave)
+        asyncio.get_running_loop().call_soon_threadsafe(self._begin_exit)
 
     def fail(self, failure: FatalError) -> None:
-        """Ends the server, for it cannot serve."""
+        """Stop the server, because it cannot serve."""
         self.failure = failure
         self.should_exit = True
 
-    def _leave(self) -> None:
+    def _begin_exit(self) -> None:
         if self._draining is None:
             self._draining = asyncio.create_task(self._drain(), name="drain")
         else:
@@ -54,22 +54,22 @@ class Server(uvicorn.Server):
 
 
 def serve(settings: Settings, listener: socket.socket, load: Loader | None = None) -> None:
-    """Serves on a listening socket until told to stop. Raises FatalError where it cannot serve, or no longer.
+    """Serve on a listening socket until a signal. Raises FatalError where it cannot serve, or no longer.
 
-    load: gives the model; None: the one the settings name.
+    load: returns the model; None: the one the settings name.
     """
     configure_logs(settings.log_level)
     server = _build_server(settings, listener, load or partial(load_backend, settings))
     server.run(sockets=[listener])
     if isinstance(server.failure, EngineLostError):
-        _leave_at_once(str(server.failure))
+        _exit_now(str(server.failure))
     if server.force_exit:
-        _leave_at_once("ended by a second signal")
+        _exit_now("ended by a second signal")
     if server.failure is not None:
         raise server.failure
 
 
-def _leave_at_once(reason: str) -> NoReturn:
+def _exit_now(reason: str) -> NoReturn:
     sys.stderr.write(f"blip2: {reason}\n")
     sys.stderr.flush()
     os._exit(1)  # the interpreter's own end would wait for threads, and perhaps for a device that hangs
@@ -82,7 +82,7 @@ def _build_server(settings: Settings, listener: socket.socket, load: Loader) -> 
     app = create_app(
         settings,
         load,
-        on_ready=partial(_say_ready, listener),
+        on_ready=partial(_print_ready, listener),
         on_failure=fail,
     )
     config = uvicorn.Config(
@@ -101,7 +101,7 @@ def _build_server(settings: Settings, listener: socket.socket, load: Loader) -> 
     return server
 
 
-def _say_ready(listener: socket.socket, backend: Backend) -> None:
+def _print_ready(listener: socket.socket, backend: Backend) -> None:
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     sys.stdout.write(f"serving {backend.name} on http://{host}:{port} (docs: /docs)\n")

@@ -122,7 +122,7 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Reads the settings from the environment.
+    """Load the settings from the environment.
 
     Raises SettingsError for a value out of bounds, and for a variable with the prefix that is no setting:
     pydantic-settings would ignore a misspelt one in silence.

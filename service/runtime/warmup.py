@@ -1,63 +1,65 @@
-"""The first turn of the engine: a self-test, made as long as a turn can be, so that its length is known."""
+"""The first steps of the engine: a self-test, as long as a step can be, so that its duration is known."""
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from PIL import Image
 
 from model import GenerationParams
-from service.engine.encoder_runner import MAX_IMAGES_PER_TURN
-from service.engine.request import GenerateJob, ImageInput, Job, MatchJob, Mode, Ticket, Tower
-from service.engine.request_queue import Line
+from service.engine.image_pool import ImageInput
+from service.engine.request import AnyRequest, GenerateInput, Generations, Matches, MatchInput, Mode, Request
+from service.engine.request_queue import RequestQueue
+from service.engine.scheduler import MAX_IMAGES_PER_STEP
 from service.errors import ServiceError
-from service.model_backend import Backend
+from service.model_backend import Backend, EncoderId
 
 logger = logging.getLogger(__name__)
 
 
 class SelfTestError(Exception):
-    """The model's answers are no numbers, or it has none; the service must not become ready."""
+    """The model gave no finite score, or none at all; the service must not become ready."""
 
 
-async def warm_up(backend: Backend, line: Line, start_engine: Callable[[], None]) -> None:
-    """Has the engine do all it can do on a full batch of images, and looks at what comes out.
+async def warm_up(backend: Backend, queue: RequestQueue, start_engine: Callable[[], None]) -> None:
+    """Run every task of the model on a full batch of images, and check the results.
 
     Raises SelfTestError where the model fails, or gives a score that is not finite.
     """
-    captions = _caption_jobs(backend, _warm_images(backend, Tower.MAIN)) if backend.can_generate else []
-    jobs: list[Job] = list(captions)
-    if backend.can_match:
-        jobs.append(_match_job(_warm_images(backend, backend.matching_tower)))
-    for job in jobs:
-        (place,) = line.reserve(0)  # whatever the limit of the line is
-        place.put(job)
-    start_engine()  # only now, so that they share their first turn
+    captions = _caption_requests(backend) if backend.can_generate else []
+    matches = [_match_request(backend)] if backend.can_match else []
+    requests: list[AnyRequest] = [*captions, *matches]
+    for request in requests:
+        (reservation,) = queue.make_reservations(0)  # whatever the limit of the queue is
+        reservation.submit(request)
+    start_engine()  # only now, so that they share their first step
     try:
-        await asyncio.gather(*(asyncio.wrap_future(job.ticket.future) for job in jobs))
+        await asyncio.gather(*(asyncio.wrap_future(request.future) for request in requests))
     except ServiceError as exc:
         raise SelfTestError(f"the self-test failed: {exc}; check the weights and BLIP2_DTYPE") from exc
-    if any(not job.ticket.future.result().value[0][0].text for job in captions):
+    if any(not request.future.result().value[0][0].text for request in captions):
         logger.warning("the self-test gave an empty caption")
 
 
-def _warm_images(backend: Backend, tower: Tower) -> list[ImageInput]:
-    shades = [255 * index // MAX_IMAGES_PER_TURN for index in range(MAX_IMAGES_PER_TURN)]
-    pictures = [Image.new("RGB", (64, 64), (shade, 128, 255 - shade)) for shade in shades]
-    return [
-        ImageInput(f"warm-up-{tower}-{index}", backend.preprocess(picture, tower), {}, tower)
-        for index, picture in enumerate(pictures)
-    ]
-
-
-def _caption_jobs(backend: Backend, images: Sequence[ImageInput]) -> list[GenerateJob]:
+def _caption_requests(backend: Backend) -> list[Request[Generations]]:
     params = GenerationParams()
     prompt = backend.caption_prompt()
-    prompt_ids = backend.tokenize_prompt(prompt, params)
-    questions = (prompt,) if backend.shows_questions else ()
-    return [GenerateJob(image, (prompt_ids,), params, Ticket(), questions) for image in images]
+    prompts = (backend.tokenize_prompt(prompt, params),)
+    questions = (prompt,) if backend.is_question_conditioned else ()
+    images = _warmup_images(backend, EncoderId.MAIN)
+    return [Request(GenerateInput(image, prompts, params, questions)) for image in images]
 
 
-def _match_job(images: Sequence[ImageInput]) -> MatchJob:
+def _match_request(backend: Backend) -> Request[Matches]:
+    images = _warmup_images(backend, backend.matching_encoder)
     count = len(images)
-    return MatchJob("a photo", tuple(images), Mode.RERANK, rerank_k=count, top_k=count, ticket=Ticket())
+    return Request(MatchInput("a photo", images, Mode.RERANK, rerank_k=count, top_k=count))
+
+
+def _warmup_images(backend: Backend, encoder: EncoderId) -> tuple[ImageInput, ...]:
+    shades = [255 * index // MAX_IMAGES_PER_STEP for index in range(MAX_IMAGES_PER_STEP)]
+    pictures = [Image.new("RGB", (64, 64), (shade, 128, 255 - shade)) for shade in shades]
+    return tuple(
+        ImageInput(f"warm-up-{encoder}-{index}", backend.preprocess(picture, encoder), {}, encoder)
+        for index, picture in enumerate(pictures)
+    )

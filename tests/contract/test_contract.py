@@ -18,8 +18,8 @@ import torch
 
 from service.api.app import create_app
 from service.cache.wire import pack, redis_key
-from service.engine.request import Kind
 from service.errors import ServiceError
+from service.model_backend import EmbeddingKind
 from service.runtime.logs import JsonFormatter
 from service.runtime.metrics import Metrics
 from service.runtime.settings import PREFIX, Settings
@@ -88,7 +88,7 @@ def test_error_codes_and_statuses_are_those_recorded() -> None:
 def test_redis_keys_and_values_are_those_recorded() -> None:
     keys = {
         kind.value: redis_key(digest="a" * 64, fingerprint="b" * 64, preprocess_version="1", kind=kind)
-        for kind in Kind
+        for kind in EmbeddingKind
     }
     values = {
         str(dtype): hashlib.sha256(pack("key", torch.arange(6).reshape(2, 3).to(dtype))).hexdigest()

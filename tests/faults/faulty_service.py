@@ -16,23 +16,22 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
-from model import DecodeJob, Generation, GenerationParams
-from service.engine.request import Tower
-from service.model_backend import Backend, StepDecoder
+from model import DecodeJob, Generation
+from service.model_backend import Backend, Blip2Backend, EncoderId, StepDecoder
 from service.runtime.lifecycle import FatalError
 from service.runtime.listener import open_listener
-from service.runtime.loading import Blip2Backend, load_backend
+from service.runtime.loading import load_backend
 from service.runtime.server import serve
 from service.runtime.settings import load_settings
 
-RAISE: Final = 91.0  # the job fails whatever it shares the device with
+RAISE: Final = 91.0  # the request fails whatever it shares the device with
 LOSE: Final = 92.0  # the device's context is lost, which ends the engine's thread
 HOLD, MEMORY_ROWS = "hold", "memory_rows"  # files
 HANG: Final = 93.0  # the device never comes back
 
 
 class FaultyDecoder:
-    """A decoder that looks at its jobs before it steps."""
+    """A decoder that looks at its requests before it steps."""
 
     def __init__(self, decoder: StepDecoder, device: "FaultyDevice") -> None:
         self._decoder = decoder
@@ -42,9 +41,6 @@ class FaultyDecoder:
     def add(self, job: DecodeJob) -> None:
         self._jobs.append(job)
         self._decoder.add(job)
-
-    def has_room(self, num_prefix_tokens: int, params: GenerationParams) -> bool:
-        return self._decoder.has_room(num_prefix_tokens, params)
 
     def cancel(self, job: DecodeJob) -> None:
         self._jobs.remove(job)
@@ -57,7 +53,7 @@ class FaultyDecoder:
         if HANG in orders:
             threading.Event().wait()
         if RAISE in orders:
-            raise RuntimeError("this job fails, as was asked for")
+            raise RuntimeError("this request fails, as was asked for")
         self._device.compute(sum(job.params.num_rows for job in self._jobs))
         done = self._decoder.step()
         for job, _ in done:
@@ -92,9 +88,9 @@ class FaultyBackend:
     def build_decoder(self) -> StepDecoder:
         return FaultyDecoder(self._backend.build_decoder(), self._device)
 
-    def encode_images(self, pixel_values: Tensor, tower: Tower) -> Tensor:
+    def encode_images(self, pixel_values: Tensor, encoder: EncoderId) -> Tensor:
         self._device.compute(len(pixel_values))
-        return self._backend.encode_images(pixel_values, tower)
+        return self._backend.encode_images(pixel_values, encoder)
 
 
 def main() -> int:

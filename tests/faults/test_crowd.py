@@ -77,7 +77,7 @@ async def test_beyond_its_capacity_exactly_the_surplus_is_shed(
             await poll_async(shows(client, "blip2_waiting 0.0", "blip2_running 0.0"), 60)
 
 
-async def test_clients_that_hang_up_in_line_cost_the_device_nothing(
+async def test_clients_that_hang_up_in_the_queue_cost_the_device_nothing(
     random_checkpoint: Path, tmp_path: Path
 ) -> None:
     with faulty_service(tmp_path, model=random_checkpoint, stall_timeout_ms=120_000) as held:

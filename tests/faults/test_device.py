@@ -24,7 +24,7 @@ def sound(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         yield started
 
 
-async def test_a_job_that_raises_in_a_full_batch_fails_alone(
+async def test_a_request_that_raises_in_a_full_batch_fails_alone(
     random_checkpoint: Path, sound: ServiceProcess, tmp_path: Path
 ) -> None:
     with faulty_service(tmp_path, model=random_checkpoint, dtype="float32") as faulty:
@@ -94,14 +94,14 @@ async def test_a_process_that_was_paused_amid_a_turn_goes_on(random_checkpoint: 
 
 
 async def lose(faulty: ServiceProcess, order: float, red_within_s: float) -> None:
-    """Has the device fail for good among jobs; checks what callers, probes and the supervisor see."""
+    """Has the device fail for good among requests; checks what callers, probes and the supervisor see."""
     async with client_of(faulty.url) as client:
         running = [asyncio.create_task(ask(client, request(seed, **LONG))) for seed in range(8)]
         await poll_async(lambda: has(client, "blip2_running 8.0"), 60)
         asked = time.monotonic()
         fatal = asyncio.create_task(ask(client, request(99, temperature=order)))
         await poll_async(lambda: is_red(client), 60)
-        assert time.monotonic() - asked < red_within_s + 1.0  # the fatal job is encoded first
+        assert time.monotonic() - asked < red_within_s + 1.0  # the fatal request is encoded first
         assert (await client.get("/readyz")).status_code == 503
         refused = await ask(client, request(100))
         assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")

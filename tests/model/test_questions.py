@@ -14,7 +14,9 @@ from model.matching import Matcher
 from model.parts import Blip2Parts
 from model.qformer import QFormer
 from model.questions import QuestionReader
-from service.engine.request import GenerateJob, ImageInput, Kind, Ticket
+from service.engine.image_pool import ImageInput
+from service.engine.request import GenerateInput, Request
+from service.model_backend import EmbeddingKind
 from service.runtime.loading import load_backend
 from service.runtime.settings import Settings
 from tests.builders import (
@@ -102,7 +104,7 @@ def test_formats_without_such_models_are_refused_before_anything_is_written(
 def test_the_service_and_bulk_work_show_each_question_to_the_q_former(adapter: Path) -> None:
     blip2 = Blip2.from_pretrained(str(adapter))
     backend = load_backend(Settings(model=str(adapter), device="cpu", dtype="float32"))
-    assert backend.shows_questions
+    assert backend.is_question_conditioned
     features = blip2.encode_images(random_pixels(2))
     prompts = [blip2.prompts.question_prompt(question) for question in QUESTIONS]
     expected = [
@@ -114,19 +116,22 @@ def test_the_service_and_bulk_work_show_each_question_to_the_q_former(adapter: P
         ]
         for one in features
     ]
-    jobs = [
-        GenerateJob(
-            ImageInput(str(index), random_pixels(2)[index], {}),
-            tuple(backend.tokenize_prompt(prompt, GenerationParams(max_new_tokens=8)) for prompt in prompts),
-            PARAMS,
-            Ticket(),
-            QUESTIONS,
+    requests = [
+        Request(
+            GenerateInput(
+                ImageInput(str(index), random_pixels(2)[index], {}),
+                tuple(
+                    backend.tokenize_prompt(prompt, GenerationParams(max_new_tokens=8)) for prompt in prompts
+                ),
+                PARAMS,
+                QUESTIONS,
+            )
         )
         for index in range(2)
     ]
-    assert jobs[0].needs == {Kind.IMAGE_FEATURES}
-    serve(backend, list(jobs))
-    served = [[best[0].text for best in job.ticket.future.result().value] for job in jobs]
+    assert requests[0].inputs.required == {EmbeddingKind.IMAGE_FEATURES}
+    serve(backend, list(requests))
+    served = [[best[0].text for best in request.future.result().value] for request in requests]
     in_bulk = answer_work(blip2, QUESTIONS, PARAMS).run(features)
     assert served == expected
     assert [[answer["answer"] for answer in line["answers"]] for line in in_bulk] == expected

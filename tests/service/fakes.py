@@ -15,7 +15,8 @@ from torch import Tensor
 
 from model import DecodeJob, Generation, GenerationParams
 from model.errors import InvalidPromptError
-from service.engine.request import Kind, Tower
+from model.language import Extent as MemoryRequirement
+from service.model_backend import EmbeddingKind, EncoderId
 
 POISON_RED = 13  # an image of this red makes every batch it is in fail
 POISON_WORD = "poison"  # so does a prompt with this word, in the decoder
@@ -61,9 +62,6 @@ class FakeDecoder:
     def add(self, job: DecodeJob) -> None:
         self._steps[job] = 0
 
-    def has_room(self, num_prefix_tokens: int, params: GenerationParams) -> bool:
-        return len(self._steps) < self._backend.room
-
     def cancel(self, job: DecodeJob) -> None:
         del self._steps[job]
         self._backend.num_cancelled += 1
@@ -94,15 +92,14 @@ class FakeBackend:
 
     can_generate: bool = True
     can_match: bool = True
-    shows_questions: bool = False
+    is_question_conditioned: bool = False
     name: str = "fake"
     matching_name: str = "fake"
-    matching_tower: Tower = Tower.MAIN
+    matching_encoder: EncoderId = EncoderId.MAIN
     fingerprint: str = "f" * 64
     device: str = "cpu"
     dtype: str = "float32"
     num_query_tokens: int = 1
-    room: int = 10**9  # of texts in the decoder
     memory_rows: int = 10**9  # of images, texts, pairs or beams; a batch of more runs out of memory
     encode_gate: threading.Event = field(default_factory=threading.Event)
     decode_gate: threading.Event = field(default_factory=threading.Event)
@@ -119,7 +116,7 @@ class FakeBackend:
         self.encode_gate.set()
         self.decode_gate.set()
 
-    def preprocess(self, image: Image.Image, tower: Tower) -> Tensor:
+    def preprocess(self, image: Image.Image, encoder: EncoderId) -> Tensor:
         self.num_preprocessed += 1
         red, _, _ = image.convert("RGB").getpixel((0, 0))  # type: ignore[misc]
         return pixels(red)
@@ -163,7 +160,7 @@ class FakeBackend:
     def free_memory(self) -> None:
         self.num_freed += 1
 
-    def encode_images(self, pixel_values: Tensor, tower: Tower) -> Tensor:
+    def encode_images(self, pixel_values: Tensor, encoder: EncoderId) -> Tensor:
         self.encode_gate.wait(TIMEOUT_S)
         reds = [round(image.mean().item() * 255) for image in pixel_values]
         self.vision_batches.append(reds)
@@ -173,8 +170,11 @@ class FakeBackend:
             raise RuntimeError("a poisoned image")
         return pixel_values.mean(dim=(1, 2, 3))[:, None, None].expand(-1, 2, 3)  # [B, P, V]
 
-    def encode_kind(self, kind: Kind, image_features: Tensor) -> Tensor:
+    def encode(self, kind: EmbeddingKind, image_features: Tensor) -> Tensor:
         return image_features[:, :1, :2]  # [B, Q, D]
+
+    def kv_bytes(self, requirements: Sequence[MemoryRequirement]) -> int:
+        return len(requirements)  # a byte each
 
     def build_decoder(self) -> FakeDecoder:
         return FakeDecoder(self)

@@ -1,4 +1,4 @@
-"""An engine with its line, and an application with its lifespan, over a fake model; how to look at them."""
+"""An engine with its queue and an application with its lifespan, over a fake model; ways to observe them."""
 
 import asyncio
 import inspect
@@ -14,10 +14,11 @@ from fastapi import FastAPI
 
 from model import GenerationParams
 from service.api.app import create_app
-from service.cache import MemoryCache
+from service.cache.lru import LruTier
 from service.engine.engine import Engine
-from service.engine.request import GenerateJob, ImageInput, Job, MatchJob, Mode, Ticket
-from service.engine.request_queue import Line, ServiceRate
+from service.engine.image_pool import ImageInput
+from service.engine.request import AnyRequest, GenerateInput, Generations, Matches, MatchInput, Mode, Request
+from service.engine.request_queue import RequestQueue, Throughput
 from service.model_backend import Backend
 from service.runtime.lifecycle import FatalError, Lifecycle
 from service.runtime.metrics import Metrics
@@ -28,7 +29,7 @@ GREEDY = GenerationParams(num_beams=1)
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Returns once the condition holds, which another thread brings about; fails after 20 seconds."""
+    """Return once the condition holds, which another thread brings about; fail after 20 seconds."""
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline, "it did not come about in time"
@@ -46,17 +47,17 @@ async def until_async(condition: Callable[[], object]) -> None:
 
 
 @dataclass
-class Workshop:
-    """An engine at work, and shorthands to give it jobs."""
+class EngineHarness:
+    """A running engine, and shorthands to submit requests to it."""
 
     backend: FakeBackend
-    line: Line
-    memory: MemoryCache
+    queue: RequestQueue
+    memory: LruTier
     engine: Engine
 
-    def submit(self, job: Job, num_items: int = 1) -> None:
-        (place,) = self.line.reserve(num_items)
-        place.put(job)
+    def submit(self, request: AnyRequest, num_items: int = 1) -> None:
+        (reservation,) = self.queue.make_reservations(num_items)
+        reservation.submit(request)
 
     def image(self, red: int) -> ImageInput:
         return ImageInput(f"digest-{red}", pixels(red), {})
@@ -68,12 +69,13 @@ class Workshop:
         params: GenerationParams = GREEDY,
         deadline: float | None = None,
         image: ImageInput | None = None,
-    ) -> GenerateJob:
-        """Puts a job in line and gives it back."""
-        prompt_ids = tuple(self.backend.tokenize_prompt(prompt, 10) for prompt in prompts or ("a photo",))
-        job = GenerateJob(image or self.image(red), prompt_ids, params, Ticket(deadline))
-        self.submit(job)
-        return job
+    ) -> Request[Generations]:
+        """Submit a request and return it."""
+        prompt_ids = tuple(self.backend.tokenize_prompt(prompt, params) for prompt in prompts or ("a photo",))
+        inputs = GenerateInput(image or self.image(red), prompt_ids, params)
+        request: Request[Generations] = Request(inputs, deadline)
+        self.submit(request)
+        return request
 
     def match(
         self,
@@ -82,39 +84,48 @@ class Workshop:
         mode: Mode = Mode.ITC,
         rerank_k: int = 128,
         top_k: int = 100,
-    ) -> MatchJob:
-        """Puts a job in line and gives it back."""
-        job = MatchJob(query, candidates, mode, rerank_k, top_k, Ticket())
-        self.submit(job)
-        return job
+    ) -> Request[Matches]:
+        """Submit a request and return it."""
+        request: Request[Matches] = Request(MatchInput(query, candidates, mode, rerank_k, top_k))
+        self.submit(request)
+        return request
 
 
 @contextmanager
-def workshop(
+def running_engine(
     backend: FakeBackend | None = None,
     *,
     max_rows: int = 64,
     max_items: int = 256,
     cache_bytes: int = 2**20,
+    max_kv_bytes: int = 2**40,
     started: bool = True,
-) -> Iterator[Workshop]:
+) -> Iterator[EngineHarness]:
     backend = backend or FakeBackend()
-    rate = ServiceRate(jitter=lambda: 0.0)
-    line, memory = Line(max_items, rate), MemoryCache(cache_bytes)
-    engine = Engine(backend, line, memory, rate=rate, max_rows=max_rows, meter=Metrics())
+    throughput = Throughput(jitter=lambda: 0.0)
+    queue, memory = RequestQueue(max_items, throughput), LruTier(cache_bytes)
+    engine = Engine(
+        backend,
+        queue,
+        memory,
+        throughput=throughput,
+        metrics=Metrics(),
+        max_rows=max_rows,
+        max_kv_bytes=max_kv_bytes,
+    )
     if started:
         engine.start()
     try:
-        yield Workshop(backend, line, memory, engine)
+        yield EngineHarness(backend, queue, memory, engine)
     finally:
         backend.encode_gate.set()
         backend.decode_gate.set()
         engine.stop(TIMEOUT_S)
 
 
-def text_of(job: GenerateJob, prompt: int = 0) -> str:
-    """Waits for the best text of a job."""
-    return job.ticket.future.result(TIMEOUT_S).value[prompt][0].text
+def text_of(request: Request[Generations], prompt: int = 0) -> str:
+    """Wait for the best text of a request."""
+    return request.future.result(TIMEOUT_S).value[prompt][0].text
 
 
 @dataclass

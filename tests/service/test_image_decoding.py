@@ -1,4 +1,4 @@
-"""The desk: what it takes, what it refuses and why, and that the pixels are upright."""
+"""The decoder: what it takes, what it refuses and why, and that the pixels are upright."""
 
 import base64
 import io
@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from model.preprocess import ImagePreprocessor
-from service.engine.request import Tower
 from service.errors import ImageTooLargeError, InvalidImageError, ServiceError, UnsupportedImageError
-from service.image_decoding import ImageDesk, decode_image
+from service.image_decoding import ImageDecoder, decode_image
+from service.model_backend import EncoderId
 
 SIZE = 16
 
 
-def preprocess(image: Image.Image, tower: Tower) -> Tensor:
+def preprocess(image: Image.Image, encoder: EncoderId) -> Tensor:
     return ImagePreprocessor(SIZE)(image)
 
 
@@ -47,43 +47,43 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @pytest.fixture
-async def desk() -> AsyncIterator[ImageDesk]:
-    made = ImageDesk(preprocess, max_bytes=100_000, max_pixels=40_000_000, num_threads=1)
+async def decoder() -> AsyncIterator[ImageDecoder]:
+    made = ImageDecoder(preprocess, max_bytes=100_000, max_pixels=40_000_000, num_threads=1)
     yield made
     made.close()
 
 
-async def pixels_of(desk: ImageDesk, source: str | bytes) -> Tensor:
-    return await desk.prepare(await desk.read(source), Tower.MAIN)
+async def pixels_of(decoder: ImageDecoder, source: str | bytes) -> Tensor:
+    return await decoder.decode_pixels(await decoder.read(source), EncoderId.MAIN)
 
 
-async def status_of(desk: ImageDesk, source: bytes) -> int:
+async def status_of(decoder: ImageDecoder, source: bytes) -> int:
     try:
-        await pixels_of(desk, source)
+        await pixels_of(decoder, source)
     except ServiceError as refused:
         return refused.status
     return 200
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-async def test_each_promised_format_is_read(desk: ImageDesk, kind: str) -> None:
-    assert (await pixels_of(desk, encode(photo(), kind))).shape == (3, SIZE, SIZE)
+async def test_each_promised_format_is_read(decoder: ImageDecoder, kind: str) -> None:
+    assert (await pixels_of(decoder, encode(photo(), kind))).shape == (3, SIZE, SIZE)
 
 
-async def test_base64_data_uri_and_bytes_are_the_same_file(desk: ImageDesk) -> None:
+async def test_base64_data_uri_and_bytes_are_the_same_file(decoder: ImageDecoder) -> None:
     data = encode(photo())
     text = base64.b64encode(data).decode()
-    files = [await desk.read(source) for source in (data, text, f"data:image/png;base64,{text}")]
+    files = [await decoder.read(source) for source in (data, text, f"data:image/png;base64,{text}")]
     assert {file.digest for file in files} == {files[0].digest}
     assert all(file.data == data for file in files)
 
 
-async def test_the_pixels_are_those_of_the_preprocessor(desk: ImageDesk) -> None:
-    assert torch.equal(await pixels_of(desk, encode(photo())), ImagePreprocessor(SIZE)(photo()))
+async def test_the_pixels_are_those_of_the_preprocessor(decoder: ImageDecoder) -> None:
+    assert torch.equal(await pixels_of(decoder, encode(photo())), ImagePreprocessor(SIZE)(photo()))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-async def test_the_orientation_in_exif_is_applied(desk: ImageDesk, orientation: int) -> None:
+async def test_the_orientation_in_exif_is_applied(decoder: ImageDecoder, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     undo = {
@@ -97,19 +97,19 @@ async def test_the_orientation_in_exif_is_applied(desk: ImageDesk, orientation: 
     }
     stored = photo() if orientation == 1 else photo().transpose(undo[orientation])
     assert torch.equal(
-        await pixels_of(desk, encode(stored, exif=exif)), await pixels_of(desk, encode(photo()))
+        await pixels_of(decoder, encode(stored, exif=exif)), await pixels_of(decoder, encode(photo()))
     )
 
 
-async def test_damaged_exif_costs_the_orientation_only(desk: ImageDesk) -> None:
+async def test_damaged_exif_costs_the_orientation_only(decoder: ImageDecoder) -> None:
     data = encode(photo(), exif=b"Exif\0\0 this is no TIFF header")
-    assert torch.equal(await pixels_of(desk, data), await pixels_of(desk, encode(photo())))
+    assert torch.equal(await pixels_of(decoder, data), await pixels_of(decoder, encode(photo())))
 
 
-async def test_the_first_frame_of_an_animation_is_taken(desk: ImageDesk) -> None:
+async def test_the_first_frame_of_an_animation_is_taken(decoder: ImageDecoder) -> None:
     red, blue = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
     animated = encode(red, "GIF", save_all=True, append_images=[blue])
-    assert torch.equal(await pixels_of(desk, animated), ImagePreprocessor(SIZE)(red))
+    assert torch.equal(await pixels_of(decoder, animated), ImagePreprocessor(SIZE)(red))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV"])
@@ -119,42 +119,44 @@ def test_every_mode_becomes_pixels(mode: str) -> None:
     assert ImagePreprocessor(SIZE)(decode_image(encode(image, kind))).isfinite().all()
 
 
-async def test_16_bit_grey_is_scaled_not_clipped(desk: ImageDesk) -> None:
+async def test_16_bit_grey_is_scaled_not_clipped(decoder: ImageDecoder) -> None:
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
     deep, flat = Image.fromarray(levels * 256), Image.fromarray(levels.astype(np.uint8))
-    assert torch.equal(await pixels_of(desk, encode(deep)), await pixels_of(desk, encode(flat)))
+    assert torch.equal(await pixels_of(decoder, encode(deep)), await pixels_of(decoder, encode(flat)))
 
 
-async def test_32_bit_samples_are_refused_with_a_cure(desk: ImageDesk) -> None:
+async def test_32_bit_samples_are_refused_with_a_cure(decoder: ImageDecoder) -> None:
     floats = Image.fromarray(np.zeros((4, 4), dtype=np.float32))
     with pytest.raises(InvalidImageError, match="convert it to 8 bits"):
-        await pixels_of(desk, encode(floats, "TIFF"))
+        await pixels_of(decoder, encode(floats, "TIFF"))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1)])
-async def test_odd_shapes_are_taken(desk: ImageDesk, size: tuple[int, int]) -> None:
-    assert (await pixels_of(desk, encode(Image.new("RGB", size)))).shape == (3, SIZE, SIZE)
+async def test_odd_shapes_are_taken(decoder: ImageDecoder, size: tuple[int, int]) -> None:
+    assert (await pixels_of(decoder, encode(Image.new("RGB", size)))).shape == (3, SIZE, SIZE)
 
 
 @pytest.mark.parametrize(
     ("width", "height", "shown"), [(10_000, 10_000, "100 Mpx"), (60_000, 60_000, "3600 Mpx")]
 )
-async def test_a_bomb_is_refused_by_its_header(desk: ImageDesk, width: int, height: int, shown: str) -> None:
+async def test_a_bomb_is_refused_by_its_header(
+    decoder: ImageDecoder, width: int, height: int, shown: str
+) -> None:
     with pytest.raises(InvalidImageError, match=rf"{shown}, the limit is 40 Mpx; downscale it first"):
-        await desk.read(bomb(width, height))
+        await decoder.read(bomb(width, height))
 
 
-async def test_an_image_of_exactly_the_limit_is_let_in(desk: ImageDesk) -> None:
-    await desk.read(bomb(8_000, 5_000))
+async def test_an_image_of_exactly_the_limit_is_let_in(decoder: ImageDecoder) -> None:
+    await decoder.read(bomb(8_000, 5_000))
     with pytest.raises(InvalidImageError):
-        await desk.read(bomb(8_000, 5_001))
+        await decoder.read(bomb(8_000, 5_001))
 
 
-async def test_a_file_over_the_byte_limit_is_refused_in_any_wrapping(desk: ImageDesk) -> None:
+async def test_a_file_over_the_byte_limit_is_refused_in_any_wrapping(decoder: ImageDecoder) -> None:
     data = bytes(100_001)
     for source in (data, base64.b64encode(data).decode()):
         with pytest.raises(ImageTooLargeError, match=r"100001 bytes, the limit is 100000; compress"):
-            await desk.read(source)
+            await decoder.read(source)
 
 
 @pytest.mark.parametrize(
@@ -169,35 +171,35 @@ async def test_a_file_over_the_byte_limit_is_refused_in_any_wrapping(desk: Image
         b"\0\0\0\x18ftypheic\0\0\0\0",
     ],
 )
-async def test_what_is_no_image_is_an_unsupported_format(desk: ImageDesk, data: bytes) -> None:
+async def test_what_is_no_image_is_an_unsupported_format(decoder: ImageDecoder, data: bytes) -> None:
     with pytest.raises(UnsupportedImageError, match="none of JPEG, PNG, WEBP, GIF, TIFF, BMP"):
-        await desk.read(data)
+        await decoder.read(data)
 
 
-async def test_an_empty_file_is_said_to_be_empty(desk: ImageDesk) -> None:
+async def test_an_empty_file_is_said_to_be_empty(decoder: ImageDecoder) -> None:
     for source in (b"", "", "data:image/png;base64,"):
         with pytest.raises(InvalidImageError, match="empty"):
-            await desk.read(source)
+            await decoder.read(source)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
-async def test_a_truncated_file_is_refused(desk: ImageDesk, kind: str, part: float) -> None:
+async def test_a_truncated_file_is_refused(decoder: ImageDecoder, kind: str, part: float) -> None:
     data = encode(photo(60, 60), kind)
     with pytest.raises(InvalidImageError, match=r"whole|empty"):
-        await pixels_of(desk, data[: int(len(data) * part)])
+        await pixels_of(decoder, data[: int(len(data) * part)])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own, about what it mended in a TIFF
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-async def test_damaged_files_are_answered_or_refused_never_a_crash(desk: ImageDesk, kind: str) -> None:
+async def test_damaged_files_are_answered_or_refused_never_a_crash(decoder: ImageDecoder, kind: str) -> None:
     whole = encode(photo(30, 30), kind)
     chance = random.Random(0)
     for _ in range(120):
         damaged = bytearray(whole)
         for _ in range(chance.randint(1, 20)):
             damaged[chance.randrange(len(damaged))] = chance.randrange(256)
-        assert await status_of(desk, bytes(damaged)) in (200, 415, 422)
+        assert await status_of(decoder, bytes(damaged)) in (200, 415, 422)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +214,6 @@ async def test_damaged_files_are_answered_or_refused_never_a_crash(desk: ImageDe
         ("https://example.org/cat.png", "URLs are not fetched"),
     ],
 )
-async def test_bad_base64_is_told_apart(desk: ImageDesk, source: str, message: str) -> None:
+async def test_bad_base64_is_informed_apart(decoder: ImageDecoder, source: str, message: str) -> None:
     with pytest.raises(InvalidImageError, match=message):
-        await desk.read(source)
+        await decoder.read(source)

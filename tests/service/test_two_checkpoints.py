@@ -9,12 +9,14 @@ import torch
 
 from model import Blip2, GenerationParams
 from model.checkpoints import save_hub, save_retrieval_adapter
-from service.engine.request import GenerateJob, ImageInput, MatchJob, Mode, Ticket, Tower
-from service.runtime.loading import Blip2Backend, load_backend
+from service.engine.image_pool import ImageInput
+from service.engine.request import GenerateInput, Generations, Matches, MatchInput, Mode, Request
+from service.model_backend import Blip2Backend, EncoderId
+from service.runtime.loading import load_backend
 from service.runtime.settings import Settings, SettingsError
 from tests.builders import build_matcher, build_parts, build_vision_model, random_picture
 from tests.service.fakes import TIMEOUT_S, FakeBackend, pixels, png
-from tests.service.running import site, text_of, workshop
+from tests.service.running import running_engine, site, text_of
 from tests.service.runtime.test_loading import serve
 
 PICTURES = [random_picture(seed) for seed in range(3)]
@@ -46,9 +48,9 @@ def load(generation: str, retrieval: str, *, dtype: str = "float32") -> Blip2Bac
     return load_backend(Settings(model=generation, retrieval_model=retrieval, device="cpu", dtype=dtype))
 
 
-def inputs(backend: Blip2Backend, tower: Tower) -> list[ImageInput]:
+def inputs(backend: Blip2Backend, encoder: EncoderId) -> list[ImageInput]:
     return [
-        ImageInput(f"{index}:{tower}", backend.preprocess(picture, tower), {}, tower)
+        ImageInput(f"{index}:{encoder}", backend.preprocess(picture, encoder), {}, encoder)
         for index, picture in enumerate(PICTURES)
     ]
 
@@ -58,8 +60,8 @@ def test_equal_encoders_are_held_once_and_each_checkpoint_keeps_its_own_norm(
     tmp_path: Path, dtype: str
 ) -> None:
     backend = load(save_generation(tmp_path / "a"), save_retrieval(tmp_path / "b", seed=0), dtype=dtype)
-    assert backend.matching_tower is Tower.MAIN
-    models = (backend._blip2, backend._matching)
+    assert backend.matching_encoder is EncoderId.MAIN
+    models = (backend.generating_model, backend.matching_model)
     assert models[0].vision_model is models[1].vision_model
     assert models[0].ln_vision is not models[1].ln_vision
     assert backend.can_generate
@@ -72,12 +74,14 @@ def test_both_answer_as_they_do_alone(tmp_path: Path, seed: int, image_size: int
     retrieval = save_retrieval(tmp_path / "b", seed=seed, image_size=image_size)
     backend = load(generation, retrieval)
     is_shared = (seed, image_size) == (0, 32)
-    assert (backend.matching_tower is Tower.MAIN) == is_shared
+    assert (backend.matching_encoder is EncoderId.MAIN) == is_shared
     prompt_ids = backend.tokenize_prompt("a photo of", GenerationParams(max_new_tokens=8))
-    captions = [GenerateJob(image, (prompt_ids,), GREEDY, Ticket()) for image in inputs(backend, Tower.MAIN)]
-    match = MatchJob(
-        "a red circle", tuple(inputs(backend, backend.matching_tower)), Mode.ITM, 128, 10, Ticket()
-    )
+    captions = [
+        Request[Generations](GenerateInput(image, (prompt_ids,), GREEDY))
+        for image in inputs(backend, EncoderId.MAIN)
+    ]
+    images = tuple(inputs(backend, backend.matching_encoder))
+    match: Request[Matches] = Request(MatchInput("a red circle", images, Mode.ITM, 128, 10))
     serve(backend, [captions[0], match, *captions[1:]])
 
     first, second = Blip2.from_pretrained(generation), Blip2.from_pretrained(retrieval)
@@ -89,28 +93,30 @@ def test_both_answer_as_they_do_alone(tmp_path: Path, seed: int, image_size: int
         features = second.encode_images(torch.stack([second.preprocess(picture) for picture in PICTURES]))
         tokens = [each.expand(len(PICTURES), -1) for each in second.matcher.tokenize(["a red circle"])]
         probabilities = second.matcher.match_logits(features, *tokens).softmax(dim=1)[:, 1]
-    for job, answers in zip(captions, expected, strict=True):
-        assert job.ticket.future.result().value[0][0].token_ids == answers[0].token_ids
-    found = {one.index: one.itm_probability for one in match.ticket.future.result().value}
+    for request, answers in zip(captions, expected, strict=True):
+        assert request.future.result().value[0][0].token_ids == answers[0].token_ids
+    found = {one.index: one.itm_probability for one in match.future.result().value}
     assert [found[index] for index in range(len(PICTURES))] == pytest.approx(probabilities.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("tower", "batches"), [(Tower.MAIN, [[100]]), (Tower.MATCHING, [[100], [100]])], ids=str
+    ("encoder", "batches"), [(EncoderId.MAIN, [[100]]), (EncoderId.MATCHING, [[100], [100]])], ids=str
 )
-def test_one_vision_pass_serves_both_where_the_encoder_is_one(tower: Tower, batches: list[list[int]]) -> None:
-    with workshop(started=False) as shop:
-        caption = shop.caption(100, image=ImageInput("digest", pixels(100), {}))
-        digest = "digest" if tower is Tower.MAIN else "digest:matching"
-        match = shop.match("100", ImageInput(digest, pixels(100), {}, tower), mode=Mode.RERANK)
-        shop.engine.start()
+def test_one_vision_pass_serves_both_where_the_encoder_is_one(
+    encoder: EncoderId, batches: list[list[int]]
+) -> None:
+    with running_engine(started=False) as harness:
+        caption = harness.caption(100, image=ImageInput("digest", pixels(100), {}))
+        digest = "digest" if encoder is EncoderId.MAIN else "digest:matching"
+        match = harness.match("100", ImageInput(digest, pixels(100), {}, encoder), mode=Mode.RERANK)
+        harness.engine.start()
         assert text_of(caption) == "100 a photo #0"
-        assert match.ticket.future.result(TIMEOUT_S).value[0].itc == pytest.approx(1)
-    assert shop.backend.vision_batches == batches
+        assert match.future.result(TIMEOUT_S).value[0].itc == pytest.approx(1)
+    assert harness.backend.vision_batches == batches
 
 
-async def test_an_encoding_of_one_tower_is_never_taken_for_the_others() -> None:
-    backend = FakeBackend(matching_tower=Tower.MATCHING, matching_name="matcher")
+async def test_an_encoding_of_one_encoder_is_never_taken_for_the_others() -> None:
+    backend = FakeBackend(matching_encoder=EncoderId.MATCHING, matching_name="matcher")
     async with site(backend) as served:
         backend.vision_batches.clear()
         for _ in range(2):
@@ -119,7 +125,7 @@ async def test_an_encoding_of_one_tower_is_never_taken_for_the_others() -> None:
                 "/retrieve", files={"image": png(100)}, data={"candidates": '{"texts": ["100", "200"]}'}
             )
         version = (await served.client.get("/version")).json()
-    assert backend.vision_batches == [[100], [100]]  # each tower once, and the second round from the cache
+    assert backend.vision_batches == [[100], [100]]  # each encoder once, and the second round from the cache
     assert (caption.json()["model"], found.json()["model"]) == ("fake", "matcher")
     assert (version["model"], version["retrieval_model"]) == ("fake", "matcher")
 

@@ -55,7 +55,7 @@ async def test_the_same_image_again_is_cached_and_the_header_says_so() -> None:
         assert 'cache;desc="hit"' in again.headers["server-timing"]
 
 
-async def test_a_prompt_takes_the_place_of_the_models_own() -> None:
+async def test_a_prompt_takes_the_reservation_of_the_models_own() -> None:
     async with site() as running:
         response = await running.client.post("/caption", json={"image": IMAGE, "prompt": "once upon"})
         assert response.json()["captions"][0]["text"] == "100 once upon #0"
@@ -189,7 +189,7 @@ async def test_a_budget_that_is_none_is_refused(budget: str) -> None:
         assert problem["errors"][0]["field"] == "X-Request-Timeout-Ms"
 
 
-async def test_a_request_whose_budget_ends_in_line_is_504_and_never_reaches_the_device() -> None:
+async def test_a_request_whose_budget_ends_in_the_queue_is_504_and_never_reaches_the_device() -> None:
     backend = FakeBackend()
     async with site(backend, Settings(max_rows=16)) as running:
         backend.decode_gate.clear()

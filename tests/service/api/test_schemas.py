@@ -172,4 +172,4 @@ def test_top_k_beyond_rerank_k_is_refused_only_where_it_was_asked_for() -> None:
     )
     body = RetrieveRequest.model_validate({"text": "a", "candidates": IMAGES, "rerank_k": 5})
     body.check(SETTINGS)
-    assert body.num_wanted == 5
+    assert body.num_results == 5

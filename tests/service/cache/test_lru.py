@@ -2,8 +2,8 @@
 
 import torch
 
-from service.cache import MemoryCache
-from service.engine.request import Kind
+from service.cache.lru import LruTier
+from service.model_backend import EmbeddingKind
 
 KB = 1024
 
@@ -13,56 +13,56 @@ def tensor(num_bytes: int, value: float = 0.0) -> torch.Tensor:
 
 
 def test_what_was_put_is_found_by_digest_and_kind() -> None:
-    cache = MemoryCache(64 * KB)
-    cache.put("a", Kind.QUERY_OUTPUT, tensor(KB, 1.0))
-    cache.put("a", Kind.IMAGE_EMBEDS, tensor(KB, 2.0))
-    found = cache.get("a", Kind.IMAGE_EMBEDS)
+    cache = LruTier(64 * KB)
+    cache.put("a", EmbeddingKind.QUERY_OUTPUT, tensor(KB, 1.0))
+    cache.put("a", EmbeddingKind.IMAGE_EMBEDS, tensor(KB, 2.0))
+    found = cache.get("a", EmbeddingKind.IMAGE_EMBEDS)
     assert found is not None
     assert found[0] == 2.0
-    assert cache.get("b", Kind.QUERY_OUTPUT) is None
-    assert cache.get("a", Kind.IMAGE_FEATURES) is None
+    assert cache.get("b", EmbeddingKind.QUERY_OUTPUT) is None
+    assert cache.get("a", EmbeddingKind.IMAGE_FEATURES) is None
 
 
 def test_the_bytes_never_exceed_the_limit() -> None:
-    cache = MemoryCache(10 * KB)
+    cache = LruTier(10 * KB)
     for index in range(100):
-        cache.put(str(index), Kind.QUERY_OUTPUT, tensor(3 * KB))
+        cache.put(str(index), EmbeddingKind.QUERY_OUTPUT, tensor(3 * KB))
         assert cache.num_bytes <= 10 * KB
     assert cache.num_bytes > 5 * KB
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    cache = MemoryCache(8 * KB)
+    cache = LruTier(8 * KB)
     for name in ("a", "b"):
-        cache.put(name, Kind.QUERY_OUTPUT, tensor(3 * KB))
-    cache.get("a", Kind.QUERY_OUTPUT)
-    cache.put("c", Kind.QUERY_OUTPUT, tensor(3 * KB))
-    assert cache.get("b", Kind.QUERY_OUTPUT) is None
-    assert cache.get("a", Kind.QUERY_OUTPUT) is not None
+        cache.put(name, EmbeddingKind.QUERY_OUTPUT, tensor(3 * KB))
+    cache.get("a", EmbeddingKind.QUERY_OUTPUT)
+    cache.put("c", EmbeddingKind.QUERY_OUTPUT, tensor(3 * KB))
+    assert cache.get("b", EmbeddingKind.QUERY_OUTPUT) is None
+    assert cache.get("a", EmbeddingKind.QUERY_OUTPUT) is not None
 
 
 def test_replacing_an_entry_counts_it_once() -> None:
-    cache = MemoryCache(64 * KB)
+    cache = LruTier(64 * KB)
     for _ in range(3):
-        cache.put("a", Kind.QUERY_OUTPUT, tensor(4 * KB))
+        cache.put("a", EmbeddingKind.QUERY_OUTPUT, tensor(4 * KB))
     assert cache.num_bytes < 5 * KB
 
 
 def test_an_entry_larger_than_the_cache_is_not_kept_and_drives_nothing_out() -> None:
-    cache = MemoryCache(4 * KB)
-    cache.put("small", Kind.QUERY_OUTPUT, tensor(KB))
-    cache.put("large", Kind.QUERY_OUTPUT, tensor(8 * KB))
-    assert cache.get("large", Kind.QUERY_OUTPUT) is None
-    assert cache.get("small", Kind.QUERY_OUTPUT) is not None
+    cache = LruTier(4 * KB)
+    cache.put("small", EmbeddingKind.QUERY_OUTPUT, tensor(KB))
+    cache.put("large", EmbeddingKind.QUERY_OUTPUT, tensor(8 * KB))
+    assert cache.get("large", EmbeddingKind.QUERY_OUTPUT) is None
+    assert cache.get("small", EmbeddingKind.QUERY_OUTPUT) is not None
 
 
 def test_a_cache_of_no_bytes_keeps_nothing() -> None:
-    cache = MemoryCache(0)
-    cache.put("a", Kind.QUERY_OUTPUT, tensor(4))
-    assert cache.get("a", Kind.QUERY_OUTPUT) is None
+    cache = LruTier(0)
+    cache.put("a", EmbeddingKind.QUERY_OUTPUT, tensor(4))
+    assert cache.get("a", EmbeddingKind.QUERY_OUTPUT) is None
 
 
 def test_a_view_is_counted_with_all_that_it_keeps_alive() -> None:
-    cache = MemoryCache(8 * KB)
-    cache.put("view", Kind.QUERY_OUTPUT, tensor(64 * KB)[:1])
-    assert cache.get("view", Kind.QUERY_OUTPUT) is None
+    cache = LruTier(8 * KB)
+    cache.put("view", EmbeddingKind.QUERY_OUTPUT, tensor(64 * KB)[:1])
+    assert cache.get("view", EmbeddingKind.QUERY_OUTPUT) is None

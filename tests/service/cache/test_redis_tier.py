@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from service.cache.breaker import CircuitBreaker
-from service.cache.read_batcher import Read, ReadLine
+from service.cache.read_batcher import CacheRead, ReadBatcher
 from service.cache.redis_store import RefusedError, StoreError
 from service.cache.redis_tier import RedisTier
 from service.cache.wire import pack
-from service.engine.request import Kind
+from service.model_backend import EmbeddingKind
 from tests.service.running import until_async
 
 
@@ -64,7 +64,7 @@ def tier(store: FakeStore, clock: Callable[[], float] = lambda: 0.0) -> RedisTie
 async def test_hits_and_misses_come_back_in_the_order_of_the_keys() -> None:
     store = FakeStore()
     store.values = {"b": pack("b", torch.ones(2))}
-    reads = await tier(store).get(Kind.QUERY_OUTPUT, ["a", "b", "c"])
+    reads = await tier(store).get(EmbeddingKind.QUERY_OUTPUT, ["a", "b", "c"])
     assert [read.result for read in reads] == ["miss", "hit", "miss"]
     assert reads[1].tensor is not None
     assert reads[1].tensor.tolist() == [1, 1]
@@ -73,10 +73,10 @@ async def test_hits_and_misses_come_back_in_the_order_of_the_keys() -> None:
 async def test_small_values_are_read_many_at_once_and_large_ones_one_by_one() -> None:
     store = FakeStore()
     under_test = tier(store)
-    await under_test.get(Kind.QUERY_OUTPUT, [str(index) for index in range(70)])
+    await under_test.get(EmbeddingKind.QUERY_OUTPUT, [str(index) for index in range(70)])
     assert store.reads == [32, 32, 6]
     store.reads.clear()
-    await under_test.get(Kind.IMAGE_FEATURES, [str(index) for index in range(20)])
+    await under_test.get(EmbeddingKind.IMAGE_FEATURES, [str(index) for index in range(20)])
     assert store.reads == [1] * 20
     assert store.most_concurrent <= 8
 
@@ -85,17 +85,19 @@ async def test_requests_that_come_while_one_is_read_share_the_next_round_trip() 
     store = FakeStore()
     store.values = {str(index): pack(str(index), torch.tensor([float(index)])) for index in range(10)}
     under_test = tier(store)
-    reads = await asyncio.gather(*(under_test.get(Kind.QUERY_OUTPUT, [str(index)]) for index in range(10)))
+    reads = await asyncio.gather(
+        *(under_test.get(EmbeddingKind.QUERY_OUTPUT, [str(index)]) for index in range(10))
+    )
     assert [read.tensor.item() for (read,) in reads if read.tensor is not None] == list(range(10))
     assert sum(store.reads) == 10
     assert len(store.reads) <= 3
 
 
 async def test_a_burst_of_requests_is_read_to_the_last_however_fast_each_round_trip_is() -> None:
-    async def at_once(keys: Sequence[str]) -> list[Read]:
-        return [Read(None, "skipped")] * len(keys)
+    async def at_once(keys: Sequence[str]) -> list[CacheRead]:
+        return [CacheRead(None, "skipped")] * len(keys)
 
-    line = ReadLine(at_once, per_read=32, max_reads=2, budget_s=5.0)
+    line = ReadBatcher(at_once, per_read=32, max_reads=2, budget_s=5.0)
     burst = []
     for number in range(16):
         burst.append(asyncio.create_task(line.get([str(number)])))
@@ -108,8 +110,8 @@ async def test_a_request_that_is_given_up_costs_the_others_nothing() -> None:
     store = FakeStore()
     store.values = {"b": pack("b", torch.ones(2))}
     under_test = tier(store)
-    given_up = asyncio.create_task(under_test.get(Kind.QUERY_OUTPUT, ["a"]))
-    kept = asyncio.create_task(under_test.get(Kind.QUERY_OUTPUT, ["b"]))
+    given_up = asyncio.create_task(under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"]))
+    kept = asyncio.create_task(under_test.get(EmbeddingKind.QUERY_OUTPUT, ["b"]))
     await asyncio.sleep(0)
     given_up.cancel()
     assert [read.result for read in await kept] == ["hit"]
@@ -126,7 +128,7 @@ async def test_a_store_that_refuses_writes_is_read_all_the_same() -> None:
     for index in range(100):
         under_test.put(str(index), torch.ones(2))
     await until_async(lambda: counts["refused"] == 100)
-    assert [read.result for read in await under_test.get(Kind.QUERY_OUTPUT, ["a"])] == ["hit"]
+    assert [read.result for read in await under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"])] == ["hit"]
     store.refusing = False
     under_test.put("b", torch.ones(2))
     await under_test.aclose(5)
@@ -139,14 +141,14 @@ async def test_a_store_that_does_not_answer_at_the_start_is_told_of_in_the_log(
 ) -> None:
     store = FakeStore()
     store.failing = failing
-    await tier(store).greet()
+    await tier(store).ping()
     assert ("Redis does not answer" in caplog.text) is failing
 
 
 async def test_a_corrupt_entry_is_an_error_and_gives_no_tensor() -> None:
     store = FakeStore()
     store.values = {"a": b"garbage", "b": pack("b", torch.ones(2))[:-1] + b"\xff"}
-    reads = await tier(store).get(Kind.QUERY_OUTPUT, ["a", "b"])
+    reads = await tier(store).get(EmbeddingKind.QUERY_OUTPUT, ["a", "b"])
     assert [(read.result, read.tensor) for read in reads] == [("error", None)] * 2
 
 
@@ -155,9 +157,9 @@ async def test_a_store_that_fails_gives_errors_then_is_left_alone() -> None:
     store.failing = True
     under_test = tier(store)
     for _ in range(5):
-        assert [read.result for read in await under_test.get(Kind.QUERY_OUTPUT, ["a"])] == ["error"]
+        assert [read.result for read in await under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"])] == ["error"]
     assert under_test.breaker_open
-    assert [read.result for read in await under_test.get(Kind.QUERY_OUTPUT, ["a"])] == ["skipped"]
+    assert [read.result for read in await under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"])] == ["skipped"]
     assert len(store.reads) == 5
 
 
@@ -167,10 +169,10 @@ async def test_a_store_that_comes_back_is_used_again() -> None:
     under_test = tier(store, lambda: now)
     store.failing = True
     for _ in range(5):
-        await under_test.get(Kind.QUERY_OUTPUT, ["a"])
+        await under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"])
     store.failing = False
     now = 2.0
-    assert [read.result for read in await under_test.get(Kind.QUERY_OUTPUT, ["a"])] == ["miss"]
+    assert [read.result for read in await under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"])] == ["miss"]
     assert not under_test.breaker_open
 
 
@@ -178,7 +180,7 @@ async def test_a_store_that_hangs_costs_a_second_at_most() -> None:
     store = FakeStore()
     store.hanging = True
     async with asyncio.timeout(10):
-        reads = await tier(store).get(Kind.IMAGE_FEATURES, [str(index) for index in range(30)])
+        reads = await tier(store).get(EmbeddingKind.IMAGE_FEATURES, [str(index) for index in range(30)])
     assert [read.result for read in reads] == ["error"] * 30
     await until_async(lambda: store.concurrent == 0)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from service.cache.wire import WireError, pack, redis_key, unpack
-from service.engine.request import Kind
+from service.model_backend import EmbeddingKind
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -56,13 +56,23 @@ def test_the_value_of_another_key_is_refused() -> None:
 
 
 def test_the_key_changes_with_each_of_its_fields() -> None:
-    fields = {"digest": "d", "fingerprint": "f", "preprocess_version": "1", "kind": Kind.QUERY_OUTPUT}
-    others = {"digest": "e", "fingerprint": "g", "preprocess_version": "2", "kind": Kind.IMAGE_EMBEDS}
+    fields = {
+        "digest": "d",
+        "fingerprint": "f",
+        "preprocess_version": "1",
+        "kind": EmbeddingKind.QUERY_OUTPUT,
+    }
+    others = {
+        "digest": "e",
+        "fingerprint": "g",
+        "preprocess_version": "2",
+        "kind": EmbeddingKind.IMAGE_EMBEDS,
+    }
     keys = {redis_key(**fields)} | {redis_key(**{**fields, name: value}) for name, value in others.items()}  # type: ignore[arg-type]
     assert len(keys) == 5
 
 
 def test_fields_that_join_alike_have_different_keys() -> None:
-    first = redis_key(digest="ab", fingerprint="c", preprocess_version="1", kind=Kind.QUERY_OUTPUT)
-    second = redis_key(digest="a", fingerprint="bc", preprocess_version="1", kind=Kind.QUERY_OUTPUT)
+    first = redis_key(digest="ab", fingerprint="c", preprocess_version="1", kind=EmbeddingKind.QUERY_OUTPUT)
+    second = redis_key(digest="a", fingerprint="bc", preprocess_version="1", kind=EmbeddingKind.QUERY_OUTPUT)
     assert first != second

@@ -1,44 +1,43 @@
-"""Which lanes may send in more, by who is in already."""
+"""The admission classes that may send in more, by what is admitted already."""
 
 from model import GenerationParams
-from service.engine.admission import open_lanes
-from service.engine.request import GenerateJob, ImageInput, Lane, MatchJob, Mode, Ticket
-from service.engine.sequence import Running
+from service.engine.image_pool import ImageInput
+from service.engine.request import AdmissionClass, AnyRequest, GenerateInput, MatchInput, Mode, Request
+from service.engine.scheduler import open_classes
 
 IMAGE = ImageInput("digest", None, {})
-ALL = frozenset(Lane)
+ALL = frozenset(AdmissionClass)
 
 
-def text(num_rows: int, *, is_long: bool = False, is_ahead: bool = False) -> Running:
+def text(num_rows: int, *, is_long: bool = False, is_prefetched: bool = False) -> AnyRequest:
     params = GenerationParams(num_beams=1, max_new_tokens=100 if is_long else 10)
-    running = Running(GenerateJob(IMAGE, ((1,),), params, Ticket()), 1, num_rows)
-    running.is_ahead = is_ahead
-    return running
+    prompts = ((1,),) * num_rows
+    return Request(GenerateInput(IMAGE, prompts, params), holds_rows=not is_prefetched)
 
 
-def match(num_rows: int) -> Running:
-    return Running(MatchJob("a", ("b",), Mode.ITC, 1, 1, Ticket()), 1, num_rows)
+def match(num_rows: int) -> AnyRequest:
+    return Request(MatchInput("a", ("b",) * num_rows, Mode.ITC, 1, 1))
 
 
 def test_all_are_open_while_nothing_runs() -> None:
-    assert open_lanes([], 32) == ALL
+    assert open_classes([], 32) == ALL
 
 
 def test_texts_never_keep_pairs_out_nor_pairs_texts() -> None:
-    texts = [text(32), *(text(1, is_ahead=True) for _ in range(8))]
-    assert Lane.MATCH in open_lanes(texts, 32)
-    assert open_lanes([match(32)], 32) == ALL - {Lane.MATCH}
+    texts = [text(32), *(text(1, is_prefetched=True) for _ in range(8))]
+    assert AdmissionClass.MATCH in open_classes(texts, 32)
+    assert open_classes([match(32)], 32) == ALL - {AdmissionClass.MATCH}
 
 
 def test_long_texts_keep_short_ones_out_of_a_part_of_the_rows_alone() -> None:
-    long = [text(24, is_long=True), *(text(1, is_long=True, is_ahead=True) for _ in range(7))]
-    assert Lane.LONG in open_lanes(long, 32)
-    long.append(text(1, is_long=True, is_ahead=True))
-    assert open_lanes(long, 32) == ALL - {Lane.LONG}
+    long = [text(24, is_long=True), *(text(1, is_long=True, is_prefetched=True) for _ in range(7))]
+    assert AdmissionClass.LONG in open_classes(long, 32)
+    long.append(text(1, is_long=True, is_prefetched=True))
+    assert open_classes(long, 32) == ALL - {AdmissionClass.LONG}
 
 
 def test_a_batch_of_images_is_prepared_ahead_when_the_rows_are_taken() -> None:
     full = [text(32)]
-    assert Lane.SHORT in open_lanes(full, 32)
-    full += [text(5, is_ahead=True) for _ in range(8)]
-    assert Lane.SHORT not in open_lanes(full, 32)
+    assert AdmissionClass.SHORT in open_classes(full, 32)
+    full += [text(5, is_prefetched=True) for _ in range(8)]
+    assert AdmissionClass.SHORT not in open_classes(full, 32)

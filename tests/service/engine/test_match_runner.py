@@ -4,50 +4,53 @@ import math
 
 import pytest
 
-from service.engine.request import Kind, Matches, MatchJob, Mode
+from service.engine.request import Matches, Mode, Request
 from service.errors import InferenceFailedError
+from service.model_backend import EmbeddingKind
 from tests.service.fakes import TIMEOUT_S
-from tests.service.running import until, workshop
+from tests.service.running import running_engine, until
 
 
-def matches_of(job: MatchJob) -> Matches:
-    return job.ticket.future.result(TIMEOUT_S).value
+def matches_of(request: Request[Matches]) -> Matches:
+    return request.future.result(TIMEOUT_S).value
 
 
 def test_text_to_images_by_cosine() -> None:
-    with workshop() as shop:
-        job = shop.match("100", *(shop.image(red) for red in (10, 90, 200)))
-        matches = matches_of(job)
+    with running_engine() as harness:
+        request = harness.match("100", *(harness.image(red) for red in (10, 90, 200)))
+        matches = matches_of(request)
         assert [match.index for match in matches] == [1, 0, 2]
         assert matches[0].score == matches[0].itc == pytest.approx(1 - 10 / 255)
         assert matches[0].itm_probability is None
-        assert shop.backend.match_batches == []
+        assert harness.backend.match_batches == []
 
 
 def test_image_to_texts_by_cosine() -> None:
-    with workshop() as shop:
-        matches = matches_of(shop.match(shop.image(100), "10", "90", "200"))
+    with running_engine() as harness:
+        matches = matches_of(harness.match(harness.image(100), "10", "90", "200"))
         assert [match.index for match in matches] == [1, 0, 2]
 
 
 def test_texts_to_texts_by_cosine_of_their_embeddings() -> None:
-    with workshop() as shop:
-        matches = matches_of(shop.match("255", "51", "255", "102"))
+    with running_engine() as harness:
+        matches = matches_of(harness.match("255", "51", "255", "102"))
         assert [match.index for match in matches] == [1, 2, 0]
         assert matches[0].score == pytest.approx(1.0)
-        assert shop.backend.vision_batches == []
+        assert harness.backend.vision_batches == []
 
 
 def test_image_to_images_by_cosine() -> None:
-    with workshop() as shop:
-        matches = matches_of(shop.match(shop.image(100), *(shop.image(red) for red in (10, 100, 90))))
+    with running_engine() as harness:
+        matches = matches_of(
+            harness.match(harness.image(100), *(harness.image(red) for red in (10, 100, 90)))
+        )
         assert [match.index for match in matches] == [1, 2, 0]
         assert matches[0].score == pytest.approx(1.0)
 
 
 def test_itm_scores_every_candidate_with_the_log_of_its_probability() -> None:
-    with workshop() as shop:
-        matches = matches_of(shop.match("100", shop.image(10), shop.image(200), mode=Mode.ITM))
+    with running_engine() as harness:
+        matches = matches_of(harness.match("100", harness.image(10), harness.image(200), mode=Mode.ITM))
         assert [match.index for match in matches] == [1, 0]
         logit = (100 + 200) / 255
         probability = 1 / (1 + math.exp(-2 * logit))
@@ -57,82 +60,84 @@ def test_itm_scores_every_candidate_with_the_log_of_its_probability() -> None:
 
 
 def test_rerank_adds_match_logit_and_cosine_for_the_best_by_cosine_alone() -> None:
-    with workshop() as shop:
-        images = [shop.image(red) for red in (90, 200, 250, 105)]
-        matches = matches_of(shop.match("100", *images, mode=Mode.RERANK, rerank_k=3))
+    with running_engine() as harness:
+        images = [harness.image(red) for red in (90, 200, 250, 105)]
+        matches = matches_of(harness.match("100", *images, mode=Mode.RERANK, rerank_k=3))
         assert [match.index for match in matches] == [1, 3, 0]  # 250 is not among the three nearest
         assert matches[0].score == pytest.approx((100 + 200) / 255 + matches[0].itc)
-        assert shop.backend.match_batches == [3]
+        assert harness.backend.match_batches == [3]
 
 
 def test_image_to_texts_is_reranked_too() -> None:
-    with workshop() as shop:
-        matches = matches_of(shop.match(shop.image(100), "90", "200", mode=Mode.RERANK))
+    with running_engine() as harness:
+        matches = matches_of(harness.match(harness.image(100), "90", "200", mode=Mode.RERANK))
         assert [match.index for match in matches] == [1, 0]
         assert matches[1].score == pytest.approx((100 + 90) / 255 + 1 - 10 / 255)
 
 
 def test_pairs_are_scored_in_bounded_chunks_between_which_others_run() -> None:
-    with workshop(started=False) as shop:
-        many = shop.match(shop.image(100), *map(str, range(60)), mode=Mode.ITM)
-        other = shop.match(shop.image(100), *map(str, range(40)), mode=Mode.ITM)
-        shop.engine.start()
+    with running_engine(started=False) as harness:
+        many = harness.match(harness.image(100), *map(str, range(60)), mode=Mode.ITM)
+        other = harness.match(harness.image(100), *map(str, range(40)), mode=Mode.ITM)
+        harness.engine.start()
         assert len(matches_of(many)) == 60
         assert len(matches_of(other)) == 40
-        assert shop.backend.match_batches == [32, 32, 32, 4]
-        assert many.ticket.future.result().max_rows == 32
+        assert harness.backend.match_batches == [32, 32, 32, 4]
+        assert many.future.result().max_rows == 32
 
 
 def test_many_texts_are_embedded_in_bounded_batches_between_which_others_run() -> None:
-    with workshop(started=False) as shop:
+    with running_engine(started=False) as harness:
         numbers = [str(number) for number in range(150)]
-        many = shop.match("100", *numbers)
-        few = shop.match(shop.image(100), "7", "7")
-        shop.engine.start()
+        many = harness.match("100", *numbers)
+        few = harness.match(harness.image(100), "7", "7")
+        harness.engine.start()
         assert [match.index for match in matches_of(few)] == [0, 1]
         assert matches_of(many)[0].index == 149  # the fake embeddings are not of unit length
-        assert shop.backend.text_batches == [64, 64, 22]
+        assert harness.backend.text_batches == [64, 64, 22]
 
 
 def test_texts_that_were_embedded_before_are_not_embedded_again() -> None:
-    with workshop() as shop:
-        matches_of(shop.match("1", "2", "3"))
-        matches_of(shop.match("3", "1", "4"))
-        assert shop.backend.text_batches == [3, 1]
+    with running_engine() as harness:
+        matches_of(harness.match("1", "2", "3"))
+        matches_of(harness.match("3", "1", "4"))
+        assert harness.backend.text_batches == [3, 1]
 
 
-def test_images_are_let_go_when_their_job_is_answered() -> None:
-    with workshop() as shop:
-        shop.backend.encode_gate.clear()
-        job = shop.match("100", shop.image(90), shop.image(91), mode=Mode.ITM)
-        until(lambda: shop.engine.num_images == 2)
-        shop.backend.encode_gate.set()
-        matches_of(job)
-        until(lambda: shop.engine.num_images == 0)
+def test_images_are_let_go_when_their_request_is_answered() -> None:
+    with running_engine() as harness:
+        harness.backend.encode_gate.clear()
+        request = harness.match("100", harness.image(90), harness.image(91), mode=Mode.ITM)
+        until(lambda: harness.engine.num_images == 2)
+        harness.backend.encode_gate.set()
+        matches_of(request)
+        until(lambda: harness.engine.num_images == 0)
 
 
 def test_only_the_best_are_returned_and_equal_scores_keep_their_order() -> None:
-    with workshop() as shop:
-        matches = matches_of(shop.match("100", *(shop.image(red) for red in (90, 100, 110, 50)), top_k=3))
+    with running_engine() as harness:
+        matches = matches_of(
+            harness.match("100", *(harness.image(red) for red in (90, 100, 110, 50)), top_k=3)
+        )
         assert [match.index for match in matches] == [1, 0, 2]
 
 
 def test_the_same_image_may_be_a_candidate_twice_and_is_encoded_once() -> None:
-    with workshop() as shop:
-        matches = matches_of(shop.match("100", shop.image(90), shop.image(90)))
+    with running_engine() as harness:
+        matches = matches_of(harness.match("100", harness.image(90), harness.image(90)))
         assert [match.index for match in matches] == [0, 1]
-        assert shop.backend.vision_batches == [[90]]
+        assert harness.backend.vision_batches == [[90]]
 
 
 def test_image_features_are_kept_only_where_the_matching_head_needs_them() -> None:
-    with workshop() as shop:
-        matches_of(shop.match("100", shop.image(90)))
-        assert shop.memory.get("digest-90", Kind.IMAGE_FEATURES) is None
-        matches_of(shop.match("100", shop.image(91), mode=Mode.ITM))
-        assert shop.memory.get("digest-91", Kind.IMAGE_FEATURES) is not None
-        assert shop.memory.get("digest-91", Kind.IMAGE_EMBEDS) is not None
+    with running_engine() as harness:
+        matches_of(harness.match("100", harness.image(90)))
+        assert harness.memory.get("digest-90", EmbeddingKind.IMAGE_FEATURES) is None
+        matches_of(harness.match("100", harness.image(91), mode=Mode.ITM))
+        assert harness.memory.get("digest-91", EmbeddingKind.IMAGE_FEATURES) is not None
+        assert harness.memory.get("digest-91", EmbeddingKind.IMAGE_EMBEDS) is not None
 
 
 def test_a_score_that_is_not_a_number_is_no_answer() -> None:
-    with workshop() as shop, pytest.raises(InferenceFailedError):
-        matches_of(shop.match("nan", shop.image(90)))
+    with running_engine() as harness, pytest.raises(InferenceFailedError):
+        matches_of(harness.match("nan", harness.image(90)))

@@ -1,143 +1,147 @@
-"""The bounded line: exact in what it lets in, first come first served, and closed once."""
+"""The bounded queue: exact in what it admits, first come first served, and closed once."""
 
 import threading
 
 import pytest
 
 from model import GenerationParams
-from service.engine.request import GenerateJob, ImageInput, Lane, Ticket
-from service.engine.request_queue import Line, ServiceRate
+from service.engine.image_pool import ImageInput
+from service.engine.request import AdmissionClass, AnyRequest, GenerateInput, Request
+from service.engine.request_queue import RequestQueue, Throughput
 from service.errors import NotReadyError, OverloadedError
 from tests.service.fakes import TIMEOUT_S
 
+ALL = frozenset(AdmissionClass)
 
-def job(max_new_tokens: int = 10) -> GenerateJob:
+
+def request(max_new_tokens: int = 10) -> AnyRequest:
     params = GenerationParams(max_new_tokens=max_new_tokens)
-    return GenerateJob(ImageInput("digest", None, {}), ((1,),), params, Ticket())
+    return Request(GenerateInput(ImageInput("digest", None, {}), ((1,),), params))
 
 
-def line(max_items: int = 4) -> Line:
-    return Line(max_items, ServiceRate(jitter=lambda: 0.0))
+def queue(max_items: int = 4) -> RequestQueue:
+    return RequestQueue(max_items, Throughput(jitter=lambda: 0.0))
 
 
-def test_exactly_as_many_items_are_let_in_as_the_limit_says() -> None:
-    waiting = line(4)
-    places = [waiting.reserve(1)[0] for _ in range(4)]
+def test_exactly_as_many_items_are_admitted_as_the_limit_says() -> None:
+    waiting = queue(4)
+    reservations = [waiting.make_reservations(1)[0] for _ in range(4)]
     for _ in range(3):
         with pytest.raises(OverloadedError, match=r"4 items wait.*brings 1 more.*limit is 4"):
-            waiting.reserve(1)
-    with places[0]:
+            waiting.make_reservations(1)
+    with reservations[0]:
         pass
-    waiting.reserve(1)
+    waiting.make_reservations(1)
     assert waiting.num_items == 4
 
 
-def test_several_places_are_reserved_together_or_not_at_all() -> None:
-    waiting = line(4)
-    waiting.reserve(1, 1)
+def test_several_reservations_are_reserved_together_or_not_at_all() -> None:
+    waiting = queue(4)
+    waiting.make_reservations(1, 1)
     with pytest.raises(OverloadedError):
-        waiting.reserve(1, 1, 1)
+        waiting.make_reservations(1, 1, 1)
     assert waiting.num_items == 2
-    assert len(waiting.reserve(1, 1)) == 2
+    assert len(waiting.make_reservations(1, 1)) == 2
 
 
-def test_jobs_are_taken_in_the_order_in_which_they_came() -> None:
-    waiting = line()
-    jobs = [job(), job()]
-    for one in jobs:
-        waiting.reserve(2)[0].put(one)
-    assert [waiting.take(Lane), waiting.take(Lane)] == [(jobs[0], 2), (jobs[1], 2)]
-    assert waiting.take(Lane) is None
+def test_requests_are_admitted_the_order_in_which_they_came() -> None:
+    waiting = queue()
+    requests = [request(), request()]
+    for one in requests:
+        waiting.make_reservations(2)[0].submit(one)
+    assert [waiting.take(ALL), waiting.take(ALL)] == requests
+    assert [one.num_items for one in requests] == [2, 2]
+    assert waiting.take(ALL) is None
     assert waiting.num_items == 0
 
 
-def test_a_lane_without_room_is_passed_and_keeps_its_order() -> None:
-    waiting = line()
-    short, long, late = job(), job(max_new_tokens=100), job()
+def test_a_class_without_room_is_passed_and_keeps_its_order() -> None:
+    waiting = queue()
+    short, long, late = request(), request(max_new_tokens=100), request()
     for one in (long, short, late):
-        waiting.reserve(1)[0].put(one)
-    assert waiting.take({Lane.SHORT, Lane.MATCH}) == (short, 1)
-    assert waiting.take(Lane) == (long, 1)
-    assert waiting.take({Lane.LONG}) is None
-    assert waiting.take({Lane.SHORT}) == (late, 1)
+        waiting.make_reservations(1)[0].submit(one)
+    assert waiting.take({AdmissionClass.SHORT, AdmissionClass.MATCH}) is short
+    assert waiting.take(ALL) is long
+    assert waiting.take({AdmissionClass.LONG}) is None
+    assert waiting.take({AdmissionClass.SHORT}) is late
 
 
-def test_a_place_that_is_left_withdraws_its_job() -> None:
-    waiting = line()
-    (place,) = waiting.reserve(3)
-    with place:
-        place.put(job())
+def test_a_reservation_that_is_left_withdraws_its_request() -> None:
+    waiting = queue()
+    (reservation,) = waiting.make_reservations(3)
+    with reservation:
+        reservation.submit(request())
     assert waiting.num_items == 0
-    assert waiting.take(Lane) is None
+    assert waiting.take(ALL) is None
 
 
-def test_a_place_that_is_left_after_its_job_was_taken_changes_nothing() -> None:
-    waiting = line()
-    (place,) = waiting.reserve(3)
-    with place:
-        place.put(job())
-        assert waiting.take(Lane) is not None
-        waiting.reserve(2)
+def test_a_reservation_that_is_left_after_its_request_was_taken_changes_nothing() -> None:
+    waiting = queue()
+    (reservation,) = waiting.make_reservations(3)
+    with reservation:
+        reservation.submit(request())
+        assert waiting.take(ALL) is not None
+        waiting.make_reservations(2)
     assert waiting.num_items == 2
 
 
-def test_waiting_ends_when_a_job_comes_and_when_the_line_closes() -> None:
-    waiting = line()
+def test_waiting_ends_when_a_request_comes_and_when_the_queue_closes() -> None:
+    waiting = queue()
     seen: list[bool] = []
     watcher = threading.Thread(target=lambda: seen.extend([waiting.wait(), waiting.wait()]))
-    waiting.reserve(1)[0].put(job())
+    waiting.make_reservations(1)[0].submit(request())
     assert waiting.wait()
-    waiting.take(Lane)
+    waiting.take(ALL)
     watcher.start()
-    waiting.reserve(1)[0].put(job())
+    waiting.make_reservations(1)[0].submit(request())
     waiting.close("closed for the test")
     watcher.join(TIMEOUT_S)
     assert seen[-1] is False
 
 
-def test_a_closed_line_gives_back_who_waited_and_takes_nobody() -> None:
-    waiting = line()
-    (place,) = waiting.reserve(1)
-    (late,) = waiting.reserve(1)
-    one = job()
-    place.put(one)
+def test_a_closed_queue_gives_back_who_waited_and_takes_nobody() -> None:
+    waiting = queue()
+    (reservation,) = waiting.make_reservations(1)
+    (late,) = waiting.make_reservations(1)
+    one = request()
+    reservation.submit(one)
     assert waiting.close("the engine is gone") == [one]
     assert waiting.num_items == 0
     with pytest.raises(NotReadyError, match="the engine is gone"):
-        waiting.reserve(1)
+        waiting.make_reservations(1)
     with late, pytest.raises(NotReadyError, match="the engine is gone"):
-        late.put(job())
+        late.submit(request())
     assert waiting.close("again") == []
 
 
 def test_retry_after_follows_the_measured_rate_within_its_bounds() -> None:
-    rate = ServiceRate(jitter=lambda: 0.0)
-    assert rate.seconds_for(100) == 1  # nothing is known yet
-    rate.note(num_items=10, busy_s=5.0)  # two a second
-    assert rate.seconds_for(8) == 4
-    assert rate.seconds_for(0) == 1
-    assert rate.seconds_for(10_000) == 60
+    throughput = Throughput(jitter=lambda: 0.0)
+    assert throughput.seconds_for(100) == 1  # nothing is known yet
+    throughput.record(num_items=10, busy_s=5.0)  # two a second
+    assert throughput.seconds_for(8) == 4
+    assert throughput.seconds_for(0) == 1
+    assert throughput.seconds_for(10_000) == 60
 
 
 def test_retry_after_forgets_how_slow_it_once_was() -> None:
-    rate = ServiceRate(jitter=lambda: 0.0)
-    rate.note(num_items=1, busy_s=10.0)
+    throughput = Throughput(jitter=lambda: 0.0)
+    throughput.record(num_items=1, busy_s=10.0)
     for _ in range(200):
-        rate.note(num_items=10, busy_s=1.0)
-    assert rate.seconds_for(100) == pytest.approx(10, abs=1)
+        throughput.record(num_items=10, busy_s=1.0)
+    assert throughput.seconds_for(100) == pytest.approx(10, abs=1)
 
 
 def test_retry_after_is_spread_by_at_most_a_quarter() -> None:
-    rate = ServiceRate(jitter=lambda: 0.999)
-    rate.note(num_items=10, busy_s=10.0)
-    assert rate.seconds_for(20) == 25
+    throughput = Throughput(jitter=lambda: 0.999)
+    throughput.record(num_items=10, busy_s=10.0)
+    assert throughput.seconds_for(20) == 25
 
 
-def test_a_full_line_says_when_to_come_back() -> None:
-    rate = ServiceRate(jitter=lambda: 0.0)
-    rate.note(num_items=1, busy_s=2.0)
-    waiting = Line(3, rate)
-    waiting.reserve(3)
+def test_a_full_queue_says_when_to_come_back() -> None:
+    throughput = Throughput(jitter=lambda: 0.0)
+    throughput.record(num_items=1, busy_s=2.0)
+    waiting = RequestQueue(3, throughput)
+    waiting.make_reservations(3)
     with pytest.raises(OverloadedError) as refused:
-        waiting.reserve(1)
+        waiting.make_reservations(1)
     assert refused.value.retry_after_s == 6

@@ -50,12 +50,14 @@ async def test_while_the_device_hangs_callers_are_told_livez_is_red_and_the_proc
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it is meant to die
-async def test_where_the_engine_dies_its_jobs_get_503_the_probes_turn_red_and_the_process_must_end() -> None:
+async def test_where_the_engine_dies_its_requests_get_503_the_probes_turn_red_and_the_process_must_end() -> (
+    None
+):
     failures: list[FatalError] = []
     async with site(on_failure=failures.append) as running:
         response = await running.client.post("/caption", json={"image": IMAGE, "prompt": DEADLY_WORD})
         assert_problem(response, 503, "not_ready")
-        await until_async(lambda: running.lifecycle.stalled)
+        await until_async(lambda: running.lifecycle.readiness.engine_problem)
         assert "restarted" in assert_problem(await running.client.get("/livez"), 503, "not_ready")["detail"]
         assert (await running.client.get("/readyz")).status_code == 503
         assert_problem(await running.client.post("/caption", json={"image": IMAGE}), 503, "not_ready")
@@ -79,10 +81,10 @@ async def test_draining_refuses_new_work_and_finishes_what_runs() -> None:
     backend = FakeBackend()
     async with site(backend) as running:
         backend.decode_gate.clear()
-        job = asyncio.create_task(running.client.post("/caption", json={"image": png_base64(55)}))
+        request = asyncio.create_task(running.client.post("/caption", json={"image": png_base64(55)}))
         await until_async(lambda: [55] in backend.vision_batches)
         draining = asyncio.create_task(running.lifecycle.drain())
-        await until_async(lambda: running.lifecycle.draining)
+        await until_async(lambda: running.lifecycle.readiness.is_draining)
         refused = await running.client.post("/caption", json={"image": IMAGE})
         assert_problem(refused, 503, "draining")
         assert refused.headers["connection"] == "close"
@@ -91,20 +93,20 @@ async def test_draining_refuses_new_work_and_finishes_what_runs() -> None:
         assert (await running.client.get("/livez")).status_code == 200
         assert not draining.done()
         backend.decode_gate.set()
-        assert (await job).status_code == 200
+        assert (await request).status_code == 200
         await asyncio.wait_for(draining, TIMEOUT_S)
 
 
-async def test_what_is_not_done_when_draining_ends_is_told_so() -> None:
+async def test_what_is_not_done_when_draining_ends_gets_its_own_error() -> None:
     backend = FakeBackend()
     async with site(backend, Settings(drain_timeout_ms=50)) as running:
         backend.decode_gate.clear()
-        job = asyncio.create_task(running.client.post("/caption", json={"image": png_base64(55)}))
+        request = asyncio.create_task(running.client.post("/caption", json={"image": png_base64(55)}))
         await until_async(lambda: [55] in backend.vision_batches)
         draining = asyncio.create_task(running.lifecycle.drain())
         release = threading.Timer(0.2, backend.decode_gate.set)  # the device comes back too late
         release.start()
-        assert_problem(await job, 503, "not_ready")
+        assert_problem(await request, 503, "not_ready")
         await asyncio.wait_for(draining, TIMEOUT_S)
         release.join()
 
@@ -115,9 +117,9 @@ async def test_draining_while_the_model_is_warmed_up_is_no_failure() -> None:
     async with site(
         backend, Settings(drain_timeout_ms=50), wait=False, on_failure=failures.append
     ) as running:
-        await until_async(lambda: running.lifecycle.backend)
+        await until_async(lambda: running.lifecycle.readiness.backend)
         draining = asyncio.create_task(running.lifecycle.drain())
-        await until_async(lambda: running.lifecycle.draining)
+        await until_async(lambda: running.lifecycle.readiness.is_draining)
         backend.encode_gate.set()
         await asyncio.wait_for(draining, TIMEOUT_S)
     assert failures == []

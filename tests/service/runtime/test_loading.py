@@ -13,11 +13,13 @@ from model import (
     InvalidParamsError,
     InvalidPromptError,
 )
-from service.cache import MemoryCache
+from service.cache.lru import LruTier
 from service.engine.engine import Engine
-from service.engine.request import GenerateJob, ImageInput, Job, MatchJob, Mode, Ticket
-from service.engine.request_queue import Line, ServiceRate
-from service.runtime.loading import Blip2Backend, load_backend
+from service.engine.image_pool import ImageInput
+from service.engine.request import AnyRequest, GenerateInput, Generations, Matches, MatchInput, Mode, Request
+from service.engine.request_queue import RequestQueue, Throughput
+from service.model_backend import Blip2Backend
+from service.runtime.loading import load_backend
 from service.runtime.metrics import Metrics
 from service.runtime.settings import Settings, SettingsError
 from tests.builders import random_pixels
@@ -49,17 +51,25 @@ def image(index: int) -> ImageInput:
     return ImageInput(str(index), random_pixels(NUM_IMAGES)[index], {})
 
 
-def serve(backend: Blip2Backend, jobs: list[Job]) -> None:
-    """Has all jobs run together, from the first turn on."""
-    rate = ServiceRate()
-    line = Line(100, rate)
-    memory = MemoryCache(0)
-    engine = Engine(backend, line, memory, rate=rate, max_rows=40, meter=Metrics())
-    for job in jobs:
-        line.reserve(1)[0].put(job)
+def serve(backend: Blip2Backend, requests: list[AnyRequest]) -> None:
+    """Run all requests together, from the first step on."""
+    throughput = Throughput()
+    queue = RequestQueue(100, throughput)
+    memory = LruTier(0)
+    engine = Engine(
+        backend,
+        queue,
+        memory,
+        throughput=throughput,
+        metrics=Metrics(),
+        max_rows=40,
+        max_kv_bytes=2**40,
+    )
+    for request in requests:
+        queue.make_reservations(1)[0].submit(request)
     engine.start()
-    for job in jobs:
-        job.ticket.future.exception(TIMEOUT_S)
+    for request in requests:
+        request.future.exception(TIMEOUT_S)
     engine.stop(TIMEOUT_S)
 
 
@@ -70,33 +80,37 @@ def alone(blip2: Blip2, index: int, prompt: str, params: GenerationParams) -> tu
         return blip2.generate(inputs, [prompt], params)[0]
 
 
-def test_jobs_of_all_kinds_together_are_answered_as_alone(backend: Blip2Backend, blip2: Blip2) -> None:
+def test_requests_of_all_kinds_together_are_answered_as_alone(backend: Blip2Backend, blip2: Blip2) -> None:
     asked = [
         (index, prompt, params)
         for number, params in enumerate(VARIANTS)
         for index, prompt in ((number % NUM_IMAGES, PROMPTS[number % 3]), (5 - number, PROMPTS[2]))
     ]
-    jobs = [
-        GenerateJob(image(index), (backend.tokenize_prompt(prompt, params),), params, Ticket())
+    requests: list[Request[Generations]] = [
+        Request(GenerateInput(image(index), (backend.tokenize_prompt(prompt, params),), params))
         for index, prompt, params in asked
     ]
-    matching = MatchJob(TEXTS[0], tuple(image(at) for at in range(NUM_IMAGES)), Mode.ITM, 128, 10, Ticket())
-    serve(backend, [*jobs, matching])
-    for job, (index, prompt, params) in zip(jobs, asked, strict=True):
-        together = job.ticket.future.result().value[0]
+    matching: Request[Matches] = Request(
+        MatchInput(TEXTS[0], tuple(image(index) for index in range(NUM_IMAGES)), Mode.ITM, 128, 10)
+    )
+    serve(backend, [*requests, matching])
+    for request, (index, prompt, params) in zip(requests, asked, strict=True):
+        together = request.future.result().value[0]
         expected = alone(blip2, index, prompt, params)
         assert [one.token_ids for one in together] == [one.token_ids for one in expected]
         assert [one.score for one in together] == pytest.approx([one.score for one in expected], abs=1e-4)
-    assert len(matching.ticket.future.result().value) == NUM_IMAGES
+    assert len(matching.future.result().value) == NUM_IMAGES
 
 
 def test_matches_are_those_of_the_matcher_alone(backend: Blip2Backend, blip2: Blip2) -> None:
     candidates = tuple(image(at) for at in range(NUM_IMAGES))
-    jobs = [MatchJob(text, candidates, Mode.RERANK, 128, 10, Ticket()) for text in TEXTS]
-    serve(backend, list(jobs))
+    requests: list[Request[Matches]] = [
+        Request(MatchInput(text, candidates, Mode.RERANK, 128, 10)) for text in TEXTS
+    ]
+    serve(backend, list(requests))
     matcher = blip2.matcher
     assert matcher is not None
-    for job, text in zip(jobs, TEXTS, strict=True):
+    for request, text in zip(requests, TEXTS, strict=True):
         with torch.inference_mode():
             ids_and_mask = matcher.tokenize([text])
             image_features = blip2.encode_images(random_pixels(NUM_IMAGES))
@@ -104,7 +118,7 @@ def test_matches_are_those_of_the_matcher_alone(backend: Blip2Backend, blip2: Bl
             itc = matcher.itc_scores(matcher.image_embeds(queries), matcher.text_embeds(*ids_and_mask))[:, 0]
             ids, mask = (tensor.expand(NUM_IMAGES, -1) for tensor in ids_and_mask)
             logits = matcher.match_logits(image_features, ids, mask)
-        matches = {match.index: match for match in job.ticket.future.result().value}
+        matches = {match.index: match for match in request.future.result().value}
         for at in range(NUM_IMAGES):
             assert matches[at].itc == pytest.approx(itc[at].item(), abs=1e-5)
             assert matches[at].score == pytest.approx((logits[at, 1] + itc[at]).item(), abs=1e-4)
@@ -117,14 +131,14 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(backend: Blip2Ba
         backend.tokenize_prompt("a " * 60, GenerationParams())
 
 
-def test_a_text_whose_keys_and_values_could_never_fit_is_refused_at_the_desk(blip2: Blip2) -> None:
+def test_a_text_whose_keys_and_values_could_never_fit_is_refused_before_the_queue(blip2: Blip2) -> None:
     backend = Blip2Backend(blip2, limits=DecoderLimits(max_kv_bytes=2**15))
     backend.tokenize_prompt("a photo", GenerationParams(num_beams=1, max_new_tokens=4))
     with pytest.raises(InvalidParamsError, match=r"16 beams of up to 30 new.*the limit is 32768; lower"):
         backend.tokenize_prompt("a photo", GenerationParams(num_beams=16))
 
 
-def test_a_template_of_the_callers_takes_the_place_of_the_checkpoints(backend: Blip2Backend) -> None:
+def test_a_template_of_the_callers_takes_the_reservation_of_the_checkpoints(backend: Blip2Backend) -> None:
     assert backend.question_prompt("why", [("what", "that")], "Q: {}?") == "Q: what? that. Q: why?"
     assert backend.question_prompt("why", [], None) == "question : why ? answer :"
     with pytest.raises(InvalidPromptError):

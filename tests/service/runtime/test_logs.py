@@ -16,13 +16,13 @@ def line(message: str, *args: object, **extra: object) -> dict[str, object]:
     return parsed
 
 
-def test_a_line_is_one_json_object_with_its_fields() -> None:
+def test_a_queue_is_one_json_object_with_its_fields() -> None:
     parsed = line("served %s", "it", **{FIELDS: {"status": 200, "request_id": "abc"}})
     assert parsed.keys() == {"time", "level", "logger", "message", "status", "request_id"}
     assert (parsed["message"], parsed["status"], parsed["level"]) == ("served it", 200, "INFO")
 
 
-def test_line_breaks_cannot_forge_a_second_line() -> None:
+def test_queue_breaks_cannot_forge_a_second_line() -> None:
     assert line("a\nb")["message"] == "a\nb"
 
 

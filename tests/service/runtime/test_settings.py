@@ -98,7 +98,7 @@ _AT_ONCE = {"BLIP2_MAX_IMAGES", "BLIP2_MAX_QUESTIONS", "BLIP2_MAX_CANDIDATES"}
 
 
 @pytest.mark.parametrize("name", sorted(_AT_ONCE))
-def test_a_request_that_could_never_be_let_in_is_refused_at_the_start(
+def test_a_request_that_could_never_be_admitted_is_refused_at_the_start(
     environment: Environment, name: str
 ) -> None:
     environment.setenv(name, "300")

@@ -4,11 +4,13 @@ from collections import Counter
 
 import pytest
 
-from service.engine.fair_share import DeviceShares
+from service.engine.scheduler import WeightedFairScheduler
 
 
-def serve(shares: DeviceShares, ready: list[str], piece_s: dict[str, float], total_s: float) -> Counter[str]:
-    """Gives the seconds each had."""
+def serve(
+    shares: WeightedFairScheduler[str], ready: list[str], piece_s: dict[str, float], total_s: float
+) -> Counter[str]:
+    """Return the seconds each had."""
     served: Counter[str] = Counter()
     while served.total() < total_s:
         name = shares.next(ready)
@@ -18,30 +20,30 @@ def serve(shares: DeviceShares, ready: list[str], piece_s: dict[str, float], tot
 
 
 def test_one_alone_gets_it_all() -> None:
-    assert serve(DeviceShares({"a": 1, "b": 1}), ["a"], {"a": 0.1}, 1)["b"] == 0
+    assert serve(WeightedFairScheduler({"a": 1, "b": 1}), ["a"], {"a": 0.1}, 1)["b"] == 0
 
 
 @pytest.mark.parametrize(("weight", "piece_s"), [(1, 0.5), (1, 0.01), (3, 0.5), (3, 0.01)])
 def test_shares_are_of_time_not_of_turns(weight: float, piece_s: float) -> None:
-    served = serve(DeviceShares({"a": weight, "b": 1}), ["a", "b"], {"a": 0.1, "b": piece_s}, 100)
+    served = serve(WeightedFairScheduler({"a": weight, "b": 1}), ["a", "b"], {"a": 0.1, "b": piece_s}, 100)
     assert served["a"] / served["b"] == pytest.approx(weight, rel=0.05)
 
 
 def test_idle_time_is_not_saved_up() -> None:
-    shares = DeviceShares({"a": 1, "b": 1})
+    shares = WeightedFairScheduler({"a": 1, "b": 1})
     serve(shares, ["a"], {"a": 1.0}, 1000)
     assert serve(shares, ["a", "b"], {"a": 1.0, "b": 1.0}, 10) == {"a": 5, "b": 5}
 
 
 def test_time_that_nobody_else_wanted_is_not_held_against_anyone() -> None:
-    shares = DeviceShares({"a": 1, "b": 1})
+    shares = WeightedFairScheduler({"a": 1, "b": 1})
     serve(shares, ["b"], {"b": 1.0}, 1000)
     serve(shares, ["a"], {"a": 1.0}, 1)
     assert serve(shares, ["a", "b"], {"a": 1.0, "b": 1.0}, 10) == {"a": 5, "b": 5}
 
 
 def test_between_two_pieces_of_one_the_others_get_a_bounded_time() -> None:
-    shares = DeviceShares({"a": 3, "b": 1, "c": 1})
+    shares = WeightedFairScheduler({"a": 3, "b": 1, "c": 1})
     since_b = longest = 0.0
     for _ in range(1000):
         name = shares.next(["a", "b", "c"])

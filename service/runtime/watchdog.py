@@ -9,11 +9,11 @@ from typing import Final
 
 from service.engine.engine import Engine
 
-_LOOK_S: Final = 0.25
-_PAUSE_S: Final = 1.0  # a look that comes so much too late tells that the whole process was paused
+_INTERVAL_S: Final = 0.25
+_PAUSE_S: Final = 1.0  # a check that comes so much too late shows that the whole process was paused
 
 
-class EngineWatch:
+class Watchdog:
     """stall_timeout_s: how long the engine may make no progress while it has something to do."""
 
     def __init__(self, engine: Engine, stall_timeout_s: float) -> None:
@@ -22,8 +22,8 @@ class EngineWatch:
 
     @property
     def problem(self) -> str | None:
-        """Says what is wrong with the engine; None while it makes progress, or has nothing to do."""
-        if not self._engine.alive:
+        """Why the engine is lost or stalled; None while it makes progress or has nothing to do."""
+        if not self._engine.is_alive:
             return "the engine's thread has died; this process must be restarted"
         age_s = self._engine.heartbeat_age_s()
         if age_s > self._stall_timeout_s:
@@ -33,12 +33,12 @@ class EngineWatch:
             )
         return None
 
-    async def until_lost(self) -> str:
-        """Comes back when the engine is lost, with what is wrong.
+    async def wait_until_lost(self) -> str:
+        """Return the reason once the engine is lost.
 
-        After a pause of the whole process, in which nothing could go on, the engine has its time anew.
+        After a pause of the whole process, in which nothing could run, the stall time-out starts anew.
         """
-        interval_s, excused_until = min(_LOOK_S, self._stall_timeout_s / 4), 0.0
+        interval_s, excused_until = min(_INTERVAL_S, self._stall_timeout_s / 4), 0.0
         while True:
             asleep = time.monotonic()
             await asyncio.sleep(interval_s)
@@ -46,12 +46,12 @@ class EngineWatch:
             if awake - asleep > interval_s + _PAUSE_S:
                 excused_until = awake + self._stall_timeout_s
             problem = self.problem
-            if problem and (awake >= excused_until or not self._engine.alive):
+            if problem and (awake >= excused_until or not self._engine.is_alive):
                 return problem
 
 
-def stacks() -> dict[str, str]:
-    """Gives where each thread is, by its name."""
+def thread_stacks() -> dict[str, str]:
+    """Return the stack of each thread, by the thread's name."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return {
         names.get(ident, str(ident)): "".join(traceback.format_stack(frame))

@@ -1,25 +1,27 @@
-"""The memory of text embeddings, over a fake that counts what it is asked to embed."""
+"""The cache of text embeddings, over a fake backend that records what it embeds."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from service.engine.text_embeds import TextEmbeds
+from service.engine.match_runner import TextEmbedder
+from tests.service.fakes import FakeBackend
 
 
-class CountingEmbedder:
+class CountingBackend(FakeBackend):
     def __init__(self) -> None:
+        super().__init__()
         self.batches: list[list[str]] = []
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
         self.batches.append(list(texts))
         return torch.tensor([[float(text), 1.0] for text in texts])
 
 
 def test_a_text_that_was_embedded_is_known_afterwards() -> None:
-    embedder = CountingEmbedder()
-    embeds = TextEmbeds(embedder, max_texts=10)
+    embedder = CountingBackend()
+    embeds = TextEmbedder(embedder, max_texts=10)
     assert embeds.recall(["1", "2"]) == {}
     fresh = embeds.embed(["1", "2"])
     assert {text: row.tolist() for text, row in fresh.items()} == {"1": [1.0, 1.0], "2": [2.0, 1.0]}
@@ -29,7 +31,7 @@ def test_a_text_that_was_embedded_is_known_afterwards() -> None:
 
 
 def test_the_least_recently_used_text_is_forgotten_first() -> None:
-    embeds = TextEmbeds(CountingEmbedder(), max_texts=2)
+    embeds = TextEmbedder(CountingBackend(), max_texts=2)
     embeds.embed(["1"])
     embeds.embed(["2"])
     embeds.recall(["1"])
@@ -38,11 +40,11 @@ def test_the_least_recently_used_text_is_forgotten_first() -> None:
 
 
 def test_more_texts_than_are_kept_are_still_all_given_back() -> None:
-    embeds = TextEmbeds(CountingEmbedder(), max_texts=3)
+    embeds = TextEmbedder(CountingBackend(), max_texts=3)
     assert len(embeds.embed([str(number) for number in range(10)])) == 10
     assert len(embeds.recall([str(number) for number in range(10)])) == 3
 
 
 def test_an_embedding_does_not_keep_its_batch_alive() -> None:
-    fresh = TextEmbeds(CountingEmbedder(), max_texts=3).embed(["1", "2", "3"])
+    fresh = TextEmbedder(CountingBackend(), max_texts=3).embed(["1", "2", "3"])
     assert fresh["2"].untyped_storage().nbytes() == fresh["2"].nbytes

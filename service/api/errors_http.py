@@ -1,0 +1,75 @@
+"""Errors to HTTP: the one place where an exception becomes a response."""
+
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from model import ModelError
+from service.api.middleware import REQUEST_ID_HEADER, context_of
+from service.api.responses import Problem
+from service.errors import (
+    ClientGoneError,
+    DeadlineExceededError,
+    MethodNotAllowedError,
+    ServiceError,
+    ShedError,
+    UnknownPathError,
+    UnreadableBodyError,
+    for_caller,
+)
+from service.runtime.metrics import Metrics
+
+
+def install(app: FastAPI, metrics: Metrics) -> None:
+    """Register the handlers of all errors."""
+
+    async def answer(request: Request, exc: Exception) -> Response:
+        error = _to_service_error(request, exc)
+        if isinstance(error, ShedError):
+            metrics.shed.labels(error.code).inc()
+        elif isinstance(error, DeadlineExceededError):
+            metrics.abandoned.labels("deadline").inc()
+        elif isinstance(error, ClientGoneError):
+            metrics.abandoned.labels("disconnected").inc()
+        return _problem(request, error, exc)
+
+    for kind in (ServiceError, ModelError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+def _to_service_error(request: Request, exc: Exception) -> ServiceError:
+    if isinstance(exc, ClientDisconnect):
+        return ClientGoneError("the client closed the connection before its request was whole")
+    if isinstance(exc, HTTPException):
+        return _from_http(request, exc)
+    if isinstance(exc, ServiceError | ModelError):
+        return for_caller(exc)
+    return ServiceError("an internal error; see the log of the service for this request id")
+
+
+def _from_http(request: Request, exc: HTTPException) -> ServiceError:
+    if exc.status_code == HTTPStatus.NOT_FOUND:
+        return UnknownPathError(f"{request.url.path[:128]!r} is not a path of this service; see /docs")
+    if exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = (exc.headers or {}).get("Allow", "")
+        return MethodNotAllowedError(f"{request.method} is not allowed here; use {allowed}")
+    return UnreadableBodyError(f"the body cannot be read: {exc.detail}; check how it is encoded")
+
+
+def _problem(request: Request, error: ServiceError, exc: Exception) -> Response:
+    context = context_of(request)
+    headers = {
+        # An unforeseen error is answered outside the middleware that would add these two.
+        REQUEST_ID_HEADER: context.request_id,
+        "Server-Timing": context.server_timing(),
+        **(dict(exc.headers or {}) if isinstance(exc, HTTPException) else {}),
+        **({} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}),
+    }
+    return Response(
+        Problem.of(error, context.request_id).model_dump_json(exclude_none=True),
+        status_code=error.status,
+        headers=headers,
+        media_type="application/problem+json",
+    )

@@ -1,0 +1,31 @@
+"""What the engine needs of its surroundings: somewhere to count, and somewhere to keep embeddings."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from service.model_backend import EmbeddingKind
+
+
+class EngineMetrics(Protocol):
+    """Counters of the engine, called from its thread. stage: "vision", "qformer", "decode" or "match"."""
+
+    def observe_batch(self, stage: str, num_rows: int) -> None:
+        """Record the rows of one batch."""
+
+    def observe_padding(self, ratio: float) -> None:
+        """Record which part of the positions of prompts that were prefilled together is padding."""
+
+    def add_device_seconds(self, stage: str, seconds: float) -> None:
+        """Add the duration of one step; the Q-Former's time counts as "vision"."""
+
+    def count_out_of_memory(self, stage: str) -> None:
+        """Count a batch that did not fit into the device's memory."""
+
+
+class EmbeddingMemory(Protocol):
+    """The in-process embedding cache. Its tensors lie on the CPU and are never written to."""
+
+    def get(self, digest: str, kind: EmbeddingKind) -> Tensor | None: ...
+
+    def put(self, digest: str, kind: EmbeddingKind, tensor: Tensor) -> None: ...

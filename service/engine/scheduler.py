@@ -1,0 +1,296 @@
+"""The whole policy: which requests are admitted, which work runs next, and how much of it at once.
+
+Each step goes to the workload that has had the least device time by weight; nothing waits for a batch to
+fill. Rows, padded prompt tokens, images, texts, pairs and bytes of keys and values are counted here alone.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import chain, islice, zip_longest
+from typing import Any, Final, Generic, TypeVar
+
+from torch import Tensor
+
+from service.engine.batch_size_limit import BatchSizeLimit
+from service.engine.candidate_scores import CandidateScores
+from service.engine.image_pool import EncodedImage
+from service.engine.isolation import Bisection
+from service.engine.request import AdmissionClass, AnyRequest, GenerateInput
+from service.engine.request_queue import RequestQueue
+from service.engine.sequence import Sequence, build_sequences
+from service.engine.step import DecodeStep, EncodeStep, MatchStep, Step, Workload
+from service.errors import DeadlineExceededError
+from service.model_backend import Backend
+
+MAX_IMAGES_PER_STEP: Final = 8
+MAX_TEXTS_PER_STEP: Final = 64
+MAX_PAIRS_PER_STEP: Final = 32
+MAX_PROMPT_TOKENS_PER_STEP: Final = 1024  # prefilled at once, image tokens and padding included
+MAX_STEP_S: Final = 0.5  # batches of images, texts and pairs are sized to take about so long at most
+MAX_PREFETCHED: Final = 8  # requests of a class whose images are encoded while others hold the rows
+LONG_SHARE: Final = 0.75  # of the rows, for sequences of many tokens
+# Parts of the device's time, while all have work. Images of generation requests come far ahead: texts that
+# are decoded together cost less, and there are never more of these images than texts have room.
+WEIGHTS: Final = {
+    Workload.IMAGES_TO_GENERATE: 40.0,
+    Workload.IMAGES_TO_MATCH: 1.0,
+    Workload.MATCH: 1.0,
+    Workload.GENERATE: 1.0,
+}
+
+
+T = TypeVar("T")
+
+
+class WeightedFairScheduler(Generic[T]):
+    """Fair queueing: workloads get device time in proportion to their weights, while several have work.
+
+    One that comes back after a pause stands level with the others: it is owed nothing, and owes nothing.
+    """
+
+    def __init__(self, weights: Mapping[T, float]) -> None:
+        self._weights = weights
+        self._served_s = dict.fromkeys(weights, 0.0)  # divided by the weight
+        self._level_s = 0.0  # of the one that was served last
+        self._contending: frozenset[T] = frozenset()
+
+    def next(self, ready: Collection[T]) -> T:
+        """Return the one of `ready`, all of which have work, that has had the least time by weight."""
+        for name in ready:
+            if name not in self._contending:
+                self._served_s[name] = max(self._served_s[name], self._level_s)
+        self._contending = frozenset(ready)
+        chosen = min(ready, key=self._served_s.__getitem__)
+        self._level_s = self._served_s[chosen]
+        return chosen
+
+    def charge(self, name: T, seconds: float) -> None:
+        """Add the duration of one step."""
+        self._served_s[name] += seconds / self._weights[name]
+
+
+def open_classes(requests: Iterable[AnyRequest], max_rows: int) -> frozenset[AdmissionClass]:
+    """Return the classes that may send in one more request, given the admitted ones.
+
+    Generation requests hold at most `max_rows` rows together, long ones three quarters of them; match
+    requests have as many again. A few of each class are prefetched: their images are encoded meanwhile.
+    """
+    num_rows, num_prefetched = Counter[AdmissionClass](), Counter[AdmissionClass]()
+    for request in requests:
+        num_rows[request.admission_class] += num_rows_of(request)
+        num_prefetched[request.admission_class] += not request.holds_rows
+    short, long, match = AdmissionClass.SHORT, AdmissionClass.LONG, AdmissionClass.MATCH
+    has_rows = num_rows[short] + num_rows[long] < max_rows
+    is_open = {
+        match: num_rows[match] < max_rows,
+        short: has_rows or num_prefetched[short] < MAX_PREFETCHED,
+        long: (has_rows and num_rows[long] < LONG_SHARE * max_rows) or num_prefetched[long] < MAX_PREFETCHED,
+    }
+    return frozenset(name for name in AdmissionClass if is_open[name])
+
+
+def num_rows_of(request: AnyRequest) -> int:
+    """Return the rows a request may occupy at once: beams and samples of all its prompts, or pairs."""
+    inputs = request.inputs
+    if isinstance(inputs, GenerateInput):
+        return len(inputs.prompts) * inputs.params.num_rows
+    return min(len(inputs.candidates), MAX_PAIRS_PER_STEP)
+
+
+class Scheduler:
+    """Holds the admitted requests and plans every step. For the engine's thread.
+
+    max_rows: beams and samples that run at once. max_kv_bytes: of their keys and values. bisections: groups
+    that run before anything else. recall_texts: returns the embeddings of those texts that are known.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        bisections: Mapping[Workload, Bisection[Any]],
+        *,
+        max_rows: int,
+        max_kv_bytes: int,
+        recall_texts: Callable[[Iterable[str]], dict[str, Tensor]],
+    ) -> None:
+        self.requests: list[AnyRequest] = []  # admitted and not done
+        self._backend = backend
+        self._bisections = bisections
+        self._max_rows = max_rows
+        self._max_kv_bytes = max_kv_bytes
+        self._recall_texts = recall_texts
+        self._fairness = WeightedFairScheduler(WEIGHTS)
+        self._image_limit = BatchSizeLimit(MAX_IMAGES_PER_STEP, max_seconds=MAX_STEP_S)
+        self._text_limit = BatchSizeLimit(MAX_TEXTS_PER_STEP, max_seconds=MAX_STEP_S)
+        self._pair_limit = BatchSizeLimit(MAX_PAIRS_PER_STEP, max_seconds=MAX_STEP_S)
+        self._row_limit = BatchSizeLimit(max_rows)
+        self._matching: deque[CandidateScores] = deque()
+        self._waiting: deque[Sequence] = deque()  # for rows, in the order of their arrival
+        self._running: list[Sequence] = []
+        self._is_trial = False  # what runs is a group of a bisection, which nothing may join
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.requests or self._running)  # the running ones may be left of abandoned requests
+
+    def admit(self, queue: RequestQueue) -> AnyRequest | None:
+        """Take the oldest request whose class has room; None where there is none."""
+        while request := queue.take(open_classes(self.requests, self._max_rows)):
+            if request.has_expired(time.monotonic()):
+                request.fail(DeadlineExceededError("the deadline passed while the request was in the queue"))
+            elif not request.is_done:
+                request.admitted = time.monotonic()
+                self.requests.append(request)
+                return request
+        return None
+
+    def schedule(self) -> Step | None:
+        """Plan the next step; None while nothing can run."""
+        self._start_encoded()
+        work: dict[Workload, Collection[Any]] = {
+            Workload.IMAGES_TO_GENERATE: self._pending_images(for_matching=False),
+            Workload.IMAGES_TO_MATCH: self._pending_images(for_matching=True),
+            Workload.MATCH: self._matching,
+            Workload.GENERATE: [*self._running, *self._waiting],
+        }
+        for workload, pending in work.items():
+            if not pending:
+                self._bisections[workload].clear()
+        ready = [workload for workload, pending in work.items() if pending]
+        if not ready:
+            return None
+        chosen = self._fairness.next(ready)
+        if chosen is Workload.GENERATE:
+            return self._schedule_decode()
+        if chosen is Workload.MATCH:
+            return self._schedule_match()
+        return self._schedule_encode(chosen, work[chosen])
+
+    def update(self, step: Step, seconds: float, *, has_failed: bool) -> None:
+        """Charge a step's device time; learn from its success, or undo what its failure made void."""
+        self._fairness.charge(step.workload, seconds)
+        if has_failed and isinstance(step, DecodeStep):
+            self._waiting.extendleft(reversed(step.items))  # all begin anew
+            self._running, self._is_trial = [], False
+        elif not has_failed and step.limit is not None and step.size:
+            step.limit.observe_success(step.size, seconds, is_cut=step.is_cut)
+        self._running = [sequence for sequence in self._running if not sequence.is_finished]
+
+    def remove_done(self) -> list[AnyRequest]:
+        """Forget the requests that are done, and return those that were not abandoned by their callers."""
+        done = [request for request in self.requests if request.is_done]
+        for request in done:
+            request.images = ()  # the caller may hold the request; the device's memory is freed now
+        self.requests = [request for request in self.requests if request not in done]
+        self._matching = deque(scores for scores in self._matching if not scores.is_done)
+        self._waiting = deque(sequence for sequence in self._waiting if not sequence.is_done)
+        return [request for request in done if not request.future.cancelled()]
+
+    def _start_encoded(self) -> None:
+        """Start the work of requests whose images are encoded; fail those whose images cannot be."""
+        for request in self.requests:
+            if request.work_started is not None or request.is_done:
+                continue
+            if request.image_error is not None:
+                request.fail(request.image_error)
+            elif request.is_encoded:
+                request.work_started = time.monotonic()
+                if isinstance(request.inputs, GenerateInput):
+                    self._waiting += build_sequences(request, self._backend.num_query_tokens)
+                else:
+                    self._matching.append(CandidateScores(request, self._recall_texts(request.inputs.texts)))
+
+    def _pending_images(self, *, for_matching: bool) -> list[EncodedImage]:
+        """Return the images to encode: one of each request, then a second of each, and so on."""
+        pending = [
+            [image for image in request.images if image.is_pending]
+            for request in self.requests
+            if (request.admission_class is AdmissionClass.MATCH) == for_matching
+            and request.work_started is None
+            and not request.is_done
+        ]
+        rounds = chain.from_iterable(zip_longest(*pending))
+        return list(dict.fromkeys(image for image in rounds if image is not None))
+
+    def _schedule_encode(self, workload: Workload, pending: Collection[EncodedImage]) -> EncodeStep:
+        images = self._bisections[workload].next_group(pending)
+        if not images:
+            encoder = next(iter(pending)).encoder
+            same = (image for image in pending if image.encoder is encoder)
+            images = list(islice(same, self._image_limit.limit))
+        return EncodeStep(workload, images, self._image_limit)
+
+    def _schedule_match(self) -> MatchStep:
+        """Serve the request whose turn it is, and fill the batch with the like of those behind it."""
+        group = self._bisections[Workload.MATCH].next_group(self._matching)
+        if not group:
+            group = list(self._matching)
+            self._matching.rotate(-1)
+        if group[0].missing_texts:
+            missing = dict.fromkeys(text for scores in group for text in scores.missing_texts)
+            texts = list(islice(missing, self._text_limit.limit))
+            items = [scores for scores in group if not set(texts).isdisjoint(scores.missing_texts)]
+            return MatchStep(items, self._text_limit, texts=texts)
+        ready = [scores for scores in group if not scores.missing_texts]
+        for scores in ready:
+            if not scores.is_compared:
+                return MatchStep([scores])
+        pairs = list(
+            islice(chain.from_iterable(map(CandidateScores.remaining_pairs, ready)), self._pair_limit.limit)
+        )
+        return MatchStep(list(dict.fromkeys(pair.scores for pair in pairs)), self._pair_limit, pairs=pairs)
+
+    def _schedule_decode(self) -> DecodeStep:
+        dropped = [sequence for sequence in self._running if sequence.is_done]
+        self._running = [sequence for sequence in self._running if not sequence.is_done]
+        joining, is_cut = list[Sequence](), False
+        if not self._running:
+            joining = self._next_trial()
+            self._is_trial = bool(joining)
+        if not self._is_trial:
+            joining, is_cut = self._choose_newcomers()
+        for sequence in joining:
+            self._waiting.remove(sequence)
+            sequence.request.holds_rows = True
+        self._running += joining
+        return DecodeStep(list(self._running), joining, dropped, self._row_limit, is_cut)
+
+    def _next_trial(self) -> list[Sequence]:
+        bisection = self._bisections[Workload.GENERATE]
+        while group := bisection.next_group(self._waiting):
+            if len(group) == 1 or _num_padded_tokens(group) <= MAX_PROMPT_TOKENS_PER_STEP:
+                return group
+            bisection.split(group)  # its members may have joined one after the other
+        return []
+
+    def _choose_newcomers(self) -> tuple[list[Sequence], bool]:
+        """Return the waiting sequences that may join now, oldest first, and whether rows kept others out.
+
+        Long ones wait while they hold their share of the rows, and short ones pass them; none else is passed.
+        """
+        chosen, do_long_wait = list[Sequence](), False
+        for sequence in self._waiting:
+            running = [*self._running, *chosen]
+            if sequence.is_long:
+                do_long_wait = do_long_wait or self._exceeds_long_share(sequence, running)
+                if do_long_wait:
+                    continue
+            after = [*running, sequence]
+            if running and sum(each.num_rows for each in after) > self._row_limit.limit:
+                return chosen, True
+            if running and (
+                _num_padded_tokens([*chosen, sequence]) > MAX_PROMPT_TOKENS_PER_STEP
+                or self._backend.kv_bytes([each.memory_requirement for each in after]) > self._max_kv_bytes
+            ):
+                break
+            chosen.append(sequence)
+        return chosen, False
+
+    def _exceeds_long_share(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
+        num_long = sum(each.num_rows for each in running if each.is_long)
+        return num_long > 0 and num_long + sequence.num_rows > LONG_SHARE * self._row_limit.limit
+
+
+def _num_padded_tokens(sequences: Collection[Sequence]) -> int:
+    return len(sequences) * max(sequence.num_prefix_tokens for sequence in sequences)
