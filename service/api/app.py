@@ -14,8 +14,8 @@ from service.api.routes import InferenceRoutes
 from service.model_backend import Backend
 from service.runtime.lifecycle import FatalError, Lifecycle, Loader
 from service.runtime.metrics import Metrics
+from service.runtime.readiness import Traffic
 from service.runtime.settings import Settings
-from service.runtime.traffic import Traffic
 
 _DESCRIPTION = """Captions, answers to questions, and retrieval with BLIP-2.
 
@@ -56,12 +56,7 @@ def create_app(
     app.include_router(InferenceRoutes(settings, lifecycle.readiness, metrics).router())
     app.include_router(HealthRoutes(lifecycle.readiness, metrics).router())
     app.add_api_route("/", _home, include_in_schema=False)
-    app.add_middleware(
-        ContextMiddleware,
-        metrics=metrics,
-        traffic=traffic,
-        is_closing=lambda: lifecycle.readiness.is_draining,
-    )
+    app.add_middleware(ContextMiddleware, metrics=metrics, traffic=traffic, readiness=lifecycle.readiness)
     errors_http.install(app, metrics)
     openapi.install(app)
     return app

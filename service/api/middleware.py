@@ -4,7 +4,6 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -14,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.runtime.logs import FIELDS
 from service.runtime.metrics import OTHER_ROUTE, ROUTES, Metrics
-from service.runtime.traffic import Traffic
+from service.runtime.readiness import Readiness, Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +54,14 @@ def context_of(request: Request) -> RequestContext:
 class ContextMiddleware:
     """Adds the context to each request, X-Request-ID and Server-Timing to each answer, and a line to the log.
 
-    is_closing(): whether clients should close their connections.
+    While the service drains, answers ask clients to close their connections.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, traffic: Traffic, is_closing: Callable[[], bool]
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, traffic: Traffic, readiness: Readiness) -> None:
         self._app = app
         self._metrics = metrics
         self._traffic = traffic
-        self._is_closing = is_closing
+        self._readiness = readiness
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -92,7 +89,7 @@ class ContextMiddleware:
         headers[REQUEST_ID_HEADER] = context.request_id
         headers["Server-Timing"] = context.server_timing()
         headers.setdefault("Cache-Control", "no-store")
-        if self._is_closing():
+        if self._readiness.is_draining:
             headers["Connection"] = "close"
 
     def _record(self, scope: Scope, status: int, context: RequestContext) -> None:

@@ -19,13 +19,6 @@ class Bisection(Generic[T]):
     def __init__(self) -> None:
         self._groups: deque[tuple[T, ...]] = deque()
 
-    def __bool__(self) -> bool:
-        return bool(self._groups)
-
-    def clear(self) -> None:
-        """Drop all groups."""
-        self._groups.clear()
-
     def split(self, batch: Sequence[T]) -> T | None:
         """Return the item at fault if the failed batch held nothing else; otherwise queue its halves."""
         if len(batch) == 1:
@@ -43,18 +36,18 @@ class Bisection(Generic[T]):
 
 
 class Isolation:
-    """What follows a failed step, the same for every workload. bisections: one for each."""
+    """What follows a failed step, the same for every workload. bisections: those under way."""
 
     def __init__(self, backend: Backend, metrics: EngineMetrics) -> None:
         self._backend = backend
         self._metrics = metrics
-        self.bisections: dict[Workload, Bisection[Any]] = {workload: Bisection() for workload in Workload}
+        self.bisections: dict[Workload, Bisection[Any]] = {}
 
     def recover(self, step: Step, error: Exception) -> None:
         """Fail the item at fault if it is known; otherwise arrange for smaller batches or a bisection."""
         if is_out_of_memory(error):
             self._shrink(step)
-        elif poison := self.bisections[step.workload].split(step.items):
+        elif poison := self.bisections.setdefault(step.workload, Bisection()).split(step.items):
             poison.fail(error)
 
     def _shrink(self, step: Step) -> None:

@@ -12,14 +12,13 @@ from typing import Any, Final, Generic, TypeVar
 
 from torch import Tensor
 
-from service.engine.batch_size_limit import BatchSizeLimit
 from service.engine.candidate_scores import CandidateScores
 from service.engine.image_pool import EncodedImage
 from service.engine.isolation import Bisection
 from service.engine.request import AdmissionClass, AnyRequest, GenerateInput
 from service.engine.request_queue import RequestQueue
 from service.engine.sequence import Sequence, build_sequences
-from service.engine.step import DecodeStep, EncodeStep, MatchStep, Step, Workload
+from service.engine.step import BatchSizeLimit, DecodeStep, EncodeStep, MatchStep, Step, Workload
 from service.errors import DeadlineExceededError
 from service.model_backend import Backend
 
@@ -108,7 +107,7 @@ class Scheduler:
     def __init__(
         self,
         backend: Backend,
-        bisections: Mapping[Workload, Bisection[Any]],
+        bisections: dict[Workload, Bisection[Any]],
         *,
         max_rows: int,
         max_kv_bytes: int,
@@ -156,7 +155,7 @@ class Scheduler:
         }
         for workload, pending in work.items():
             if not pending:
-                self._bisections[workload].clear()
+                self._bisections.pop(workload, None)
         ready = [workload for workload, pending in work.items() if pending]
         if not ready:
             return None
@@ -214,7 +213,7 @@ class Scheduler:
         return list(dict.fromkeys(image for image in rounds if image is not None))
 
     def _schedule_encode(self, workload: Workload, pending: Collection[EncodedImage]) -> EncodeStep:
-        images = self._bisections[workload].next_group(pending)
+        images = self._next_trial(workload, pending)
         if not images:
             encoder = next(iter(pending)).encoder
             same = (image for image in pending if image.encoder is encoder)
@@ -223,7 +222,7 @@ class Scheduler:
 
     def _schedule_match(self) -> MatchStep:
         """Serve the request whose turn it is, and fill the batch with the like of those behind it."""
-        group = self._bisections[Workload.MATCH].next_group(self._matching)
+        group = self._next_trial(Workload.MATCH, self._matching)
         if not group:
             group = list(self._matching)
             self._matching.rotate(-1)
@@ -246,7 +245,7 @@ class Scheduler:
         self._running = [sequence for sequence in self._running if not sequence.is_done]
         joining, is_cut = list[Sequence](), False
         if not self._running:
-            joining = self._next_trial()
+            joining = self._next_decode_trial()
             self._is_trial = bool(joining)
         if not self._is_trial:
             joining, is_cut = self._choose_newcomers()
@@ -256,12 +255,16 @@ class Scheduler:
         self._running += joining
         return DecodeStep(list(self._running), joining, dropped, self._row_limit, is_cut)
 
-    def _next_trial(self) -> list[Sequence]:
-        bisection = self._bisections[Workload.GENERATE]
-        while group := bisection.next_group(self._waiting):
+    def _next_trial(self, workload: Workload, pending: Collection[T]) -> list[T]:
+        """Return the next group of a bisection under way, which runs before anything else; else []."""
+        bisection = self._bisections.get(workload)
+        return [] if bisection is None else bisection.next_group(pending)
+
+    def _next_decode_trial(self) -> list[Sequence]:
+        while group := self._next_trial(Workload.GENERATE, self._waiting):
             if len(group) == 1 or _num_padded_tokens(group) <= MAX_PROMPT_TOKENS_PER_STEP:
                 return group
-            bisection.split(group)  # its members may have joined one after the other
+            self._bisections[Workload.GENERATE].split(group)  # they may have joined one after the other
         return []
 
     def _choose_newcomers(self) -> tuple[list[Sequence], bool]:

@@ -1,18 +1,21 @@
-"""What the engine does in one step: one batch of one kind of work. The scheduler plans it, a runner runs it.
+"""One step of the engine: one batch of one kind of work. The scheduler plans it, a runner runs it.
 
 Of every step: items: those that fail together. size: of the batch, which `limit` bounds. is_cut: the batch
 would have been larger without the limit. is_smallest: it cannot be split to take less memory.
 """
 
+import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar
+from typing import ClassVar, Final
 
-from service.engine.batch_size_limit import BatchSizeLimit
 from service.engine.candidate_scores import CandidateScores, Pair
 from service.engine.image_pool import EncodedImage
 from service.engine.sequence import Sequence
+
+_PATIENCE: Final = 32  # full batches before a larger one is tried
+_MAX_PATIENCE: Final = 16384
 
 
 class Workload(StrEnum):
@@ -22,6 +25,52 @@ class Workload(StrEnum):
     IMAGES_TO_MATCH = "images of match requests"
     MATCH = "matching"
     GENERATE = "generation"
+
+
+class BatchSizeLimit:
+    """How many items go to the device at once: as many as `max_seconds` and its memory allow, at least one.
+
+    After running out of memory the limit is what is known to fit, or half. After 32 full batches it grows by
+    half; each growth that fails doubles the number of batches before the next.
+    """
+
+    def __init__(self, most: int, *, max_seconds: float = math.inf) -> None:
+        self._most = most
+        self._max_seconds = max_seconds
+        self._fits_in_time = most
+        self._fits_in_memory = most  # as far as is known
+        self._proven = 0  # the largest batch that succeeded
+        self._num_successes = 0
+        self._patience = _PATIENCE
+        self._has_grown = False  # since memory ran out last
+
+    @property
+    def limit(self) -> int:
+        return min(self._fits_in_time, self._fits_in_memory)
+
+    def observe_success(self, count: int, seconds: float, *, is_cut: bool) -> None:
+        """Learn from a batch. is_cut: it would have been larger without the limit."""
+        self._proven = max(self._proven, count)
+        if seconds > self._max_seconds:
+            self._fits_in_time = max(1, int(count * self._max_seconds / seconds))
+        elif is_cut:
+            self._fits_in_time = min(self._most, max(self._fits_in_time, count + 1))
+        if is_cut and self._fits_in_memory < self._most:
+            self._num_successes += 1
+        if self._num_successes >= self._patience:
+            self._fits_in_memory = min(self._most, self._fits_in_memory + max(1, self._fits_in_memory // 2))
+            self._num_successes = 0
+            self._has_grown = True
+
+    def observe_out_of_memory(self, count: int) -> None:
+        """Learn that the device's memory does not hold a batch of this size."""
+        known = self._proven if self._proven < count else 0
+        self._fits_in_memory = max(known, count // 2, 1)
+        self._proven = min(self._proven, self._fits_in_memory)
+        if self._has_grown:
+            self._patience = min(_MAX_PATIENCE, 2 * self._patience)
+        self._has_grown = False
+        self._num_successes = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

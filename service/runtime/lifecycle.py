@@ -8,15 +8,15 @@ from concurrent.futures import Future
 from typing import Final
 
 from model import ModelError
+from service.engine.engine import Engine
 from service.model_backend import Backend
-from service.runtime.assembly import Service, assemble
+from service.runtime.assembly import assemble
 from service.runtime.logs import FIELDS
 from service.runtime.metrics import Metrics
-from service.runtime.readiness import Readiness
+from service.runtime.readiness import Readiness, Traffic
 from service.runtime.settings import Settings, SettingsError
-from service.runtime.traffic import Traffic
 from service.runtime.warmup import SelfTestError, warm_up
-from service.runtime.watchdog import Watchdog, thread_stacks
+from service.runtime.watchdog import thread_stacks, wait_until_lost
 
 logger = logging.getLogger(__name__)
 
@@ -108,16 +108,16 @@ class Lifecycle:
             if not service.engine.is_alive:
                 raise StartupError(str(exc)) from exc
             return
-        watchdog = Watchdog(service.engine, self._stall_timeout_s(service.engine.longest_step_s))
-        readiness.watchdog = watchdog
-        self._watching = asyncio.create_task(self._await_loss(watchdog, service), name="watchdog")
+        readiness.stall_timeout_s = timeout_s = self._stall_timeout_s(service.engine.longest_step_s)
+        self._watching = asyncio.create_task(self._await_loss(service.engine, timeout_s), name="watchdog")
         readiness.is_started = True
         self._on_ready(backend)
 
-    async def _await_loss(self, watchdog: Watchdog, service: Service) -> None:
-        self.readiness.lost_reason = reason = await watchdog.wait_until_lost()
+    async def _await_loss(self, engine: Engine, stall_timeout_s: float) -> None:
+        reason = await wait_until_lost(engine, self.readiness, stall_timeout_s)
+        self.readiness.lost_reason = reason
         logger.critical("the engine is lost: %s", reason, extra={FIELDS: {"stacks": thread_stacks()}})
-        service.engine.abort_all(reason)
+        engine.abort_all(reason)
         await self._traffic.wait_idle(_LAST_ANSWERS_S)
         await asyncio.sleep(_LAST_PROBES_S)
         self._on_failure(EngineLostError(reason))
@@ -143,7 +143,7 @@ class Lifecycle:
             if not is_lost:  # else it still has to report that the process must end
                 self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        self.readiness.watchdog = None  # an engine that was stopped is not lost
+        self.readiness.stall_timeout_s = None  # an engine that was stopped is not lost
         if self.readiness.service is not None and not is_lost:
             await asyncio.to_thread(self.readiness.service.stop_engine)
 

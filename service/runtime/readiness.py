@@ -1,13 +1,13 @@
-"""Whether requests can be served now, and why not: written by the lifecycle, read by routes and probes."""
+"""Whether requests can be served now, and how many are in flight: the state that routes and probes read."""
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine
 from typing import Any, Final, Literal, TypeVar
 
 from service.errors import DrainingError, NotReadyError, TaskUnavailableError
 from service.model_backend import Backend
 from service.runtime.assembly import Service
-from service.runtime.watchdog import Watchdog
 
 _RETRY_S: Final = 5
 
@@ -15,16 +15,41 @@ T = TypeVar("T")
 TaskName = Literal["caption", "vqa", "retrieve"]
 
 
+class Traffic:
+    """Counts the requests in flight. For the event loop."""
+
+    def __init__(self) -> None:
+        self.num_requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def enter(self) -> None:
+        self.num_requests += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        self.num_requests -= 1
+        if self.num_requests == 0:
+            self._idle.set()
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until none is in flight; return False where that takes longer."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        return self.num_requests == 0
+
+
 class Readiness:
     """The state of the service from loading to draining.
 
-    service: the assembled parts, once the model is loaded. watchdog: while the engine is watched.
-    lost_reason: why the engine is lost for good. not_ready_reason: what start-up waits for, or what failed.
+    service: the assembled parts, once the model is loaded. stall_timeout_s: how long the engine may make no
+    progress while it has something to do; None while it is not watched. lost_reason: why it is lost for good.
+    not_ready_reason: what start-up waits for, or what failed.
     """
 
     def __init__(self) -> None:
         self.service: Service | None = None
-        self.watchdog: Watchdog | None = None
+        self.stall_timeout_s: float | None = None
         self.lost_reason: str | None = None
         self.not_ready_reason = "the weights are being loaded"
         self.is_started = False
@@ -46,9 +71,17 @@ class Readiness:
     @property
     def engine_problem(self) -> str | None:
         """Why the engine is lost or stalled; None while it makes progress or has nothing to do."""
-        if self.lost_reason or self.watchdog is None:
+        if self.lost_reason or self.service is None or self.stall_timeout_s is None:
             return self.lost_reason
-        return self.watchdog.problem
+        if not self.service.engine.is_alive:
+            return "the engine's thread has died; this process must be restarted"
+        age_s = self.service.engine.heartbeat_age_s()
+        if age_s > self.stall_timeout_s:
+            return (
+                f"the engine has made no progress for {age_s:.1f} s, the limit is "
+                f"{self.stall_timeout_s:g} s; this process must be restarted (BLIP2_STALL_TIMEOUT_MS)"
+            )
+        return None
 
     def check_started(self) -> None:
         """Raise NotReadyError until the weights are loaded and have passed their self-test."""

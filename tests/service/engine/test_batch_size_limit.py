@@ -1,6 +1,6 @@
 """How many go to the device at once: by time, and by what its memory has held."""
 
-from service.engine.batch_size_limit import BatchSizeLimit
+from service.engine.step import BatchSizeLimit
 
 
 def full_batches(size: BatchSizeLimit, count: int) -> None:

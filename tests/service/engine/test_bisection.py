@@ -14,8 +14,7 @@ def test_exactly_the_poisonous_items_are_found_and_all_others_pass(poisonous: se
     bisection = Bisection[int]()
     assert bisection.split(range(8)) is None
     found, passed, num_tries = set(), set(), 1
-    while bisection:
-        group = bisection.next_group(range(8))
+    while group := bisection.next_group(range(8)):
         num_tries += 1
         if poisonous.isdisjoint(group):
             passed |= set(group)
