@@ -20,11 +20,11 @@ from torch import Tensor
 from model import Blip2
 from model.checkpoints import EMBEDDED, LoadOptions
 from model.checkpoints.options import Quantization
-from training.gates.plan import Plan, prepare_pixels
-from training.gates.speaking import PromptedSpeaker
-from training.metrics import Answered, caption_figures, vqa_figures
-from training.questions import Question
-from training.scenes import Scene
+from training.evaluation.metrics import Answered, caption_figures, vqa_figures
+from training.tiny.gates.plan import Plan, prepare_pixels
+from training.tiny.gates.speaking import PromptedSpeaker
+from training.world.questions import Question
+from training.world.scenes import Scene
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,11 @@ import torch
 from accelerate import PartialState
 
 from model.errors import ModelError
-from training.comparison import compare_stage1
 from training.config import CONFIG_DIR, ConfigError, load_tiny_config
-from training.evaluate import TASKS, EvaluationError, Plan, ServerClient, evaluate
-from training.gates import (
+from training.evaluation.evaluate import TASKS, EvaluationError, Plan, ServerClient, evaluate
+from training.loop import CheckpointMismatchError, NonFiniteLossError
+from training.tiny.comparison import compare_stage1
+from training.tiny.gates import (
     GATES,
     NUM_PROBE_SCENES,
     NUM_SCENES,
@@ -25,14 +26,13 @@ from training.gates import (
     require,
     write_findings,
 )
-from training.gates import Plan as GatePlan
-from training.loop import CheckpointMismatchError, NonFiniteLossError
-from training.questions import MAX_QUESTIONS
-from training.report import format_report
-from training.report.page import write_report
-from training.scene_files import write_scenes
-from training.scenes import PICTURED_SPLITS
-from training.tiny import TinyTraining
+from training.tiny.gates import Plan as GatePlan
+from training.tiny.recipe import TinyTraining
+from training.tiny.report import format_report
+from training.tiny.report.page import write_report
+from training.world.questions import MAX_QUESTIONS
+from training.world.scene_files import write_scenes
+from training.world.scenes import PICTURED_SPLITS
 
 _TOLD = (
     *(ConfigError, CheckpointMismatchError, EvaluationError, ModelError, NonFiniteLossError),

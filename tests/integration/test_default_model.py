@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.integration.processes import service
-from training.evaluate import Plan, ServerClient, evaluate
-from training.metrics import Figures
-from training.questions import FAMILIES
-from training.scenes import Split
+from training.evaluation.evaluate import Plan, ServerClient, evaluate
+from training.evaluation.metrics import Figures
+from training.world.questions import FAMILIES
+from training.world.scenes import Split
 
 
 @pytest.fixture(scope="module")

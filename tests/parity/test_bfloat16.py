@@ -10,9 +10,9 @@ from torch import Tensor
 
 from model import Blip2
 from model.checkpoints import LoadOptions
-from training.gates.plan import Plan, prepare_pixels
-from training.gates.speaking import PromptedSpeaker
-from training.scenes import Scene
+from training.tiny.gates.plan import Plan, prepare_pixels
+from training.tiny.gates.speaking import PromptedSpeaker
+from training.world.scenes import Scene
 
 PLAN = Plan(Path(), num_scenes=100)  # five questions each
 

@@ -18,7 +18,7 @@ from model import Blip2
 from tests.training import test_loop
 from tests.training.miniature import miniature_config
 from training.loop import Losses, Run, train
-from training.tiny import TinyTraining
+from training.tiny.recipe import TinyTraining
 
 NUM_PROCESSES = 2
 PLAN = replace(test_loop.PLAN, steps=8, warmup_steps=2)
