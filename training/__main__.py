@@ -11,9 +11,10 @@ import torch
 from accelerate import PartialState
 
 from model.errors import ModelError
+from training.checkpoint import CheckpointMismatchError
 from training.config import CONFIG_DIR, ConfigError, load_tiny_config
 from training.evaluation.evaluate import TASKS, EvaluationError, Plan, ServerClient, evaluate
-from training.loop import CheckpointMismatchError, NonFiniteLossError
+from training.loop import NonFiniteLossError
 from training.tiny.comparison import compare_stage1
 from training.tiny.gates import (
     GATES,

@@ -1,26 +1,17 @@
-"""The loop with a model small enough to see through: y = w · x, noise from the step's own generators."""
+"""The loop on a linear model, y = w · x, with noise from the generators of each step."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from training import loop
+from training.checkpoint import CheckpointMismatchError
 from training.config import Optimization
-from training.loop import (
-    LOG_EVERY,
-    CheckpointMismatchError,
-    Losses,
-    NonFiniteLossError,
-    Run,
-    build_optimizer,
-    train,
-)
-from training.schedule import learning_rate_at
+from training.loop import LOG_EVERY, GatherSteps, Losses, NonFiniteLossError, Run, train
 
 PLAN = Optimization(
     steps=60,
@@ -42,10 +33,11 @@ def run_in(directory: Path) -> Run:
     return Run("line", directory, seed=1, device=torch.device("cpu"), autocast_dtype=None, save_every=25)
 
 
-def train_line(directory: Path, kill_at: int | None = None) -> Tensor:
-    """Fits a line, or dies in step `kill_at` as a killed process does: with nothing more written."""
+def train_line(directory: Path, kill_at: int | None = None, gather: GatherSteps = gather_object) -> Tensor:
+    """Fit the linear model; step `kill_at` raises, as a killed process writes nothing more."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.2))
+    linear = nn.Linear(3, 1)
+    model = nn.Sequential(linear, nn.Dropout(0.2))
     taken = 0
 
     def step(rng: np.random.Generator) -> Losses:
@@ -56,8 +48,8 @@ def train_line(directory: Path, kill_at: int | None = None) -> Tensor:
         inputs = torch.from_numpy(rng.normal(size=(PLAN.batch_size, 3))).float()
         return {"loss": (model(inputs) - inputs.sum(dim=1, keepdim=True)).pow(2).mean()}
 
-    train(run_in(directory), model, step, PLAN)
-    return model[0].weight.detach().clone()
+    train(run_in(directory), model, step, PLAN, gather=gather)
+    return linear.weight.detach().clone()
 
 
 def rows(directory: Path) -> list[dict[str, float]]:
@@ -85,13 +77,6 @@ def test_the_loss_falls_and_is_kept_as_rows_and_curves(tmp_path: Path) -> None:
 def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
     first = train_line(tmp_path)
     assert torch.equal(train_line(tmp_path, kill_at=0), first)
-
-
-def test_the_optimizer_takes_what_is_trainable_and_nothing_else() -> None:
-    frozen, trained = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 1)
-    groups = build_optimizer(nn.ModuleList([frozen, trained]), PLAN).param_groups
-    taken = {id(parameter) for group in groups for parameter in group["params"]}
-    assert taken == {id(parameter) for parameter in trained.parameters()}
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_spoilt(tmp_path: Path) -> None:
@@ -127,27 +112,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Pa
         train(run_in(tmp_path), model, step, PLAN)
 
 
-def test_the_learning_rate_warms_up_linearly_and_decays_by_a_cosine() -> None:
-    assert learning_rate_at(0, PLAN) == pytest.approx(0.005)
-    assert learning_rate_at(9, PLAN) == pytest.approx(0.05)
-    assert learning_rate_at(35, PLAN) == pytest.approx((0.05 + 0.005) / 2)
-    assert learning_rate_at(60, PLAN) == pytest.approx(0.005)
-    assert learning_rate_at(0, replace(PLAN, warmup_steps=0)) == pytest.approx(0.05)
-
-
-def test_vectors_and_scalars_are_not_decayed() -> None:
-    model = nn.Linear(3, 2)
-    model.register_parameter("temperature", nn.Parameter(torch.tensor(0.07)))
-    decayed, exempt = build_optimizer(model, PLAN).param_groups
-    assert [p.ndim for p in decayed["params"]] == [2]
-    assert sorted(p.ndim for p in exempt["params"]) == [0, 1]
-    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.05, 0.0)
-
-
-def test_processes_that_see_unequal_checkpoints_do_not_begin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "gather_object", lambda mine: [*mine, 25])  # of another process
+def test_processes_that_see_unequal_checkpoints_do_not_begin(tmp_path: Path) -> None:
     with pytest.raises(CheckpointMismatchError, match=r"checkpoints of steps \[0, 25\].*one directory"):
-        train_line(tmp_path)
+        train_line(tmp_path, gather=lambda steps: [*steps, 25])  # 25: of another process
     assert not (tmp_path / "metrics.jsonl").exists()
