@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.checkpoint import CheckpointMismatchError, load_checkpoint, save_checkpoint
 from training.config import Optimization
+from training.gradients import average_gradients
 from training.metrics_log import MetricsLog
 from training.optimizers import build_optimizer, learning_rate_at
 
@@ -113,9 +114,7 @@ def _update(
     torch.autograd.backward(losses["loss"])
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     if PartialState().num_processes > 1:
-        for parameter in trainable:
-            if parameter.grad is not None:
-                parameter.grad = reduce(parameter.grad, "mean")
+        average_gradients(trainable)
     norm = nn.utils.clip_grad_norm_(trainable, optimization.max_grad_norm)
     if not torch.isfinite(norm):  # checked before the update and before the next checkpoint
         raise NonFiniteLossError(f"{run.name}: step {index} gave a gradient of norm {norm:.4g}; {_CURE}")
