@@ -20,9 +20,9 @@ from torch import Tensor
 from model import Blip2
 from model.checkpoints import EMBEDDED, LoadOptions
 from model.checkpoints.options import Quantization
-from training.evaluation.metrics import Answered, caption_figures, vqa_figures
-from training.tiny.gates.plan import Plan, prepare_pixels
-from training.tiny.gates.speaking import PromptedSpeaker
+from training.evaluation.metrics import AnsweredQuestion, caption_figures, vqa_figures
+from training.tiny.gates.generation import PromptedGenerator
+from training.tiny.gates.plan import GatePlan, prepare_pixels
 from training.world.questions import Question
 from training.world.scenes import Scene
 
@@ -60,14 +60,14 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--out", type=Path, help="write the table here too")
     arguments = parser.parse_args()
-    plan = Plan(Path(), num_scenes=arguments.scenes)
+    plan = GatePlan(Path(), num_scenes=arguments.scenes)
     text = "\n".join(_report(plan)) + "\n"
     print(text, end="")
     if arguments.out is not None:
         arguments.out.write_text(text, encoding="utf-8")
 
 
-def _report(plan: Plan) -> Iterator[str]:
+def _report(plan: GatePlan) -> Iterator[str]:
     settings = [each for each in SETTINGS if each.quantize == "none" or find_spec("torchao")]
     yield "# Types of fewer bits beside float32"
     yield ""
@@ -94,7 +94,7 @@ def _report(plan: Plan) -> Iterator[str]:
 def _ask(name: str, setting: Setting, scenes: Sequence[Scene], asked: Sequence[Sequence[Question]]) -> Said:
     blip2 = Blip2.from_pretrained(name, LoadOptions(dtype=setting.frozen, quantize=setting.quantize))
     assert blip2.language_model is not None
-    speaker = PromptedSpeaker(blip2.language_model, blip2.prompts, partial(_read, blip2, setting))
+    speaker = PromptedGenerator(blip2.language_model, blip2.prompts, partial(_read, blip2, setting))
     answers = speaker.answer(scenes, [[item.question for item in row] for row in asked])
     captions = speaker.caption(scenes)
     with torch.inference_mode():
@@ -121,7 +121,7 @@ def _row(
 ) -> str:
     questions = [item for row in asked for item in row]
     right = vqa_figures(
-        [Answered(item, text, 0) for item, text in zip(questions, said.answers, strict=True)]
+        [AnsweredQuestion(item, text, 0) for item, text in zip(questions, said.answers, strict=True)]
     )["overall"]
     true = caption_figures(said.captions, scenes)["wholly_true"]
     drift = ((said.inputs - reference.inputs).norm(dim=-1) / reference.inputs.norm(dim=-1)).mean()

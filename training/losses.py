@@ -1,8 +1,7 @@
-"""The losses of both stages, as pure functions of scores and labels (BLIP-2, §3.2; LAVIS for the details).
+"""The losses of both stages, as pure functions of scores and labels (BLIP-2, §3.2; details as in LAVIS).
 
-`matches` [B, B] says which text belongs to which image: entry (i, j) is true where text j is true of image i.
-Where nothing but the pairing is known it is the identity; where images recur (retrieval fine-tuning) or
-truth can be checked, the other true entries are neither negatives nor wrong.
+`matches` [B, B] is true at (i, j) if text j is true of image i. It is the identity where only the pairing is
+known. Where images recur or truth can be checked, other entries are true too; they are never negatives.
 """
 
 import torch
@@ -14,39 +13,42 @@ IGNORED = -100
 
 
 def itc_loss(similarities: Tensor, matches: Tensor) -> Tensor:
-    """Image-text contrastive loss of [B, B] similarities, already divided by the temperature.
+    """Compute the image-text contrastive loss of [B, B] similarities, already divided by the temperature.
 
-    Half image-to-text (rows), half text-to-image (columns). Targets share 1 - 0.1 evenly among what matches
-    and 0.1 evenly among all; with the identity as `matches` this is cross-entropy with label smoothing.
+    Mean of image-to-text (rows) and text-to-image (columns). The targets put 1 - 0.1 evenly on the matches
+    and 0.1 evenly on all; with the identity as `matches` this is cross-entropy with label smoothing.
     """
     return 0.5 * (_soft_cross_entropy(similarities, matches) + _soft_cross_entropy(similarities.T, matches.T))
 
 
 def sample_hard_negatives(similarities: Tensor, matches: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws a wrong text for each image and a wrong image for each text, likelier the more similar.
+    """Sample a negative text for each image and a negative image for each text, by softmax of similarity.
 
-    `similarities` [B, B] as in `itc_loss`. Returns (text of each image [B], image of each text [B]). A row
-    without any wrong partner draws from the others by similarity alone.
+    `similarities` [B, B] as in `itc_loss`. Returns (text index per image [B], image index per text [B]). A
+    row without negatives samples from all but its own pair.
     """
     with torch.no_grad():
-        return _draw(similarities, matches), _draw(similarities.T, matches.T)
+        return _sample_negatives(similarities, matches), _sample_negatives(similarities.T, matches.T)
 
 
 def itm_loss(logits: Tensor, num_positives: int) -> Tensor:
-    """Image-text matching loss of [3B, 2] logits whose first `num_positives` = B pairs belong together."""
+    """Compute the image-text matching loss of [3B, 2] logits; the first `num_positives` = B pairs match."""
     labels = (torch.arange(len(logits), device=logits.device) < num_positives).long()
     return F.cross_entropy(logits.float(), labels)
 
 
 def itg_labels(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Next-token labels [B, T] of padded texts: the end token is a target, padding is not."""
+    """Return the next-token labels [B, T] of padded texts: the end token is a target, padding is not."""
     labels = torch.full_like(input_ids, IGNORED)
     labels[:, :-1] = torch.where(attention_mask[:, 1:].bool(), input_ids[:, 1:], IGNORED)
     return labels
 
 
 def itg_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Image-grounded text generation loss of [B, T, N] logits: smoothed cross-entropy, mean over targets."""
+    """Compute the image-grounded text generation loss of [B, T, N] logits.
+
+    Cross-entropy with label smoothing, mean over the targets.
+    """
     return F.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, label_smoothing=LABEL_SMOOTHING
     )
@@ -60,8 +62,8 @@ def _soft_cross_entropy(similarities: Tensor, matches: Tensor) -> Tensor:
     return -(targets * similarities.float().log_softmax(dim=1)).sum(dim=1).mean()
 
 
-def _draw(similarities: Tensor, matches: Tensor) -> Tensor:
-    own = torch.eye(len(matches), dtype=torch.bool, device=matches.device)
-    forbidden = torch.where(matches.all(dim=1, keepdim=True), own, matches)
-    weights = similarities.float().masked_fill(forbidden, float("-inf")).softmax(dim=1)
+def _sample_negatives(similarities: Tensor, matches: Tensor) -> Tensor:
+    diagonal = torch.eye(len(matches), dtype=torch.bool, device=matches.device)
+    excluded = torch.where(matches.all(dim=1, keepdim=True), diagonal, matches)
+    weights = similarities.float().masked_fill(excluded, float("-inf")).softmax(dim=1)
     return torch.multinomial(weights, 1).squeeze(1)

@@ -1,29 +1,34 @@
-"""What a run was made with, kept beside its checkpoint; going on with anything else is refused."""
+"""The provenance of a run: its configuration, code revision and seeds, and hashes of weights."""
 
+import hashlib
 import json
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from training.config import ConfigError, TinyConfig
+from training.config import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
-def record_run(directory: Path, config: TinyConfig) -> None:
-    """Writes `run.json`: the resolved configuration with its seeds, the git revision, torch's version.
+def record_run(directory: Path, config: "DataclassInstance") -> None:
+    """Write `run.json`: the resolved configuration with its seeds, the git revision and torch's version.
 
-    Raises ConfigError, naming the key, where an earlier run in this directory was configured otherwise.
+    Raises ConfigError naming the key if an earlier run in this directory had another configuration.
     """
     path, resolved = directory / "run.json", asdict(config)
     if path.exists():
-        earlier = _flat(json.loads(path.read_text(encoding="utf-8"))["config"])
-        for key, value in _flat(resolved).items():
+        earlier = _flatten(json.loads(path.read_text(encoding="utf-8"))["config"])
+        for key, value in _flatten(resolved).items():
             if earlier.get(key) != value:
                 raise ConfigError(
                     f"{directory} was begun with {key}={earlier.get(key)}, it is {value} now; "
-                    "go on with the former, or delete the directory"
+                    "restore the former value, or delete the directory"
                 )
         return
     directory.mkdir(parents=True, exist_ok=True)
@@ -31,10 +36,27 @@ def record_run(directory: Path, config: TinyConfig) -> None:
     path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def hash_module(module: nn.Module) -> str:
+    """Compute the SHA-256 over the names and bytes of all tensors of a module."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_weight_files(directory: Path) -> str:
+    """Compute the SHA-256 over the safetensors files of a directory; "" if there are none."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        return ""
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

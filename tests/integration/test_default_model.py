@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.integration.processes import service
-from training.evaluation.evaluate import Plan, ServerClient, evaluate
+from training.evaluation.client import ServerClient
+from training.evaluation.evaluate import EvaluationPlan, evaluate
 from training.evaluation.metrics import Figures
-from training.world.questions import FAMILIES
+from training.world.questions import QUESTION_TYPES
 from training.world.scenes import Split
 
 
@@ -26,7 +27,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerClient]:
 
 
 def measure(client: ServerClient, split: Split, num_reranked: int) -> dict[str, Figures]:
-    return evaluate(client, Plan(7, split, num_scenes=150, questions_per_scene=8, num_reranked=num_reranked))
+    plan = EvaluationPlan(7, split, num_scenes=150, questions_per_scene=8, num_reranked=num_reranked)
+    return evaluate(client, plan)
 
 
 @pytest.mark.slow
@@ -34,7 +36,7 @@ def test_unseen_scenes(client: ServerClient) -> None:
     figures = measure(client, "unseen", num_reranked=20)
     questions, captions = figures["questions"], figures["captions"]
     assert questions["overall"] >= 0.9
-    assert {family: questions[family] for family in FAMILIES if questions[family] < 0.8} == {}
+    assert {name: questions[name] for name in QUESTION_TYPES if questions[name] < 0.8} == {}
     assert captions["named_pairs_true"] >= 0.95
     assert captions["wholly_true"] >= 0.85
     assert captions["names_an_object"] == 1
@@ -59,7 +61,7 @@ def test_the_sibling_with_a_t5_answers_and_captions_too(tmp_path: Path) -> None:
         service(tmp_path, model="tiny-t5", dtype="float32") as server,
         ServerClient(server.url, concurrency=8) as client,
     ):
-        plan = Plan(7, "unseen", num_scenes=100, questions_per_scene=5, num_reranked=0)
+        plan = EvaluationPlan(7, "unseen", num_scenes=100, questions_per_scene=5, num_reranked=0)
         figures = evaluate(client, replace(plan, tasks=("questions", "captions")))
     assert figures["questions"]["overall"] >= 0.8
     assert figures["captions"]["named_pairs_true"] >= 0.9

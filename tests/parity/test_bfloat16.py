@@ -10,11 +10,11 @@ from torch import Tensor
 
 from model import Blip2
 from model.checkpoints import LoadOptions
-from training.tiny.gates.plan import Plan, prepare_pixels
-from training.tiny.gates.speaking import PromptedSpeaker
+from training.tiny.gates.generation import PromptedGenerator
+from training.tiny.gates.plan import GatePlan, prepare_pixels
 from training.world.scenes import Scene
 
-PLAN = Plan(Path(), num_scenes=100)  # five questions each
+PLAN = GatePlan(Path(), num_scenes=100)  # five questions each
 
 
 def read(blip2: Blip2, scenes: Sequence[Scene]) -> Tensor:
@@ -27,7 +27,7 @@ def answers(dtype: torch.dtype, qformer_dtype: torch.dtype) -> list[str]:
     blip2 = Blip2.from_pretrained("tiny", LoadOptions(dtype=dtype))
     if qformer_dtype != torch.float32:
         blip2.pack(qformer_dtype)
-    speaker = PromptedSpeaker(blip2.require_language_model(), blip2.prompts, partial(read, blip2))
+    speaker = PromptedGenerator(blip2.require_language_model(), blip2.prompts, partial(read, blip2))
     scenes = PLAN.scenes("unseen")
     asked = [[item.question for item in row] for row in PLAN.questions(scenes)]
     return [answer.text for row in speaker.answer(scenes, asked) for answer in row]

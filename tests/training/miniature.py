@@ -1,23 +1,21 @@
-"""The whole recipe in miniature: every phase, in seconds."""
+"""A configuration of the recipe in miniature: every phase takes seconds."""
 
 from dataclasses import replace
 
-from training.config import (
-    CONFIG_DIR,
+from training.config import Optimization, Stage1Config
+from training.tiny.config import (
     EncoderDecoderShape,
     LanguageShape,
-    Optimization,
-    Stage1,
     TinyConfig,
     VisionShape,
-    World,
+    WorldConfig,
     load_tiny_config,
 )
 
 
 def miniature_config(steps: int, batch_size: int = 4) -> TinyConfig:
-    """The shipped configuration with parts of width 16, a handful of scenes and `steps` steps a phase."""
-    shipped = load_tiny_config(CONFIG_DIR / "tiny.yaml")
+    """Return the shipped configuration with models of width 16, few scenes and `steps` steps a phase."""
+    shipped = load_tiny_config()
     few = Optimization(
         steps=steps,
         batch_size=batch_size,
@@ -33,7 +31,7 @@ def miniature_config(steps: int, batch_size: int = 4) -> TinyConfig:
         autocast="float32",
         save_every=20,
         num_questions=2,
-        world=World(0, num_train_scenes=16, num_recolored_scenes=8, num_told_scenes=8, image_size=48),
+        world=WorldConfig(0, num_train_scenes=16, num_recolored_scenes=8, num_told_scenes=8, image_size=48),
         vision_model=VisionShape(16, 1, 2, 32, patch_size=12),
         language_model=LanguageShape(16, 3, 4, 32, max_position_embeddings=128),
         language_model_t5=EncoderDecoderShape(16, 3, 1, 4, 32),
@@ -43,8 +41,8 @@ def miniature_config(steps: int, batch_size: int = 4) -> TinyConfig:
         vision_pretraining=few,
         language_pretraining=few,
         language_pretraining_t5=few,
-        stage1=Stage1(num_pairs=2, optimization=few),
-        retrieval=Stage1(num_pairs=2, optimization=replace(few, batch_size=2 * batch_size)),
+        stage1=Stage1Config(num_pairs=2, optimization=few),
+        retrieval=Stage1Config(num_pairs=2, optimization=replace(few, batch_size=2 * batch_size)),
         stage2=few,
         stage2_t5=few,
     )

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.config import CONFIG_DIR, ConfigError, load_tiny_config
+from training.config import CONFIG_DIR, ConfigError
+from training.tiny.config import load_tiny_config
 
 
 def changed(tmp_path: Path, **changes: object) -> Path:
@@ -35,7 +36,7 @@ def test_the_shipped_configuration_is_valid() -> None:
                     "max_position_embeddings": 128,
                 }
             },
-            "a language model has 2 layers of 4 heads; supervised reading needs 3 of both",
+            "a language model has 2 layers of 4 heads; attention supervision needs 3 of both",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Each loss against numbers worked out by hand."""
+"""Each loss compared with values computed by hand."""
 
 from math import exp, log
 

@@ -1,4 +1,4 @@
-"""Two processes of one run, as torchrun starts them on the nodes of a cluster: here both on this machine."""
+"""Two processes of one run, started by torchrun on this machine."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from model import Blip2
 from tests.training import test_loop
 from tests.training.miniature import miniature_config
 from training.loop import Losses, Run, train
-from training.tiny.recipe import TinyTraining
+from training.tiny.recipe import TinyRecipe
 
 NUM_PROCESSES = 2
 PLAN = replace(test_loop.PLAN, steps=8, warmup_steps=2)
@@ -37,13 +37,14 @@ processes.destroy_process_group()
 
 
 def fit_line(directory: Path, split: Split) -> Tensor:
-    """Fits a line to points that are drawn from each of the generators that `split` makes of a step's own."""
+    """Fit the linear model to points from each of the generators that `split` derives from a step's."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
 
     def loss_of(rng: np.random.Generator) -> Tensor:
         inputs = torch.from_numpy(rng.normal(size=(PLAN.batch_size, 3))).float()
-        return (model(inputs) - inputs.sum(dim=1, keepdim=True)).pow(2).mean()
+        errors: Tensor = model(inputs) - inputs.sum(dim=1, keepdim=True)
+        return errors.pow(2).mean()
 
     def step(rng: np.random.Generator) -> Losses:
         return {"loss": torch.stack([loss_of(each) for each in split(rng)]).mean()}
@@ -92,6 +93,6 @@ def test_two_processes_go_through_the_whole_recipe(tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump(asdict(miniature_config(steps=2))))
     out = tmp_path / "run"
     torchrun("-m", "training", "tiny", f"--config={config}", f"--out={out}", "--device=cpu")
-    assert {path.name for path in (out / "model").iterdir()} == set(TinyTraining.PHASES)
+    assert {path.name for path in (out / "model").iterdir()} == set(TinyRecipe.PHASES)
     for phase in ("stage2", "stage2_t5"):
         assert Blip2.from_pretrained(str(out / "model" / phase)).language_model is not None

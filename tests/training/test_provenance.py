@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from training.config import CONFIG_DIR, ConfigError, load_tiny_config
+from training.config import ConfigError
 from training.provenance import record_run
+from training.tiny.config import load_tiny_config
 
-CONFIG = load_tiny_config(CONFIG_DIR / "tiny.yaml")
+CONFIG = load_tiny_config()
 
 
 def test_the_resolved_configuration_is_kept_and_the_same_one_may_go_on(tmp_path: Path) -> None:

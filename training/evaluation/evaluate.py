@@ -1,24 +1,15 @@
-"""Measures a running server over HTTP on scenes it has never seen, beside guessing blindly.
+"""Evaluation of a running server over HTTP on unseen scenes, compared with baselines without the image."""
 
-The server is asked just as a user asks it; what a blind guess scores is computed here, on the same
-questions.
-"""
-
-import base64
-import io
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any
 
-import httpx
 import numpy as np
-from tqdm import tqdm
 
-from training.evaluation.image_ablated import BlindSpeaker, load_blind_speaker
+from training.evaluation.client import ServerClient, encode_image
+from training.evaluation.image_ablated import ImageAblatedModel, load_image_ablated
 from training.evaluation.metrics import (
-    Answered,
+    AnsweredQuestion,
     Figures,
     caption_figures,
     common_answers,
@@ -26,25 +17,19 @@ from training.evaluation.metrics import (
     vqa_figures,
 )
 from training.world.captions import listing_caption
-from training.world.gallery import identified_scenes
 from training.world.questions import Question, sample_questions
-from training.world.scenes import Scene, Split, iter_scenes, render_scene
+from training.world.scenes import Scene, Split, iter_scenes
+from training.world.truth import identified_scenes
 
 TASKS = ("questions", "captions", "retrieval")
-_MAX_TRIES = 100
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-
-
-class EvaluationError(Exception):
-    """The server could not be asked, or refused; the message carries its answer."""
+_NUM_PRIOR_SCENES = 2000  # training scenes that the most common answers are counted on
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is asked: `num_scenes` scenes of a split, each with `questions_per_scene` questions.
+class EvaluationPlan:
+    """The scenes and tasks of an evaluation: `num_scenes` scenes of a split.
 
-    tasks: those of `TASKS` that are measured.
+    num_reranked: retrieval queries that are also re-ranked by ITM. tasks: a subset of `TASKS`.
     """
 
     seed: int
@@ -56,93 +41,25 @@ class Plan:
     tasks: tuple[str, ...] = TASKS
 
 
-class ServerClient:
-    """The three routes of a server, asked over `concurrency` connections."""
-
-    def __init__(self, url: str, concurrency: int) -> None:
-        self._http = httpx.Client(base_url=url, timeout=120.0)
-        self._concurrency = concurrency
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._http.close()
-
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """One request, sent again when the server says it is busy.
-
-        Raises EvaluationError with what the server said where it is no success.
-        """
-        for _ in range(_MAX_TRIES):
-            try:
-                response = self._http.post(path, json=body)
-            except httpx.HTTPError as exc:
-                where = f"{self._http.base_url}{path}"
-                raise EvaluationError(f"{where}: {exc!r}; is the server running?") from exc
-            if response.status_code != httpx.codes.TOO_MANY_REQUESTS:
-                break
-            time.sleep(float(response.headers["Retry-After"]))
-        if response.status_code != 200:
-            raise EvaluationError(f"{path} answered {response.status_code}: {response.text[:500]}")
-        answer: dict[str, Any] = response.json()
-        return answer
-
-    def map(self, ask: Callable[[_Item], _Result], items: Iterable[_Item], label: str) -> list[_Result]:
-        """Asks for every item, several at a time, and keeps their order."""
-        todo = list(items)
-        with ThreadPoolExecutor(self._concurrency) as pool:
-            return list(tqdm(pool.map(ask, todo), desc=label, total=len(todo), mininterval=5))
-
-
-def encode_image(scene: Scene, image_size: int) -> str:
-    """A scene as the base64 text of a PNG file."""
-    buffer = io.BytesIO()
-    render_scene(scene, image_size).save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def evaluate(client: ServerClient, plan: Plan, blind_checkpoint: str | None = None) -> dict[str, Figures]:
-    """All figures of one server, by task; with `blind_checkpoint`, those of its language model alone too."""
+def evaluate(
+    client: ServerClient, plan: EvaluationPlan, image_ablated_checkpoint: str | None = None
+) -> dict[str, Figures]:
+    """Compute the figures of a server by task, and those of `image_ablated_checkpoint` as a baseline."""
     scenes = list(iter_scenes(plan.seed, plan.split, plan.num_scenes))
     images = [encode_image(scene, plan.image_size) for scene in scenes]
-    blind = load_blind_speaker(blind_checkpoint) if blind_checkpoint is not None else None
+    baseline = load_image_ablated(image_ablated_checkpoint) if image_ablated_checkpoint is not None else None
     figures: dict[str, Figures] = {}
     if "questions" in plan.tasks:
-        figures |= _evaluate_questions(client, plan, scenes, images, blind)
+        figures |= _evaluate_questions(client, plan, scenes, images, baseline)
     if "captions" in plan.tasks:
-        figures |= _evaluate_captions(client, scenes, images, blind)
+        figures |= _evaluate_captions(client, scenes, images, baseline)
     if "retrieval" in plan.tasks:
         figures |= _evaluate_retrieval(client, plan)
     return figures
 
 
-def _evaluate_questions(
-    client: ServerClient,
-    plan: Plan,
-    scenes: Sequence[Scene],
-    images: Sequence[str],
-    blind: BlindSpeaker | None,
-) -> dict[str, Figures]:
-    asked = questions_of(plan, scenes)
-
-    def ask(index: int) -> list[str]:
-        body = {"image": images[index], "question": [item.question for item in asked[index]]}
-        return [answer["answer"] for answer in client.post("/vqa", body)["answers"]]
-
-    answers = client.map(ask, range(len(scenes)), "questions")
-    figures = {"questions": vqa_figures(pair_answers(scenes, asked, answers))}
-    if blind is not None:
-        guessed = pair_answers(scenes, asked, blind.answer(asked))
-        figures["questions, language model without image"] = vqa_figures(guessed)
-    return figures | {
-        "questions, most common answer": vqa_figures(pair_answers(scenes, asked, _guess(plan, asked))),
-        "questions, chance": _chance(asked),
-    }
-
-
-def questions_of(plan: Plan, scenes: Sequence[Scene]) -> list[list[Question]]:
-    """The same questions for the same plan, always."""
+def plan_questions(plan: EvaluationPlan, scenes: Sequence[Scene]) -> list[list[Question]]:
+    """Sample the questions about each scene, equal for equal plans."""
     return [
         sample_questions(scene, np.random.default_rng([plan.seed, index]), plan.questions_per_scene)
         for index, scene in enumerate(scenes)
@@ -150,65 +67,97 @@ def questions_of(plan: Plan, scenes: Sequence[Scene]) -> list[list[Question]]:
 
 
 def pair_answers(
-    scenes: Sequence[Scene], asked: Sequence[Sequence[Question]], answers: Sequence[Sequence[str]]
-) -> list[Answered]:
-    """Every question of every scene beside its answer."""
+    scenes: Sequence[Scene], questions: Sequence[Sequence[Question]], answers: Sequence[Sequence[str]]
+) -> list[AnsweredQuestion]:
+    """Pair every question of every scene with its answer."""
     return [
-        Answered(question, answer, len(scene.objects))
-        for scene, questions, given in zip(scenes, asked, answers, strict=True)
-        for question, answer in zip(questions, given, strict=True)
+        AnsweredQuestion(question, answer, len(scene.objects))
+        for scene, scene_questions, scene_answers in zip(scenes, questions, answers, strict=True)
+        for question, answer in zip(scene_questions, scene_answers, strict=True)
     ]
 
 
-def _guess(plan: Plan, asked: Sequence[Sequence[Question]]) -> list[list[str]]:
-    """The most common answer of each family, among 2,000 scenes of the split `train` with the same seed."""
-    scenes = list(iter_scenes(plan.seed, "train", 2000))
-    known = [item for questions in questions_of(plan, scenes) for item in questions]
-    common = common_answers(known)
-    return [[common[item.family] for item in questions] for questions in asked]
+def _evaluate_questions(
+    client: ServerClient,
+    plan: EvaluationPlan,
+    scenes: Sequence[Scene],
+    images: Sequence[str],
+    baseline: ImageAblatedModel | None,
+) -> dict[str, Figures]:
+    questions = plan_questions(plan, scenes)
+
+    def request_answers(index: int) -> list[str]:
+        body = {"image": images[index], "question": [item.question for item in questions[index]]}
+        return [answer["answer"] for answer in client.post("/vqa", body)["answers"]]
+
+    answers = client.map(request_answers, range(len(scenes)), "questions")
+    figures = {"questions": vqa_figures(pair_answers(scenes, questions, answers))}
+    if baseline is not None:
+        ablated = pair_answers(scenes, questions, baseline.answer(questions))
+        figures["questions, language model without image"] = vqa_figures(ablated)
+    common = pair_answers(scenes, questions, _guess_common_answers(plan, questions))
+    return figures | {
+        "questions, most common answer": vqa_figures(common),
+        "questions, chance": _chance(questions),
+    }
 
 
-def _chance(asked: Sequence[Sequence[Question]]) -> Figures:
-    """Expected exact match of a uniform draw among the answers a family ever has."""
+def _guess_common_answers(plan: EvaluationPlan, questions: Sequence[Sequence[Question]]) -> list[list[str]]:
+    """Answer each question with the most common answer of its type, counted on training scenes."""
+    scenes = list(iter_scenes(plan.seed, "train", _NUM_PRIOR_SCENES))
+    prior = [item for scene_questions in plan_questions(plan, scenes) for item in scene_questions]
+    common = common_answers(prior)
+    return [[common[item.question_type] for item in scene_questions] for scene_questions in questions]
+
+
+def _chance(questions: Sequence[Sequence[Question]]) -> Figures:
+    """Compute the expected exact match of a uniform guess among all answers of a question type."""
+    all_questions = [item for scene_questions in questions for item in scene_questions]
     answers: dict[str, set[str]] = {}
-    for item in (item for questions in asked for item in questions):
-        answers.setdefault(item.family, set()).add(item.answer)
-    families = [item.family for questions in asked for item in questions]
-    overall = sum(1 / len(answers[family]) for family in families) / len(families)
-    return {"overall": overall, **{family: 1 / len(given) for family, given in sorted(answers.items())}}
+    for item in all_questions:
+        answers.setdefault(item.question_type, set()).add(item.answer)
+    types = [item.question_type for item in all_questions]
+    overall = sum(1 / len(answers[name]) for name in types) / len(types)
+    return {"overall": overall, **{name: 1 / len(options) for name, options in sorted(answers.items())}}
 
 
 def _evaluate_captions(
-    client: ServerClient, scenes: Sequence[Scene], images: Sequence[str], blind: BlindSpeaker | None
+    client: ServerClient,
+    scenes: Sequence[Scene],
+    images: Sequence[str],
+    baseline: ImageAblatedModel | None,
 ) -> dict[str, Figures]:
-    def ask(image: str) -> str:
+    def request_caption(image: str) -> str:
         caption: str = client.post("/caption", {"image": image})["captions"][0]["text"]
         return caption
 
-    figures = {"captions": caption_figures(client.map(ask, images, "captions"), scenes)}
-    if blind is not None:
-        guessed = [blind.caption()] * len(scenes)
-        figures["captions, language model without image"] = caption_figures(guessed, scenes)
+    figures = {"captions": caption_figures(client.map(request_caption, images, "captions"), scenes)}
+    if baseline is not None:
+        ablated = [baseline.caption()] * len(scenes)
+        figures["captions, language model without image"] = caption_figures(ablated, scenes)
     return figures
 
 
-def _evaluate_retrieval(client: ServerClient, plan: Plan) -> dict[str, Figures]:
+def _evaluate_retrieval(client: ServerClient, plan: EvaluationPlan) -> dict[str, Figures]:
+    """Compute recall in both directions in a gallery of scenes with distinct captions."""
     scenes = identified_scenes(plan.seed, plan.split, plan.num_scenes)
     images = [encode_image(scene, plan.image_size) for scene in scenes]
     captions = [listing_caption(scene) for scene in scenes]
 
     def rank(query: dict[str, Any], candidates: dict[str, Any], mode: str, target: int) -> int:
         body = {**query, "candidates": candidates, "mode": mode, "top_k": min(10, len(scenes))}
-        found = [result["index"] for result in client.post("/retrieve", body)["results"]]
-        return found.index(target) if target in found else len(scenes)
+        indices = [result["index"] for result in client.post("/retrieve", body)["results"]]
+        return indices.index(target) if target in indices else len(scenes)
 
-    def recall(mode: str, count: int) -> dict[str, Figures]:
+    def recall(mode: str, num_queries: int) -> dict[str, Figures]:
         texts, pictures = {"texts": captions}, {"images": images}
         to_text = client.map(
-            lambda k: rank({"image": images[k]}, texts, mode, k), range(count), f"image to text, {mode}"
+            lambda k: rank({"image": images[k]}, texts, mode, k), range(num_queries), f"image to text, {mode}"
         )
         to_image = client.map(
-            lambda k: rank({"text": captions[k]}, pictures, mode, k), range(count), f"text to image, {mode}"
+            lambda k: rank({"text": captions[k]}, pictures, mode, k),
+            range(num_queries),
+            f"text to image, {mode}",
         )
         return {
             f"retrieval image to text, {mode}": recall_at(to_text),

@@ -1,19 +1,20 @@
-"""Supervision that teaches a small language model to look up what a text names: for pre-training only.
+"""Attention supervision of small language models, for pre-training only; the released model has none of it.
 
-A small model that only predicts words stays for thousands of steps at answering from the bag of a scene's
-attributes, without binding them to objects. The generator knows which object every noun phrase names, so one
-attention head is told where to look, and linear read-outs of the hidden states what to find there. Nothing of
-this is part of the model or of inference.
+With next-token prediction alone, a small model answers from a scene's bag of attributes for thousands of
+steps, without binding attributes to objects. The generator knows which object each noun phrase refers to, so
+three attention heads are supervised with their targets, and linear probes with the attributes found there.
 
-Layers are counted from 0. At the last word of a noun phrase, head 0 of layer 1 attends to the words of the
-object in the description, and the states behind that layer hold its six attributes. At the second of two
-compared phrases, head 1 of layer 2 attends to the end of the first, and the states behind it hold which of
-the two is further right and further down. At the "?" of a question that is answered by an object, head 2 of
-layer 2 attends to that object's words.
+Layers are counted from 0; "description" is the dense description that begins the sequence.
+
+| position | head | target | probe behind that layer |
+|---|---|---|---|
+| last word of a noun phrase | layer 1, head 0 | the object's words in the description | its six attributes |
+| second of two compared phrases | layer 2, head 1 | the end of the first | further right? further down? |
+| "?" of a question about an object | layer 2, head 2 | the words of the answer's object | none |
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,108 +22,130 @@ from torch.nn import functional as F
 
 from training.world.captions import GRID
 from training.world.phrases import find_referents
-from training.world.scenes import SIZES, TEXTURES, TOLD_COLORS, TOLD_SHAPES, Scene, SceneObject
+from training.world.scenes import SIZES, TEXT_COLORS, TEXT_SHAPES, TEXTURES, Scene, SceneObject
 
 WORDS_PER_OBJECT = 6
+MIN_LAYERS_AND_HEADS = 3  # layers, and heads of each, that the supervision uses
+LOSS_WEIGHT = 0.3  # of each loss, relative to the language-model loss
 _LOOKUP_LAYER, _COMPARE_LAYER = 1, 2
 _LOOKUP_HEAD, _COMPARE_HEAD, _ANSWER_HEAD = 0, 1, 2
-_CLASSES = (len(TOLD_COLORS), len(SIZES), len(TEXTURES), len(TOLD_SHAPES), GRID, GRID)  # as in dense_words
+# As in `dense_words`.
+_NUM_CLASSES = (len(TEXT_COLORS), len(SIZES), len(TEXTURES), len(TEXT_SHAPES), GRID, GRID)
 
 
 @dataclass(frozen=True, slots=True)
-class Mentions:
-    """Where the texts of a batch name objects; every position counts from the start of the sequence.
-
-    `named` [M, 3]: sequence, position of the phrase's last word, object. `attributes` [M, 6] int64: classes
-    of that object. `compared` [C, 3]: sequence, position of the second phrase, of the first; `order` [C, 2]:
-    1 where the second object is further right, further down. `asked` [A, 3]: sequence, position of the
-    question mark, object that answers.
-    """
-
-    named: Tensor
-    attributes: Tensor
-    compared: Tensor
-    order: Tensor
-    asked: Tensor
-
-    def to(self, device: torch.device) -> "Mentions":
-        return Mentions(*(getattr(self, name).to(device) for name in self.__slots__))
-
-
-@dataclass(frozen=True, slots=True)
-class ReadText:
-    """One text as a model reads it: its words, the position of the first, and how many of them are read."""
+class TextSpan:
+    """One text in a sequence: its words, the position of the first, and how many are the layers' input."""
 
     words: Sequence[str]
     start: int
-    num_read: int
+    num_encoded: int
 
 
-def find_mentions(batch: Sequence[Sequence[ReadText]], scenes: Sequence[Scene]) -> Mentions:
-    """Finds the mentions in the texts of each sequence, all of them about one scene."""
-    named, attributes, compared, order, asked = [], [], [], [], []
-    for row, (texts, scene) in enumerate(zip(batch, scenes, strict=True)):
-        for text in texts:
-            found = find_referents(text.words, scene)
-            read = [(end, k) for end, k in found if end < text.num_read]
-            named += [(row, text.start + end, k) for end, k in read]
-            attributes += [_attribute_classes(scene.objects[k]) for _, k in read]
-            if "?" not in text.words:
-                continue
-            mark = text.words.index("?")
-            inside = [(end, k) for end, k in found if end < mark]
-            answers = [k for end, k in found if end > mark]
-            if len(inside) == 2:
-                (first_end, first), (second_end, second) = inside
-                compared.append((row, text.start + second_end, text.start + first_end))
-                order.append(_order(scene.objects[first], scene.objects[second]))
-            elif len(answers) == 1:
-                asked.append((row, text.start + mark, answers[0]))
-    return Mentions(
-        _rows(named, 3), _rows(attributes, 6), _rows(compared, 3), _rows(order, 2).float(), _rows(asked, 3)
+@dataclass(frozen=True, slots=True)
+class AttentionTargets:
+    """Supervised positions of a batch, counted from the start of each sequence.
+
+    `mentions` [M, 3]: sequence, position of a noun phrase's last word, object; `attributes` [M, 6] int64: the
+    classes of that object. `comparisons` [C, 3]: sequence, position of the second phrase, of the first;
+    `order` [C, 2]: 1 if the second object is further right, further down. `answers` [A, 3]: sequence,
+    position of the question mark, object of the answer.
+    """
+
+    mentions: Tensor
+    attributes: Tensor
+    comparisons: Tensor
+    order: Tensor
+    answers: Tensor
+
+    def to(self, device: torch.device) -> "AttentionTargets":
+        return AttentionTargets(*(getattr(self, name).to(device) for name in self.__slots__))
+
+
+def find_attention_targets(batch: Sequence[Sequence[TextSpan]], scenes: Sequence[Scene]) -> AttentionTargets:
+    """Find the supervised positions in the texts of each sequence, all of them about one scene."""
+    rows = _TargetRows()
+    for row, (spans, scene) in enumerate(zip(batch, scenes, strict=True)):
+        for span in spans:
+            rows.add(row, span, scene)
+    return AttentionTargets(
+        _to_tensor(rows.mentions, 3),
+        _to_tensor(rows.attributes, 6),
+        _to_tensor(rows.comparisons, 3),
+        _to_tensor(rows.order, 2).float(),
+        _to_tensor(rows.answers, 3),
     )
 
 
-class ReadingHeads(nn.Module):
-    """The read-outs; thrown away after pre-training."""
+@dataclass(slots=True)
+class _TargetRows:
+    """The rows of `AttentionTargets`, collected text by text."""
+
+    mentions: list[Sequence[int]] = field(default_factory=list)
+    attributes: list[Sequence[int]] = field(default_factory=list)
+    comparisons: list[Sequence[int]] = field(default_factory=list)
+    order: list[Sequence[int]] = field(default_factory=list)
+    answers: list[Sequence[int]] = field(default_factory=list)
+
+    def add(self, row: int, span: TextSpan, scene: Scene) -> None:
+        """Append the targets of one text of sequence `row`."""
+        referents = find_referents(span.words, scene)
+        encoded = [(end, k) for end, k in referents if end < span.num_encoded]
+        self.mentions += [(row, span.start + end, k) for end, k in encoded]
+        self.attributes += [_attribute_classes(scene.objects[k]) for _, k in encoded]
+        if "?" not in span.words:
+            return
+        mark = span.words.index("?")
+        in_question = [(end, k) for end, k in referents if end < mark]
+        in_answer = [k for end, k in referents if end > mark]
+        if len(in_question) == 2:
+            (first_end, first), (second_end, second) = in_question
+            self.comparisons.append((row, span.start + second_end, span.start + first_end))
+            self.order.append(_order(scene.objects[first], scene.objects[second]))
+        elif len(in_answer) == 1:
+            self.answers.append((row, span.start + mark, in_answer[0]))
+
+
+class AttentionProbes(nn.Module):
+    """The linear probes, and the losses of the supervised heads; discarded after pre-training."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.attributes = nn.ModuleList(nn.Linear(hidden_size, count) for count in _CLASSES)
+        self.attributes = nn.ModuleList(nn.Linear(hidden_size, count) for count in _NUM_CLASSES)
         self.order = nn.Linear(hidden_size, 2)
 
     def losses(
-        self, hidden_states: Sequence[Tensor], attentions: Sequence[Tensor], mentions: Mentions
+        self, hidden_states: Sequence[Tensor], attentions: Sequence[Tensor], targets: AttentionTargets
     ) -> dict[str, Tensor]:
-        """Losses by name, of the states [B, S, L] behind each layer and its attention weights [B, H, S, S].
+        """Compute the losses by name from each layer's output [B, S, L] and attention weights [B, H, S, S].
 
         The description begins the sequence: one word of background, then six for each object.
         """
-        row, end, item = mentions.named.unbind(1)
+        row, end, item = targets.mentions.unbind(1)
         lookup = _mass_on_object(attentions[_LOOKUP_LAYER][row, _LOOKUP_HEAD, end], item)
         states = hidden_states[_LOOKUP_LAYER][row, end]  # [M, L]
         attributes = torch.stack(
             [
-                F.cross_entropy(head(states).float(), mentions.attributes[:, k], reduction="none")
+                F.cross_entropy(head(states).float(), targets.attributes[:, k], reduction="none")
                 for k, head in enumerate(self.attributes)
             ]
         )
-        row, second, first = mentions.compared.unbind(1)
+        row, second, first = targets.comparisons.unbind(1)
         compare = attentions[_COMPARE_LAYER][row, _COMPARE_HEAD, second, first]
         order = self.order(hidden_states[_COMPARE_LAYER][row, second]).float()
-        row, mark, item = mentions.asked.unbind(1)
+        row, mark, item = targets.answers.unbind(1)
         answer = _mass_on_object(attentions[_COMPARE_LAYER][row, _ANSWER_HEAD, mark], item)
         return {
             "lookup": _mean(_minus_log(lookup)),
             "attributes": _mean(attributes),
             "compare": _mean(_minus_log(compare)),
-            "order": _mean(F.binary_cross_entropy_with_logits(order, mentions.order, reduction="none")),
+            "order": _mean(F.binary_cross_entropy_with_logits(order, targets.order, reduction="none")),
             "answer": _mean(_minus_log(answer)),
         }
 
 
 def _mass_on_object(weights: Tensor, item: Tensor) -> Tensor:
-    """How much of each attention row [M, S] lies on the six words of its object [M]."""
+    """Sum each attention row [M, S] over the six description words of its object [M]."""
     words = 1 + WORDS_PER_OBJECT * item[:, None] + torch.arange(WORDS_PER_OBJECT, device=item.device)
     return weights.gather(1, words).sum(1)
 
@@ -132,19 +155,19 @@ def _minus_log(mass: Tensor) -> Tensor:
 
 
 def _mean(losses: Tensor) -> Tensor:
-    """The mean; 0 where a batch holds nothing to learn it from."""
+    """Compute the mean; 0 if the batch has no target."""
     return losses.sum() / max(1, losses.numel())
 
 
 def _attribute_classes(item: SceneObject) -> list[int]:
     cells = [min(int(value * GRID), GRID - 1) for value in (item.x, item.y)]
-    named = [TOLD_COLORS.index(item.color), list(SIZES).index(item.size), TEXTURES.index(item.texture)]
-    return [*named, TOLD_SHAPES.index(item.shape), *cells]
+    attributes = [TEXT_COLORS.index(item.color), list(SIZES).index(item.size), TEXTURES.index(item.texture)]
+    return [*attributes, TEXT_SHAPES.index(item.shape), *cells]
 
 
 def _order(first: SceneObject, second: SceneObject) -> list[int]:
     return [int(second.x > first.x), int(second.y > first.y)]
 
 
-def _rows(values: Sequence[Sequence[int]], width: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.long).reshape(-1, width)
+def _to_tensor(rows: Sequence[Sequence[int]], width: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long).reshape(-1, width)

@@ -1,6 +1,6 @@
-"""What stage 1 is worth: stage 2 from its weights beside stage 2 from a fresh Q-Former, several seeds each.
+"""The ablation of stage 1: stage 2 from its weights and from an untrained Q-Former, with several seeds each.
 
-Both arms have the same frozen parts, steps, batches and learning rates; a seed sets the fresh weights and the
+Both arms have the same frozen models, steps, batches and learning rates. A seed sets the new weights and the
 order of the scenes.
 """
 
@@ -16,10 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 from training.config import ConfigError
 from training.evaluation.metrics import Figures
 from training.provenance import record_run
-from training.stages.stage1 import build_matcher
-from training.tiny.gates.plan import Plan
+from training.tiny.gates.plan import GatePlan
 from training.tiny.gates.stage2 import measure_stage2
-from training.tiny.recipe import TinyTraining
+from training.tiny.recipe import TinyRecipe, build_tiny_matcher
 
 COMPARISON_FILE = "comparison.json"
 _ARMS = ("with_stage1", "without_stage1")
@@ -27,10 +26,9 @@ _ARMS = ("with_stage1", "without_stage1")
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What both arms came to after `steps` steps of stage 2, on `num_scenes` validation scenes of each split.
+    """Results of both arms after `steps` steps of stage 2, on `num_scenes` validation scenes of each split.
 
-    figures: those of every arm and seed, and of each arm the mean and, from two seeds on, the standard
-    deviation.
+    figures: of every arm and seed, and of each arm the mean and, from two seeds on, the standard deviation.
     """
 
     steps: int
@@ -41,28 +39,29 @@ class Comparison:
 _COMPARISON = TypeAdapter(Comparison)
 
 
-def compare_stage1(training: TinyTraining, seeds: Sequence[int], steps: int, plan: Plan) -> Comparison:
-    """Trains and measures both arms for every seed, and writes `<out>/comparison.json`.
+def compare_stage1(recipe: TinyRecipe, seeds: Sequence[int], steps: int, plan: GatePlan) -> Comparison:
+    """Train and measure both arms for every seed, and write `<out>/comparison.json`.
 
-    Resumes, and does nothing twice. Raises ConfigError where an arm was begun with other steps.
+    Resumes; a finished arm is not trained or measured again. Raises ConfigError if an arm was begun with
+    another number of steps.
     """
     rows: dict[str, Figures] = {}
     for arm in _ARMS:
-        of_arm = []
+        arm_rows = []
         for seed in seeds:
-            _train_arm(training, arm, seed, steps)
-            of_arm.append(_measure(f"{arm}-{seed}", plan))
-            rows[f"{arm}, seed {seed}"] = of_arm[-1]
-        rows[f"{arm}, mean"] = {name: mean(row[name] for row in of_arm) for name in of_arm[0]}
-        if len(of_arm) > 1:
-            rows[f"{arm}, deviation"] = {name: stdev(row[name] for row in of_arm) for name in of_arm[0]}
+            _train_arm(recipe, arm, seed, steps)
+            arm_rows.append(_measure(f"{arm}-{seed}", plan))
+            rows[f"{arm}, seed {seed}"] = arm_rows[-1]
+        rows[f"{arm}, mean"] = {name: mean(row[name] for row in arm_rows) for name in arm_rows[0]}
+        if len(arm_rows) > 1:
+            rows[f"{arm}, deviation"] = {name: stdev(row[name] for row in arm_rows) for name in arm_rows[0]}
     comparison = Comparison(steps, plan.num_scenes, rows)
-    (training.out / COMPARISON_FILE).write_bytes(_COMPARISON.dump_json(comparison, indent=2) + b"\n")
+    (recipe.out / COMPARISON_FILE).write_bytes(_COMPARISON.dump_json(comparison, indent=2) + b"\n")
     return comparison
 
 
-def read_comparison(out: Path) -> Comparison | None:
-    """The comparison of a run, or None where none was made. Raises ConfigError where the file is damaged."""
+def load_comparison(out: Path) -> Comparison | None:
+    """Load the comparison of a run; None if there is none. Raises ConfigError if the file is damaged."""
     path = out / COMPARISON_FILE
     if not path.exists():
         return None
@@ -72,19 +71,18 @@ def read_comparison(out: Path) -> Comparison | None:
         raise ConfigError(f"{path} cannot be read; compare again") from exc
 
 
-def _train_arm(training: TinyTraining, arm: str, seed: int, steps: int) -> None:
-    config = training.config
-    config = replace(config, seed=seed, stage2=replace(config.stage2, steps=steps))
+def _train_arm(recipe: TinyRecipe, arm: str, seed: int, steps: int) -> None:
+    config = replace(recipe.config, seed=seed, stage2=replace(recipe.config.stage2, steps=steps))
     phase = f"{arm}-{seed}"
-    record_run(training.out / phase, config)
-    if (training.result(phase) / "config.json").exists():
+    record_run(recipe.out / phase, config)
+    if recipe.artifacts.is_finished(phase):
         return
     torch.manual_seed(seed)
-    matcher = training.load_stage1() if arm == "with_stage1" else build_matcher(config)
-    replace(training, config=config).train_opt_stage2(phase, matcher)
+    matcher = recipe.artifacts.load_stage1() if arm == "with_stage1" else build_tiny_matcher(config)
+    replace(recipe, config=config).train_opt_stage2(phase, matcher)
 
 
-def _measure(phase: str, plan: Plan) -> Figures:
+def _measure(phase: str, plan: GatePlan) -> Figures:
     path = plan.out / phase / f"figures-{plan.seed}-{plan.num_scenes}.json"
     if path.exists():
         figures: Figures = json.loads(path.read_text(encoding="utf-8"))
@@ -100,6 +98,6 @@ def _measure(phase: str, plan: Plan) -> Figures:
 
 
 def _final_loss(directory: Path) -> float:
-    """The mean of the last ten logged losses."""
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    """Compute the mean of the last ten logged losses."""
+    rows = [json.loads(row) for row in (directory / "metrics.jsonl").read_text().splitlines()]
     return mean(row["loss"] for row in rows[-10:])

@@ -1,16 +1,15 @@
-"""The embedded default model from nothing: unimodal pre-trainings, then the paper's two stages.
+"""The recipe of the embedded default model: unimodal pre-trainings, then the two stages of the paper.
 
     language_model      OPT on texts of the synthetic world      ┐
-    language_model_t5   T5 on the same                           │ then frozen
+    language_model_t5   T5 on the same                           │ frozen afterwards
     vision_model        ViT on labelled scenes                   ┘
     stage1              Q-Former on frozen features: ITC, ITM, ITG
-    retrieval           stage 1 fine-tuned to retrieve
+    retrieval           stage 1 fine-tuned for retrieval
     stage2              stage 1's Q-Former and a projection into the frozen OPT
     stage2_t5           the same into the frozen T5
 
-Each phase leaves its result under `<out>/model/`, in the formats the service loads; a phase whose result is
-there is not run again, and one that was killed goes on from its last checkpoint. Several processes of one run
-(torchrun) share `<out>`; the first of them writes there.
+Each phase saves its result under `<out>/model/`. A finished phase is skipped, an interrupted one resumes from
+its last checkpoint. The processes of one run (torchrun) share `<out>`; the main process writes there.
 """
 
 import logging
@@ -22,48 +21,48 @@ from typing import ClassVar
 
 import torch
 from accelerate import PartialState
-from transformers import (
-    OPTForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    T5ForConditionalGeneration,
-)
+from transformers import OPTForCausalLM, T5ForConditionalGeneration
 
-from model.checkpoints import (
-    load_adapter,
-    load_language_model,
-    load_vision_model,
-    save_generation_adapter,
-    save_retrieval_adapter,
-)
 from model.checkpoints.query_branch import QueryBranch
-from model.language import LanguageModel
 from model.matching import Matcher
-from model.parts import Blip2Parts
-from model.preprocess import ImagePreprocessor
-from model.prompts import PromptTemplates
 from model.vision import VisionEncoder
-from training.config import Optimization, TinyConfig
-from training.data.features import ImageFeatures, encode_scenes
+from training.config import Optimization, Stage1Config
+from training.data.features import ImageFeatures
 from training.loop import Run
 from training.provenance import record_run
-from training.stages.stage1 import finetune_retrieval, train_stage1
-from training.stages.stage2 import Reader, build_query_branch, hash_weights, train_stage2
-from training.tiny.language import OptReader, pretrain_language_model
-from training.tiny.language_t5 import T5Reader, pretrain_encoder_decoder
-from training.tiny.vision import LabeledScenes, pretrain_vision_encoder
-from training.world.pixels import SceneImages, draw_scenes
-from training.world.qa_turns import QUESTION_PROMPT
-from training.world.scenes import Scene, Split, iter_scenes
-from training.world.vocabulary import build_encoder_decoder_tokenizer, build_language_tokenizer
-
-SAVED_DTYPE = torch.bfloat16  # half the bytes; the phases behind train on what was saved
+from training.stages.decoder_only import DecoderOnlyObjective
+from training.stages.encoder_decoder import EncoderDecoderObjective
+from training.stages.stage1 import build_matcher, train_matcher
+from training.stages.stage2 import LanguageObjective, build_query_branch, train_stage2
+from training.tiny.artifacts import Artifacts
+from training.tiny.config import TinyConfig
+from training.tiny.datasets import Datasets
+from training.tiny.language import pretrain_language_model
+from training.tiny.language_t5 import pretrain_encoder_decoder
+from training.tiny.vision import pretrain_vision_encoder
+from training.world.captions import sample_text
+from training.world.pairs import ScenePairSampler, TextSampler, sample_retrieval_text
+from training.world.qa_turns import SceneQaSampler
+from training.world.vocabulary import (
+    build_encoder_decoder_tokenizer,
+    build_language_tokenizer,
+    build_text_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
 
+def build_tiny_matcher(config: TinyConfig) -> Matcher:
+    """Build the untrained stage-1 model of a configuration."""
+    return build_matcher(
+        config.qformer,
+        encoder_hidden_size=config.vision_model.hidden_size,
+        tokenizer=build_text_tokenizer(),
+    )
+
+
 @dataclass(frozen=True)
-class TinyTraining:
+class TinyRecipe:
     """All phases of one run; `out` holds checkpoints, curves and, under `model/`, the results."""
 
     config: TinyConfig
@@ -80,192 +79,122 @@ class TinyTraining:
         "stage2_t5",
     )
 
+    @property
+    def artifacts(self) -> Artifacts:
+        """The results of the phases."""
+        return Artifacts(self.out, self.config.world.image_size)
+
     def run(self, phases: Sequence[str] = PHASES) -> None:
-        """Runs those of `phases` that are not done yet, in their order."""
+        """Run the unfinished ones of `phases`, in the order of `PHASES`."""
         for name in self.PHASES:
             if name not in phases:
                 continue
-            PartialState().wait_for_everyone()  # the phase before is saved
-            if (self.result(name) / "config.json").exists():
-                logger.info("%s: done before, in %s", name, self.result(name))
+            PartialState().wait_for_everyone()  # the main process has saved the former phase
+            if self.artifacts.is_finished(name):
+                logger.info("%s: finished before, in %s", name, self.artifacts.result(name))
                 continue
             logger.info("%s: starting", name)
             getattr(self, f"_train_{name}")()
 
-    @cached_property
-    def _scenes(self) -> list[Scene]:
-        world = self.config.world
-        return list(iter_scenes(world.seed, "train", world.num_train_scenes))
+    def train_opt_stage2(self, phase: str, matcher: Matcher) -> None:
+        """Train stage 2 into the frozen OPT from a stage-1 model's image branch; resumes like any phase."""
+        language_model = self.artifacts.load_language_model("language_model")
+        assert isinstance(language_model.llm, OPTForCausalLM)
+        objective = DecoderOnlyObjective(language_model.llm, language_model.tokenizer)
+        branch = self._train_branch(phase, self.config.stage2, matcher, objective)
+        self.artifacts.save_query_branch(
+            phase,
+            branch,
+            encoder=self._encoder,
+            language_model=language_model,
+            language_phase="language_model",
+        )
 
     @cached_property
-    def _told_scenes(self) -> list[Scene]:
-        """What the language models read of: the scenes with images, and those without."""
-        world = self.config.world
-        return [*self._scenes, *iter_scenes(world.seed, "told", world.num_told_scenes)]
-
-    @cached_property
-    def _images(self) -> SceneImages:
-        return self._draw("train", self._scenes)
-
-    def _draw(self, split: Split, scenes: Sequence[Scene]) -> SceneImages:
-        world = self.config.world
-        name = f"scenes-{split}-{world.seed}-{len(scenes)}-{world.image_size}.npy"
-        with PartialState().main_process_first():
-            return draw_scenes(scenes, world.image_size, self.out / name)
+    def _datasets(self) -> Datasets:
+        return Datasets(self.config.world, self.out)
 
     @cached_property
     def _encoder(self) -> VisionEncoder:
-        return load_vision_model(self.result("vision_model"), attn_implementation="eager").to(self.device)
+        return self.artifacts.load_encoder().to(self.device)
 
     @cached_property
     def _features(self) -> ImageFeatures:
-        encoder, images = self._encoder, self._images
-        path = self.out / f"features-{hash_weights(encoder)[:16]}-{len(images)}.npy"
-        with PartialState().main_process_first():
-            return encode_scenes(encoder, images, path, self.device)
+        return self._datasets.features(self._encoder, self.device)
 
     def _train_language_model(self) -> None:
-        tokenizer = build_language_tokenizer()
-        llm = pretrain_language_model(self._run("language_model"), self.config, self._told_scenes, tokenizer)
-        _save_frozen(self.result("language_model"), llm, tokenizer)
+        tokenizer, scenes = build_language_tokenizer(), self._datasets.language_scenes
+        llm = pretrain_language_model(self._run("language_model"), self.config, scenes, tokenizer)
+        self.artifacts.save_frozen("language_model", llm, tokenizer)
 
     def _train_language_model_t5(self) -> None:
-        tokenizer = build_encoder_decoder_tokenizer()
-        llm = pretrain_encoder_decoder(
-            self._run("language_model_t5"), self.config, self._told_scenes, tokenizer
-        )
-        _save_frozen(self.result("language_model_t5"), llm, tokenizer)
+        tokenizer, scenes = build_encoder_decoder_tokenizer(), self._datasets.language_scenes
+        llm = pretrain_encoder_decoder(self._run("language_model_t5"), self.config, scenes, tokenizer)
+        self.artifacts.save_frozen("language_model_t5", llm, tokenizer)
 
     def _train_vision_model(self) -> None:
-        world = self.config.world
-        recolored = list(iter_scenes(world.seed, "recolored", world.num_recolored_scenes))
-        encoder = pretrain_vision_encoder(
-            self._run("vision_model"),
-            self.config,
-            LabeledScenes(self._scenes, self._images),
-            LabeledScenes(recolored, self._draw("recolored", recolored)),
-        )
-        _save_frozen(self.result("vision_model"), encoder.tower)
+        named, recolored = self._datasets.labeled_scenes(), self._datasets.recolored_scenes()
+        encoder = pretrain_vision_encoder(self._run("vision_model"), self.config, named, recolored)
+        self.artifacts.save_frozen("vision_model", encoder.tower)
 
     def _train_stage1(self) -> None:
-        self._save_matcher(
-            "stage1", train_stage1(self._run("stage1"), self.config, self._scenes, self._features)
-        )
+        torch.manual_seed(self.config.seed)
+        matcher = build_tiny_matcher(self.config)
+        self._train_matcher("stage1", matcher, self.config.stage1, sample_text)
 
     def _train_retrieval(self) -> None:
-        matcher = finetune_retrieval(
-            self._run("retrieval"), self.config, self._scenes, self._features, self.load_stage1()
-        )
-        self._save_matcher("retrieval", matcher)
+        """Fine-tune stage 1 in larger batches, half of the texts full listings.
 
-    def _save_matcher(self, phase: str, matcher: Matcher) -> None:
-        if not PartialState().is_main_process:
-            return
-        save_retrieval_adapter(
-            self.result(phase),
-            matcher,
-            self._preprocess(),
-            vision_directory=self.result("vision_model"),
-            dtype=SAVED_DTYPE,
+        The paper (section 4.4) also trains the image encoder; here it stays frozen, so that both stages share
+        one encoder.
+        """
+        matcher = self.artifacts.load_stage1()
+        self._train_matcher("retrieval", matcher, self.config.retrieval, sample_retrieval_text)
+
+    def _train_matcher(
+        self, phase: str, matcher: Matcher, config: Stage1Config, sample_text: TextSampler
+    ) -> None:
+        batch_size = config.optimization.batch_size
+        sampler = ScenePairSampler(
+            self._datasets.scenes, self._features, batch_size, sample_text, matcher.tokenize
         )
+        self.artifacts.save_matcher(phase, train_matcher(self._run(phase), matcher, sampler, config))
 
     def _train_stage2(self) -> None:
-        self.train_opt_stage2("stage2", self.load_stage1())
-
-    def train_opt_stage2(self, phase: str, matcher: Matcher) -> None:
-        """Stage 2 into the frozen OPT from the image branch of any stage-1 model; resumes like any phase."""
-        language_model = self._load_language_model("language_model")
-        assert isinstance(language_model.llm, OPTForCausalLM)
-        reader = OptReader(language_model.llm, language_model.tokenizer)
-        branch = self._train_branch(phase, self.config.stage2, matcher, reader)
-        self._save_generation(phase, branch, language_model, "language_model")
+        self.train_opt_stage2("stage2", self.artifacts.load_stage1())
 
     def _train_stage2_t5(self) -> None:
-        language_model = self._load_language_model("language_model_t5")
+        language_model = self.artifacts.load_language_model("language_model_t5")
         assert isinstance(language_model.llm, T5ForConditionalGeneration)
-        reader = T5Reader(language_model.llm, language_model.tokenizer)
-        branch = self._train_branch("stage2_t5", self.config.stage2_t5, self.load_stage1(), reader)
-        self._save_generation("stage2_t5", branch, language_model, "language_model_t5")
+        objective = EncoderDecoderObjective(language_model.llm, language_model.tokenizer)
+        matcher = self.artifacts.load_stage1()
+        branch = self._train_branch("stage2_t5", self.config.stage2_t5, matcher, objective)
+        self.artifacts.save_query_branch(
+            "stage2_t5",
+            branch,
+            encoder=self._encoder,
+            language_model=language_model,
+            language_phase="language_model_t5",
+        )
 
     def _train_branch(
-        self, phase: str, optimization: Optimization, matcher: Matcher, reader: Reader
+        self, phase: str, optimization: Optimization, matcher: Matcher, objective: LanguageObjective
     ) -> QueryBranch:
-        torch.manual_seed(self.config.seed)  # the projection is new
-        branch = build_query_branch(matcher, reader.llm.config.hidden_size)
-        return train_stage2(
-            self._run(phase),
-            optimization,
-            self._scenes,
-            self._features,
-            branch,
-            reader,
-            self.config.num_questions,
+        torch.manual_seed(self.config.seed)  # initialises the projection
+        branch = build_query_branch(matcher, objective.llm.config.hidden_size)
+        sampler = SceneQaSampler(
+            self._datasets.scenes, self._features, optimization.batch_size, self.config.num_questions
         )
-
-    def _save_generation(
-        self, phase: str, branch: QueryBranch, language_model: LanguageModel, language_phase: str
-    ) -> None:
-        if not PartialState().is_main_process:
-            return
-        parts = Blip2Parts(
-            vision_model=self._encoder,
-            preprocess=self._preprocess(),
-            ln_vision=branch.ln_vision,
-            query_tokens=branch.query_tokens,
-            qformer=branch.qformer,
-            language_projection=branch.language_projection,
-            language_model=language_model,
-            prompts=PromptTemplates(caption="", question=QUESTION_PROMPT),
-        )
-        save_generation_adapter(
-            self.result(phase),
-            parts,
-            vision_directory=self.result("vision_model"),
-            language_directory=self.result(language_phase),
-            retrieval_directory=self.result("retrieval"),
-            dtype=SAVED_DTYPE,
-        )
-
-    def _load_language_model(self, phase: str) -> LanguageModel:
-        language_model = load_language_model(self.result(phase))
-        language_model.llm.set_attn_implementation("eager")  # for speed on a CPU, as in pre-training
-        return language_model
-
-    def load_stage1(self) -> Matcher:
-        """The finished stage-1 model."""
-        matcher = load_adapter(self.result("stage1")).parts.matcher
-        assert matcher is not None, "a stage-1 adapter holds a matcher"
-        return matcher
-
-    def _preprocess(self) -> ImagePreprocessor:
-        return ImagePreprocessor(self.config.world.image_size)
-
-    def result(self, phase: str) -> Path:
-        """The directory of a phase's finished weights."""
-        return self.out / "model" / phase
+        return train_stage2(self._run(phase), optimization, sampler, branch, objective)
 
     def _run(self, phase: str) -> Run:
         with PartialState().main_process_first():
             record_run(self.out / phase, self.config)
-        autocast_dtype = torch.bfloat16 if self.config.autocast == "bfloat16" else None
         return Run(
             name=phase,
             directory=self.out / phase,
             seed=self.config.seed,
             device=self.device,
-            autocast_dtype=autocast_dtype,
+            autocast_dtype=torch.bfloat16 if self.config.autocast == "bfloat16" else None,
             save_every=self.config.save_every,
         )
-
-
-def _save_frozen(
-    directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None
-) -> None:
-    """Saves a part that is frozen from here on; the directory appears when it is whole."""
-    if not PartialState().is_main_process:
-        return
-    partial = directory.with_name(f"{directory.name}.partial")
-    model.to(SAVED_DTYPE).save_pretrained(partial)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    partial.replace(directory)

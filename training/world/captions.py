@@ -1,6 +1,6 @@
-"""Captions of a scene in several styles, and the dense description that lists it word by word.
+"""Captions of a scene in six styles, and its dense description with object coordinates.
 
-Everything is a pure function of the scene and a random generator.
+All functions are pure functions of the scene and a random generator.
 """
 
 from collections.abc import Callable
@@ -17,32 +17,32 @@ from training.world.phrases import (
 )
 from training.world.scenes import Scene
 
-GRID = 12  # cells per side in which a dense description gives a centre
-FILLER = "nothing"  # fills a dense description up to its fixed length
-PHOTO = "a photo of"  # may begin a listing
+GRID = 12  # cells per image side; a dense description states the cell of each centre
+FILLER = "nothing"  # pads a dense description to its fixed length
+PHOTO = "a photo of"  # optional first words of a listing
 
 
 def listing_caption(scene: Scene) -> str:
-    """Every object from left to right with all its attributes, and the background."""
+    """Return a listing: every object from left to right with all attributes, and the background."""
     names = [with_article(object_name(item)) for item in scene.objects]
     return f"{enumerate_names(names)} on a {scene.background} background"
 
 
 def short_listing_caption(scene: Scene) -> str:
-    """Every object from left to right by colour and shape, and the background."""
+    """Return a listing of colours and shapes from left to right, and the background."""
     names = [with_article(short_name(item)) for item in scene.objects]
     return f"{enumerate_names(names)} on a {scene.background} background"
 
 
 def counting_caption(scene: Scene) -> str:
-    """How many objects there are, and each by colour and shape."""
+    """Return the number of objects, and a listing of colours and shapes."""
     count = len(scene.objects)
     names = enumerate_names([with_article(short_name(item)) for item in scene.objects])
     return f"{NUMBERS[count]} object{'s' if count > 1 else ''} : {names}"
 
 
 def relation_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """How two objects stand to each other; of a scene without a clear relation, one object."""
+    """Sample a relation of two objects; of a scene without a true relation, one object."""
     relations = list(true_relations(scene))
     if not relations:
         return object_caption(scene, rng)
@@ -51,7 +51,7 @@ def relation_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def object_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One object alone, half of the time with all its attributes."""
+    """Sample one object, with probability 0.5 with all its attributes."""
     item = scene.objects[int(rng.integers(len(scene.objects)))]
     return with_article(object_name(item) if rng.random() < 0.5 else short_name(item))
 
@@ -67,18 +67,18 @@ _STYLES: tuple[tuple[float, Callable[[Scene, np.random.Generator], str]], ...] =
 
 
 def sample_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A true caption in one of the styles; half of them list everything."""
-    style = rng.choice(len(_STYLES), p=[share for share, _ in _STYLES])
+    """Sample a true caption in one of the styles; half of them are full listings."""
+    style = rng.choice(len(_STYLES), p=[probability for probability, _ in _STYLES])
     return _STYLES[int(style)][1](scene, rng)
 
 
 def sample_text(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption, or in a third of the draws the dense description: what the Q-Former learns to represent."""
+    """Sample a text of stage 1: the dense description with probability 1/3, else a caption."""
     return " ".join(dense_words(scene)) if rng.random() < 1 / 3 else sample_caption(scene, rng)
 
 
 def dense_words(scene: Scene) -> list[str]:
-    """Background, then six words for each object from left to right: attributes, cell of the centre."""
+    """Return the background, then six words per object from left to right: attributes, centre's cell."""
     words = [scene.background]
     for item in scene.objects:
         words += [item.color, item.size, item.texture, item.shape, _cell("x", item.x), _cell("y", item.y)]
@@ -86,10 +86,10 @@ def dense_words(scene: Scene) -> list[str]:
 
 
 def dense_description(scene: Scene, length: int) -> str:
-    """The dense words of a scene, filled up to exactly `length` words.
+    """Return the dense words of a scene, padded with `FILLER` to exactly `length` words.
 
-    It stands for the image while the language model learns to read; a soft prompt of `length` visual
-    tokens takes its place later. Raises ValueError where the scene needs more words.
+    It takes the place of the image in language pre-training; in stage 2 a soft prompt of `length` visual
+    tokens replaces it. Raises ValueError if the scene needs more words.
     """
     words = dense_words(scene)
     if len(words) > length:

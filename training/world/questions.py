@@ -1,7 +1,7 @@
-"""Questions about a scene, in ten families, each with its only true answer.
+"""Questions about a scene, of ten types, each with its only true answer.
 
-Everything is a pure function of the scene and a random generator; answers are balanced where the world
-allows, so that guessing pays little.
+All functions are pure functions of the scene and a random generator. Answers are balanced where the scene
+allows it, which keeps the accuracy of guessing low.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from training.world.phrases import (
     true_relations,
     with_article,
 )
-from training.world.scenes import COLORS, SHAPES, TOLD_PAIRS, TRAIN_PAIRS, Scene, SceneObject
+from training.world.scenes import COLORS, SHAPES, TEXT_PAIRS, TRAIN_PAIRS, Scene, SceneObject
 
-MAX_QUESTIONS = 20  # a scene of one object has some forty distinct ones
+MAX_QUESTIONS = 20  # per scene; a scene of one object has about forty distinct questions
 
-FAMILIES = (
+QUESTION_TYPES = (
     "color",
     "shape",
     "size",
@@ -39,41 +39,41 @@ FAMILIES = (
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question with its only true answer; `family` is one of `FAMILIES`."""
+    """One question with its only true answer; `question_type` is one of `QUESTION_TYPES`."""
 
-    family: str
+    question_type: str
     question: str
     answer: str
 
 
-def sample_question(scene: Scene, rng: np.random.Generator, family: str) -> Question | None:
-    """One question of a family with a balanced choice of answers, or None where the scene allows none."""
-    found = _SAMPLERS[family](scene, rng)
-    return None if found is None else Question(family, *found)
+def sample_question(scene: Scene, rng: np.random.Generator, question_type: str) -> Question | None:
+    """Sample one question of a type with balanced answers; None if the scene allows none."""
+    sampled = _SAMPLERS[question_type](scene, rng)
+    return None if sampled is None else Question(question_type, *sampled)
 
 
 def sample_questions(scene: Scene, rng: np.random.Generator, count: int) -> list[Question]:
-    """`count` distinct questions, families in random order and as even as the scene allows.
+    """Sample `count` distinct questions, types in random order and as balanced as the scene allows.
 
-    Raises ValueError where `count` is above `MAX_QUESTIONS`, which every scene can be asked.
+    Raises ValueError if `count` is above `MAX_QUESTIONS`, a number that every scene supports.
     """
     if count > MAX_QUESTIONS:
         raise ValueError(f"{count} questions for each scene, the limit is {MAX_QUESTIONS}; ask fewer")
     questions: dict[str, Question] = {}
     while len(questions) < count:
-        for k in rng.permutation(len(FAMILIES)):
-            question = sample_question(scene, rng, FAMILIES[int(k)])
+        for k in rng.permutation(len(QUESTION_TYPES)):
+            question = sample_question(scene, rng, QUESTION_TYPES[int(k)])
             if question is not None:
                 questions.setdefault(question.question, question)
     return list(questions.values())[:count]
 
 
-_Found = tuple[str, str] | None  # question and answer
-_Sampler = Callable[[Scene, np.random.Generator], _Found]
+_QaPair = tuple[str, str] | None  # question and answer; None: the scene allows none
+_Sampler = Callable[[Scene, np.random.Generator], _QaPair]
 
 
 def _ask_attribute(attribute: str) -> _Sampler:
-    def sample(scene: Scene, rng: np.random.Generator) -> _Found:
+    def sample(scene: Scene, rng: np.random.Generator) -> _QaPair:
         item = scene.objects[int(rng.integers(len(scene.objects)))]
         reference = _refer_to(scene, item, attribute, rng)
         if reference is None:
@@ -84,85 +84,85 @@ def _ask_attribute(attribute: str) -> _Sampler:
     return sample
 
 
-def _refer_to(scene: Scene, item: SceneObject, hidden: str, rng: np.random.Generator) -> str | None:
-    """A phrase that names `item` alone without saying its attribute `hidden`; None where there is none."""
-    attributes = [name for name in ("size", "texture", "color") if name != hidden]
-    noun = "object" if hidden == "shape" else item.shape
+def _refer_to(scene: Scene, item: SceneObject, omitted: str, rng: np.random.Generator) -> str | None:
+    """Sample a phrase that refers to `item` alone and omits one attribute; None if there is none."""
+    attributes = [name for name in ("size", "texture", "color") if name != omitted]
+    noun = "object" if omitted == "shape" else item.shape
     same_noun = [o for o in scene.objects if noun in ("object", o.shape)]
     options = []
-    for chosen in ((), *[(a,) for a in attributes], tuple(attributes)):
-        if sum(all(getattr(o, a) == getattr(item, a) for a in chosen) for o in same_noun) == 1:
-            options.append(" ".join([*[getattr(item, a) for a in chosen], noun]))
+    for subset in ((), *[(a,) for a in attributes], tuple(attributes)):
+        if sum(all(getattr(o, a) == getattr(item, a) for a in subset) for o in same_noun) == 1:
+            options.append(" ".join([*[getattr(item, a) for a in subset], noun]))
     return pick(rng, options) if options else None
 
 
-def _ask_count(scene: Scene, rng: np.random.Generator) -> _Found:
-    kind = rng.random()
-    if kind < 0.4:
+def _ask_count(scene: Scene, rng: np.random.Generator) -> _QaPair:
+    variant = rng.random()
+    if variant < 0.4:
         noun, count = "objects", len(scene.objects)
-    elif kind < 0.7:
+    elif variant < 0.7:
         color = pick(rng, [*COLORS, *[item.color for item in scene.objects] * 4])
         noun, count = f"{color} objects", sum(o.color == color for o in scene.objects)
     else:
         shape = pick(rng, [*SHAPES, *[item.shape for item in scene.objects] * 4])
         noun, count = plural(shape), sum(o.shape == shape for o in scene.objects)
-    where = pick(rng, ("are there", "are in the image"))
-    return f"how many {noun} {where} ?", NUMBERS[count]
+    ending = pick(rng, ("are there", "are in the image"))
+    return f"how many {noun} {ending} ?", NUMBERS[count]
 
 
-def _ask_existence(scene: Scene, rng: np.random.Generator) -> _Found:
-    """Half yes; a no keeps the colour or the shape of an object that is there, so half the words match."""
-    present = {(o.color, o.shape) for o in scene.objects}
-    color, shape = sorted(present)[int(rng.integers(len(present)))]
+def _ask_existence(scene: Scene, rng: np.random.Generator) -> _QaPair:
+    """Sample "yes" and "no" equally often; a false pair shares its colour or its shape with a true one."""
+    scene_pairs = {(o.color, o.shape) for o in scene.objects}
+    color, shape = sorted(scene_pairs)[int(rng.integers(len(scene_pairs)))]
     answer = "yes"
     if rng.random() < 0.5:
-        drawn = color in COLORS and shape in SHAPES
-        pairs = TRAIN_PAIRS if drawn else TOLD_PAIRS
-        near = [p for p in pairs if (p[0] == color) != (p[1] == shape) and p not in present]
-        color, shape = near[int(rng.integers(len(near)))]
+        has_image_words = color in COLORS and shape in SHAPES
+        pairs = TRAIN_PAIRS if has_image_words else TEXT_PAIRS
+        similar = [p for p in pairs if (p[0] == color) != (p[1] == shape) and p not in scene_pairs]
+        color, shape = similar[int(rng.integers(len(similar)))]
         answer = "no"
-    where = pick(rng, ("", " in the image"))
-    return f"is there {with_article(color)} {shape}{where} ?", answer
+    ending = pick(rng, ("", " in the image"))
+    return f"is there {with_article(color)} {shape}{ending} ?", answer
 
 
 def _ask_relation(relations: tuple[str, str], either: str) -> _Sampler:
-    """Yes or no of one relation, or which of the two holds; `either` asks the latter."""
+    """Build a sampler of yes-no questions about a relation; 30% are either-or questions instead."""
 
-    def sample(scene: Scene, rng: np.random.Generator) -> _Found:
-        true = [found for found in true_relations(scene) if found[1] in relations]
-        if not true:
+    def sample(scene: Scene, rng: np.random.Generator) -> _QaPair:
+        candidates = [triple for triple in true_relations(scene) if triple[1] in relations]
+        if not candidates:
             return None
-        first, relation, second = true[int(rng.integers(len(true)))]
+        first, relation, second = candidates[int(rng.integers(len(candidates)))]
         if rng.random() < 0.3:
             answer = relation.removesuffix(" of")
             return f"is the {short_name(first)} {either} the {short_name(second)} ?", answer
         answer = "yes"
         if rng.random() < 0.5:
             first, second, answer = second, first, "no"
-        return f"is the {short_name(first)} {_in_full(relation, rng)} the {short_name(second)} ?", answer
+        return f"is the {short_name(first)} {_vary(relation, rng)} the {short_name(second)} ?", answer
 
     return sample
 
 
-def _in_full(relation: str, rng: np.random.Generator) -> str:
+def _vary(relation: str, rng: np.random.Generator) -> str:
     return pick(rng, (relation, f"to the {relation}")) if relation.endswith(" of") else relation
 
 
-def _ask_what_is_where(scene: Scene, rng: np.random.Generator) -> _Found:
-    """What stands on one side of an object, where exactly one other does."""
-    found = []
+def _ask_what_is_where(scene: Scene, rng: np.random.Generator) -> _QaPair:
+    """Ask for the object in one direction of another, if it is the only one there."""
+    candidates = []
     for item in scene.objects:
         for relation, offset in DIRECTIONS.items():
-            there = [o for o in scene.objects if o is not item and offset(o, item) > 0]
-            if len(there) == 1 and offset(there[0], item) > MIN_OFFSET:
-                found.append((relation, item, there[0]))
-    if not found:
+            others = [o for o in scene.objects if o is not item and offset(o, item) > 0]
+            if len(others) == 1 and offset(others[0], item) > MIN_OFFSET:
+                candidates.append((relation, item, others[0]))
+    if not candidates:
         return None
-    relation, item, answer = found[int(rng.integers(len(found)))]
-    return f"what is {_in_full(relation, rng)} the {short_name(item)} ?", short_name(answer)
+    relation, item, answer = candidates[int(rng.integers(len(candidates)))]
+    return f"what is {_vary(relation, rng)} the {short_name(item)} ?", short_name(answer)
 
 
-def _ask_background(scene: Scene, rng: np.random.Generator) -> _Found:
+def _ask_background(scene: Scene, rng: np.random.Generator) -> _QaPair:
     forms = ("what color is the background ?", "what is the color of the background ?")
     return pick(rng, forms), scene.background
 

@@ -1,20 +1,19 @@
-"""The synthetic world: scenes of coloured shapes, drawn with Pillow, the same for the same seed.
+"""Scenes of the synthetic world: one to four coloured shapes on a plain background.
 
-A scene holds one to four objects on a plain background. Every scene is a pure function of `(seed, split,
-index)`, so a split can be made again anywhere, and no two splits share a random stream.
+Every scene is a pure function of `(seed, split, index)`, so a split is reproducible anywhere, and no two
+splits share a random stream.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import cos, dist, pi, sin
+from math import dist
 from typing import Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageDraw
 
-Split = Literal["train", "unseen", "held-out", "recolored", "told"]
-SPLITS: tuple[Split, ...] = get_args(Split)
-PICTURED_SPLITS: tuple[Split, ...] = ("train", "unseen", "held-out")  # those with both images and texts
+Split = Literal["train", "unseen", "held-out", "recolored", "text-only"]
+SPLITS: tuple[Split, ...] = get_args(Split)  # their order seeds the random streams
+IMAGE_TEXT_SPLITS: tuple[Split, ...] = ("train", "unseen", "held-out")  # those with both images and texts
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -43,7 +42,7 @@ MAX_OBJECTS = 4
 
 UNNAMED = "unnamed"  # a colour that no text names
 
-# One pair for each colour that no training image or text ever shows; each colour and each shape still occurs.
+# One pair of each colour that no training image or text contains; each colour and each shape still occurs.
 HELD_OUT_PAIRS = frozenset(
     {
         ("red", "star"),
@@ -58,24 +57,22 @@ HELD_OUT_PAIRS = frozenset(
 )
 TRAIN_PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS)
 
-# Words of which a language model reads and that no image shows.
-TOLD_COLORS = (*COLORS, "brown", "lime", "teal", "gold", "silver", "violet", "beige", "maroon")
-TOLD_SHAPES = (*SHAPES, "heart", "ring", "arrow", "moon", "oval", "hexagon")
-TOLD_PAIRS = tuple((c, s) for c in TOLD_COLORS for s in TOLD_SHAPES if (c, s) not in HELD_OUT_PAIRS)
+# All words of texts; the additional ones occur in text-only scenes, and no image shows them.
+TEXT_COLORS = (*COLORS, "brown", "lime", "teal", "gold", "silver", "violet", "beige", "maroon")
+TEXT_SHAPES = (*SHAPES, "heart", "ring", "arrow", "moon", "oval", "hexagon")
+TEXT_PAIRS = tuple((c, s) for c in TEXT_COLORS for s in TEXT_SHAPES if (c, s) not in HELD_OUT_PAIRS)
 
-_SUPERSAMPLING = 4
-_OBJECT_COUNTS = (0.15, 0.25, 0.3, 0.3)  # how often a scene has one to four objects
-_COLOR_JITTER = 16  # a colour is painted up to this much off in each channel, of 255
-_MAX_PLACEMENTS = 200  # tries to place an object clear of the others before the scene is begun again
-_SHADE = 0.4  # stripes and dots are this much of the paint's brightness
-_GAP = 0.02  # free space between two objects, of the image side
+_OBJECT_COUNT_PROBABILITIES = (0.15, 0.25, 0.3, 0.3)  # of one to four objects
+_COLOR_JITTER = 16  # maximal deviation from a colour's RGB in each channel, of 255
+_MAX_PLACEMENTS = 200  # attempts to place an object before the scene is sampled again
+_GAP = 0.02  # free space between two objects / image side
 
 
 @dataclass(frozen=True, slots=True)
 class SceneObject:
-    """One drawn object: centre (`x`, `y`) and half width `radius`, as fractions of the image side.
+    """One object: centre (`x`, `y`) and half width `radius`, as fractions of the image side.
 
-    paint: its RGB colour; None paints it as `COLORS` has it.
+    paint: its RGB colour; None: the RGB of `COLORS`.
     """
 
     shape: str
@@ -90,7 +87,7 @@ class SceneObject:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What one image shows; `objects` are sorted from left to right and no two share colour and shape."""
+    """The content of one image; `objects` are sorted from left to right, no two share colour and shape."""
 
     objects: tuple[SceneObject, ...]
     background: str
@@ -98,12 +95,12 @@ class Scene:
 
 
 def sample_scene(seed: int, split: Split, index: int) -> Scene:
-    """The scene number `index` of a split.
+    """Sample scene `index` of a split.
 
-    `train` and `unseen` never hold a pair of `HELD_OUT_PAIRS`; a `held-out` scene holds exactly one. In a
-    `recolored` scene the paint of every object is drawn from all of RGB and its colour is `UNNAMED`; no paint
-    is nearest to a colour that its shape is held out in. A `told` scene has pairs of `TOLD_PAIRS`: it is for
-    texts only and cannot be drawn.
+    `train` and `unseen` never contain a pair of `HELD_OUT_PAIRS`; a `held-out` scene contains exactly one. In
+    a `recolored` scene the paint of every object is sampled from all of RGB and its colour is `UNNAMED`; no
+    paint is nearest to a colour that its shape is held out in. A `text-only` scene has pairs of `TEXT_PAIRS`
+    and cannot be rendered.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     while True:
@@ -115,21 +112,8 @@ def sample_scene(seed: int, split: Split, index: int) -> Scene:
 
 
 def iter_scenes(seed: int, split: Split, count: int) -> Iterator[Scene]:
-    """The first `count` scenes of a split, in order."""
+    """Iterate over the first `count` scenes of a split, in order."""
     return (sample_scene(seed, split, index) for index in range(count))
-
-
-def render_scene(scene: Scene, image_size_px: int) -> Image.Image:
-    """Draws a scene as a square RGB image, with sensor noise from the scene's own seed."""
-    side = image_size_px * _SUPERSAMPLING
-    canvas = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
-    for item in scene.objects:
-        _draw_object(canvas, item)
-    small = canvas.resize((image_size_px, image_size_px), Image.Resampling.LANCZOS)
-    rng = np.random.default_rng(scene.noise_seed)
-    noise = rng.normal(0.0, rng.uniform(0.0, 8.0), (image_size_px, image_size_px, 3))
-    pixels = np.asarray(small, dtype=np.float32) + noise
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 def _choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
@@ -137,20 +121,20 @@ def _choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 
 
 def _sample_pairs(rng: np.random.Generator, split: Split) -> list[tuple[str, str]]:
-    count = int(rng.choice(MAX_OBJECTS, p=_OBJECT_COUNTS)) + 1
-    allowed = TOLD_PAIRS if split == "told" else TRAIN_PAIRS
-    chosen = rng.choice(len(allowed), size=count, replace=False)
-    pairs = [allowed[i] for i in chosen]
+    count = int(rng.choice(MAX_OBJECTS, p=_OBJECT_COUNT_PROBABILITIES)) + 1
+    allowed = TEXT_PAIRS if split == "text-only" else TRAIN_PAIRS
+    indices = rng.choice(len(allowed), size=count, replace=False)
+    pairs = [allowed[i] for i in indices]
     if split == "held-out":
-        held = sorted(HELD_OUT_PAIRS)
-        pairs[int(rng.integers(count))] = held[int(rng.integers(len(held)))]
+        held_out = sorted(HELD_OUT_PAIRS)
+        pairs[int(rng.integers(count))] = held_out[int(rng.integers(len(held_out)))]
     return pairs
 
 
 def _place_objects(
     rng: np.random.Generator, pairs: list[tuple[str, str]], split: Split
 ) -> list[SceneObject] | None:
-    """Places one object for each pair so that no two touch; None where it does not fit."""
+    """Place one object for each pair so that no two touch; None if an object does not fit."""
     placed: list[SceneObject] = []
     for color, shape in pairs:
         name, paint = _sample_color(rng, color, shape, split)
@@ -170,8 +154,8 @@ def _place_objects(
 def _sample_color(
     rng: np.random.Generator, color: str, shape: str, split: Split
 ) -> tuple[str, tuple[int, int, int] | None]:
-    """What an object's colour is called, and the paint that shows it."""
-    if split == "told":
+    """Sample an object's colour name and its paint."""
+    if split == "text-only":
         return color, None
     if split == "recolored":
         return UNNAMED, _sample_paint(rng, shape)
@@ -189,76 +173,3 @@ def _sample_paint(rng: np.random.Generator, shape: str) -> tuple[int, int, int]:
         nearest = min(COLORS, key=lambda name: dist(COLORS[name], (red, green, blue)))
         if (nearest, shape) not in HELD_OUT_PAIRS:
             return red, green, blue
-
-
-def _draw_object(canvas: Image.Image, item: SceneObject) -> None:
-    side = canvas.width
-    center, radius = (item.x * side, item.y * side), item.radius * side
-    mask = Image.new("L", canvas.size, 0)
-    _draw_outline(ImageDraw.Draw(mask), item.shape, center, radius)
-    rgb = item.paint or COLORS[item.color]
-    shade = (int(_SHADE * rgb[0]), int(_SHADE * rgb[1]), int(_SHADE * rgb[2]))
-    paint = Image.new("RGB", canvas.size, rgb)
-    if item.texture == "striped":
-        _draw_stripes(ImageDraw.Draw(paint), center, radius, 0.035 * side, shade)
-    elif item.texture == "dotted":
-        _draw_dots(ImageDraw.Draw(paint), center, radius, 0.055 * side, shade)
-    left, top = int(center[0] - radius), int(center[1] - radius)
-    box = (left, top, int(center[0] + radius) + 1, int(center[1] + radius) + 1)
-    canvas.paste(paint.crop(box), box, mask.crop(box))
-
-
-def _draw_stripes(
-    draw: ImageDraw.ImageDraw,
-    center: tuple[float, float],
-    radius: float,
-    stripe_width: float,
-    shade: tuple[int, int, int],
-) -> None:
-    """Darker diagonal bars over the whole paint; the object's outline cuts them."""
-    for offset in np.arange(-2 * radius, 2 * radius, 2 * stripe_width):
-        x = center[0] + offset
-        line = [(x - radius, center[1] - radius), (x + radius, center[1] + radius)]
-        draw.line(line, fill=shade, width=max(1, int(0.6 * stripe_width)))
-
-
-def _draw_dots(
-    draw: ImageDraw.ImageDraw,
-    center: tuple[float, float],
-    radius: float,
-    spacing: float,
-    shade: tuple[int, int, int],
-) -> None:
-    """Darker dots on a square grid around the centre; the object's outline cuts them."""
-    reach = int(radius / spacing) + 1
-    dot = 0.3 * spacing
-    for row in range(-reach, reach + 1):
-        for column in range(-reach, reach + 1):
-            x, y = center[0] + column * spacing, center[1] + row * spacing
-            draw.ellipse((x - dot, y - dot, x + dot, y + dot), fill=shade)
-
-
-def _draw_outline(draw: ImageDraw.ImageDraw, shape: str, center: tuple[float, float], radius: float) -> None:
-    (x, y), r = center, radius
-    if shape == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
-    elif shape == "square":
-        draw.rectangle((x - 0.86 * r, y - 0.86 * r, x + 0.86 * r, y + 0.86 * r), fill=255)
-    elif shape == "cross":
-        arm = 0.34 * r
-        draw.rectangle((x - r, y - arm, x + r, y + arm), fill=255)
-        draw.rectangle((x - arm, y - r, x + arm, y + r), fill=255)
-    else:
-        draw.polygon([(x + r * dx, y + r * dy) for dx, dy in _POLYGONS[shape]], fill=255)
-
-
-def _regular(corners: int) -> list[tuple[float, float]]:
-    return [(sin(2 * pi * k / corners), -cos(2 * pi * k / corners)) for k in range(corners)]
-
-
-def _star() -> list[tuple[float, float]]:
-    radii = (1.0, 0.42)
-    return [(radii[k % 2] * sin(pi * k / 5), -radii[k % 2] * cos(pi * k / 5)) for k in range(10)]
-
-
-_POLYGONS = {"triangle": [(0.0, -0.95), (0.95, 0.8), (-0.95, 0.8)], "star": _star(), "diamond": _regular(4)}

@@ -1,22 +1,22 @@
-"""Whether a caption is true of a scene: what an evaluation scores, and what keeps false negatives out."""
+"""Truth of captions: checked in evaluation, and used to keep false negatives out of stage 1."""
 
 from itertools import pairwise
 
 from training.world.captions import PHOTO, dense_words
-from training.world.phrases import DIRECTIONS, NUMBERS, short_name, with_article
-from training.world.scenes import TOLD_COLORS, TOLD_SHAPES, Scene, SceneObject
+from training.world.phrases import DIRECTIONS, NUMBERS, object_name, short_name, with_article
+from training.world.scenes import TEXT_COLORS, TEXT_SHAPES, Scene, SceneObject, Split, sample_scene
 
 
 def named_pairs(caption: str) -> list[tuple[str, str]]:
-    """The (colour, shape) pairs a caption names: a colour word directly followed by a shape word."""
+    """Return the (colour, shape) pairs of a caption: a colour word directly before a shape word."""
     words = caption.replace(",", " ").split()
-    return [(c, s) for c, s in pairwise(words) if c in TOLD_COLORS and s in TOLD_SHAPES]
+    return [(c, s) for c, s in pairwise(words) if c in TEXT_COLORS and s in TEXT_SHAPES]
 
 
 def is_true_caption(caption: str, scene: Scene) -> bool:
-    """Whether a caption is of a known style and every word of it is true of the scene.
+    """Return whether a caption has a known style and every word of it is true of the scene.
 
-    A listing with a background, or with a number before it, must name every object; the order is free.
+    A listing with a background, or with a number before it, must name every object, in any order.
     """
     if caption == " ".join(dense_words(scene)):
         return True
@@ -29,28 +29,43 @@ def is_true_caption(caption: str, scene: Scene) -> bool:
         plural = "s" if len(scene.objects) > 1 else ""
         return number == f"{NUMBERS[len(scene.objects)]} object{plural}" and _lists_all(counted, scene)
     for relation, offset in DIRECTIONS.items():
-        first, found, second = text.partition(f" {relation} ")
-        if found:
-            pair = _find(first, scene), _find(second, scene)
+        first, separator, second = text.partition(f" {relation} ")
+        if separator:
+            pair = _find_object(first, scene), _find_object(second, scene)
             return pair[0] is not None and pair[1] is not None and offset(pair[0], pair[1]) > 0
-    return _lists_all(text, scene) if background else _lists(text, scene) is not None
+    return _lists_all(text, scene) if background else _listed_names(text, scene) is not None
+
+
+def identified_scenes(seed: int, split: Split, count: int) -> list[Scene]:
+    """Return the first `count` scenes of a split with distinct listings, as a retrieval gallery.
+
+    No two have the same objects on the same background, so each listing is true of one scene only.
+    """
+    scenes: dict[tuple[frozenset[str], str], Scene] = {}
+    index = 0
+    while len(scenes) < count:
+        scene = sample_scene(seed, split, index)
+        names = frozenset(object_name(item) for item in scene.objects)
+        scenes.setdefault((names, scene.background), scene)
+        index += 1
+    return list(scenes.values())
 
 
 def _lists_all(text: str, scene: Scene) -> bool:
-    found = _lists(text, scene)
-    return found is not None and len(found) == len(scene.objects)
+    names = _listed_names(text, scene)
+    return names is not None and len(names) == len(scene.objects)
 
 
-def _lists(text: str, scene: Scene) -> set[str] | None:
-    """The short names that a listing names, each once and truly; None where it does anything else."""
-    names = text.replace(" and ", ", ").split(", ")
-    found = [_find(name, scene) for name in names]
-    shorts = {short_name(item) for item in found if item is not None}
-    return shorts if len(shorts) == len(names) else None
+def _listed_names(text: str, scene: Scene) -> set[str] | None:
+    """Return the short names of a listing that names each object once and truly, else None."""
+    phrases = text.replace(" and ", ", ").split(", ")
+    objects = [_find_object(phrase, scene) for phrase in phrases]
+    names = {short_name(item) for item in objects if item is not None}
+    return names if len(names) == len(phrases) else None
 
 
-def _find(phrase: str, scene: Scene) -> SceneObject | None:
-    """The object that a noun phrase with its article names truly, or None."""
+def _find_object(phrase: str, scene: Scene) -> SceneObject | None:
+    """Return the object that a noun phrase with its article refers to truly, or None."""
     name = phrase.partition(" ")[2]
     words = name.split()
     if len(words) < 2 or phrase != with_article(name):

@@ -1,21 +1,38 @@
-"""Word-level tokenizers of the synthetic world, for the language model and for the Q-Former's text side.
+"""The vocabulary of the synthetic world, and word-level tokenizers for language models and Q-Former.
 
-Both lower-case, split at white space and punctuation, and take the British spellings of two words.
+All tokenizers lower-case, split at white space and punctuation, and map two British spellings.
 """
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from training.world.words import vocabulary
+from training.world.captions import FILLER, GRID
+from training.world.phrases import NUMBERS, plural
+from training.world.scenes import BACKGROUNDS, SIZES, TEXT_COLORS, TEXT_SHAPES, TEXTURES
 
-END_OF_TEXT = "\n"  # ends a text, as in the OPT checkpoints of BLIP-2; `</s>` begins one
+END_OF_TEXT = "\n"  # the end token, as in the OPT checkpoints of BLIP-2; `</s>` is the begin token
 IMAGE_TOKEN = "<image>"
+
+_GRAMMAR = (
+    *("a", "an", "the", "and", "or", "of", "on", "in", "to", "is", "are", "there", "what", "how", "many"),
+    *("color", "shape", "size", "texture", "object", "objects", "background", "image", "photo"),
+    *("left", "right", "above", "below", "question", "short", "answer", "describe", "yes", "no"),
+    *(":", "?", ".", ","),
+)
+
+
+def list_words() -> tuple[str, ...]:
+    """List the words of captions, questions, dense descriptions and common prompts, each once."""
+    cells = [f"{axis}{cell}" for axis in "xy" for cell in range(GRID)]
+    shapes = [*TEXT_SHAPES, *[plural(shape) for shape in TEXT_SHAPES]]
+    attributes = [*TEXT_COLORS, *SIZES, *TEXTURES, *BACKGROUNDS]
+    return tuple(dict.fromkeys([*_GRAMMAR, *attributes, *shapes, *NUMBERS, *cells, FILLER]))
 
 
 def build_language_tokenizer() -> PreTrainedTokenizerFast:
-    """OPT's conventions: `<pad>` is 1, `</s>` (2) begins every text, a newline ends it."""
+    """Build a tokenizer with OPT's conventions: `<pad>` is 1, `</s>` (2) begins a text, a newline ends it."""
     special = ("<s>", "<pad>", "</s>", "<unk>", END_OF_TEXT, IMAGE_TOKEN)
-    tokenizer = _word_level(special, vocabulary(), unknown="<unk>")
+    tokenizer = _word_level(special, list_words(), unknown="<unk>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="</s> $A", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
@@ -31,8 +48,8 @@ def build_language_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_encoder_decoder_tokenizer() -> PreTrainedTokenizerFast:
-    """T5's conventions: `<pad>` is 0 and begins every answer, `</s>` (1) ends every text."""
-    tokenizer = _word_level(("<pad>", "</s>", "<unk>", IMAGE_TOKEN), vocabulary(), unknown="<unk>")
+    """Build a tokenizer with T5's conventions: `<pad>` is 0 and begins an answer, `</s>` (1) ends a text."""
+    tokenizer = _word_level(("<pad>", "</s>", "<unk>", IMAGE_TOKEN), list_words(), unknown="<unk>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
@@ -47,9 +64,9 @@ def build_encoder_decoder_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_text_tokenizer() -> PreTrainedTokenizerFast:
-    """BERT's conventions (`[CLS] text [SEP]`) with `[DEC]`, which begins a text to be generated."""
+    """Build a tokenizer with BERT's conventions (`[CLS] text [SEP]`); `[DEC]` begins a generated text."""
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]")
-    tokenizer = _word_level(special, vocabulary(), unknown="[UNK]")
+    tokenizer = _word_level(special, list_words(), unknown="[UNK]")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],

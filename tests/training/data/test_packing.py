@@ -1,20 +1,22 @@
 import torch
 
-from training.data.packing import Text, pack_texts, packed_mask, text_starts
+from training.data.packing import WeightedText, pack_texts, packed_attention_mask, text_starts
 
 
 def test_texts_are_laid_one_after_the_other_with_labels_inside_each() -> None:
-    texts = [Text((2, 7, 8), (0.0, 0.5, 1.0)), Text((2, 9), (0.0, 1.0))]
-    packed = pack_texts([texts, texts[1:]], prefix_length=4, pad_token_id=1)
-    assert packed.input_ids.tolist() == [[2, 7, 8, 2, 9], [2, 9, 1, 1, 1]]
-    assert packed.position_ids[0].tolist() == [4, 5, 6, 4, 5]
-    assert packed.labels.tolist() == [[7, 8, -100, 9, -100], [9, -100, -100, -100, -100]]
+    texts = [WeightedText((2, 7, 8), (0.0, 0.5, 1.0)), WeightedText((2, 9), (0.0, 1.0))]
+    batch = pack_texts([texts, texts[1:]], prefix_length=4, pad_token_id=1)
+    assert batch.input_ids.tolist() == [[2, 7, 8, 2, 9], [2, 9, 1, 1, 1]]
+    assert batch.position_ids[0].tolist() == [4, 5, 6, 4, 5]
+    assert batch.labels.tolist() == [[7, 8, -100, 9, -100], [9, -100, -100, -100, -100]]
     assert text_starts(texts, prefix_length=4) == [4, 7]
-    assert packed.weights.tolist() == [[0.5, 1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]]
+    assert batch.weights.tolist() == [[0.5, 1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]]
 
 
-def test_a_text_sees_the_prefix_and_its_own_past_only() -> None:
-    visible = packed_mask(torch.tensor([[0, 0, 1, -1]]), prefix_length=1, dtype=torch.float32)[0, 0] == 0
+def test_a_text_attends_to_the_prefix_and_its_own_past_only() -> None:
+    visible = (
+        packed_attention_mask(torch.tensor([[0, 0, 1, -1]]), prefix_length=1, dtype=torch.float32)[0, 0] == 0
+    )
     assert visible.int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],

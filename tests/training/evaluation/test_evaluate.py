@@ -1,4 +1,4 @@
-"""The evaluation against a server that knows every scene, and one that is busy or broken."""
+"""The evaluation of a server that knows every scene, and of one that is busy or broken."""
 
 import base64
 import io
@@ -14,48 +14,50 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.evaluation.evaluate import EvaluationError, Plan, ServerClient, evaluate, questions_of
+from training.evaluation.client import EvaluationError, ServerClient
+from training.evaluation.evaluate import EvaluationPlan, evaluate, plan_questions
 from training.world.captions import listing_caption
-from training.world.gallery import identified_scenes
-from training.world.scenes import Scene, iter_scenes, render_scene
+from training.world.rendering import render_scene
+from training.world.scenes import Scene, iter_scenes
+from training.world.truth import identified_scenes
 
-PLAN = Plan(seed=9, split="unseen", num_scenes=6, questions_per_scene=3, num_reranked=2)
+PLAN = EvaluationPlan(seed=9, split="unseen", num_scenes=6, questions_per_scene=3, num_reranked=2)
 
 
 class Oracle:
-    """Answers the three routes rightly for the scenes of `PLAN`, after it was busy for `busy` requests."""
+    """A server that responds correctly about the scenes of `PLAN`, after 429 for `busy` requests."""
 
     def __init__(self, busy: int = 0) -> None:
         self.busy = busy
         self.modes: set[str] = set()
         scenes = [*iter_scenes(PLAN.seed, PLAN.split, PLAN.num_scenes)]
-        self._scenes = {self._key(scene): scene for scene in [*scenes, *identified_scenes(9, "unseen", 6)]}
-        self._answers = {
-            (self._key(scene), item.question): item.answer
-            for scene, questions in zip(scenes, questions_of(PLAN, scenes), strict=True)
+        self.scenes = {self.key(scene): scene for scene in [*scenes, *identified_scenes(9, "unseen", 6)]}
+        self.answers = {
+            (self.key(scene), item.question): item.answer
+            for scene, questions in zip(scenes, plan_questions(PLAN, scenes), strict=True)
             for item in questions
         }
 
     @staticmethod
-    def _key(scene: Scene) -> bytes:
+    def key(scene: Scene) -> bytes:
         return render_scene(scene, PLAN.image_size).tobytes()
 
     @staticmethod
-    def _pixels(image: str) -> bytes:
+    def pixels(image: str) -> bytes:
         with Image.open(io.BytesIO(base64.b64decode(image))) as opened:
             return np.asarray(opened).tobytes()
 
     def answer(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         if path == "/vqa":
-            pixels = self._pixels(body["image"])
-            return {"answers": [{"answer": self._answers[pixels, asked]} for asked in body["question"]]}
+            pixels = self.pixels(body["image"])
+            return {"answers": [{"answer": self.answers[pixels, question]} for question in body["question"]]}
         if path == "/caption":
-            return {"captions": [{"text": listing_caption(self._scenes[self._pixels(body["image"])])}]}
+            return {"captions": [{"text": listing_caption(self.scenes[self.pixels(body["image"])])}]}
         self.modes.add(body["mode"])
-        query = body.get("text") or listing_caption(self._scenes[self._pixels(body["image"])])
+        query = body.get("text") or listing_caption(self.scenes[self.pixels(body["image"])])
         candidates = body["candidates"]
         texts = candidates.get("texts") or [
-            listing_caption(self._scenes[self._pixels(image)]) for image in candidates["images"]
+            listing_caption(self.scenes[self.pixels(image)]) for image in candidates["images"]
         ]
         return {"results": [{"index": texts.index(query)}]}
 

@@ -1,4 +1,4 @@
-"""Stage 2 moves the query branch and nothing else."""
+"""Stage 2 trains the query branch and nothing else."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,19 +9,21 @@ from torch import Tensor
 from transformers import OPTForCausalLM
 
 from tests.training.miniature import miniature_config
+from training.data.batches import QaTurn
 from training.data.features import ImageFeatures
 from training.loop import Run
-from training.stages.stage1 import build_matcher
+from training.provenance import hash_module
+from training.stages.decoder_only import DecoderOnlyObjective
 from training.stages.stage2 import (
-    FrozenPartMovedError,
-    Reader,
+    FrozenWeightsChangedError,
+    LanguageObjective,
     build_query_branch,
-    hash_weights,
     soft_prompts,
     train_stage2,
 )
-from training.tiny.language import OptReader, build_language_model
-from training.world.qa_turns import Exchange
+from training.tiny.language import build_language_model
+from training.tiny.recipe import build_tiny_matcher
+from training.world.qa_turns import SceneQaSampler
 from training.world.scenes import iter_scenes
 from training.world.vocabulary import build_language_tokenizer
 
@@ -35,34 +37,35 @@ def llm() -> OPTForCausalLM:
     return build_language_model(CONFIG.language_model, TOKENIZER)
 
 
-class MovingReader:
-    """A language model that learns along, as it must not."""
+class ChangingObjective:
+    """An objective that changes the language model, which must stay frozen."""
 
     def __init__(self, llm: OPTForCausalLM) -> None:
         self.llm = llm
-        self._reader = OptReader(llm, TOKENIZER)
+        self.objective = DecoderOnlyObjective(llm, TOKENIZER)
 
-    def loss(self, prefix: Tensor, exchanges: Sequence[Sequence[Exchange]]) -> Tensor:
+    def loss(self, prefix: Tensor, qa_turns: Sequence[Sequence[QaTurn]]) -> Tensor:
         with torch.no_grad():
             next(self.llm.parameters()).add_(0.01)
-        return self._reader.loss(prefix, exchanges)
+        return self.objective.loss(prefix, qa_turns)
 
 
-def train(directory: Path, reader: Reader) -> tuple[torch.nn.Module, torch.nn.Module]:
-    matcher = build_matcher(CONFIG)
+def train(directory: Path, objective: LanguageObjective) -> tuple[torch.nn.Module, torch.nn.Module]:
+    matcher = build_tiny_matcher(CONFIG)
     run = Run("stage2", directory, seed=0, device=torch.device("cpu"), autocast_dtype=None, save_every=100)
     features = ImageFeatures(torch.randn(16, 17, 16).half().numpy())
     branch = build_query_branch(matcher, CONFIG.language_model.hidden_size)
     scenes = list(iter_scenes(0, "train", 16))
-    return train_stage2(run, CONFIG.stage2, scenes, features, branch, reader, 2), matcher
+    sampler = SceneQaSampler(scenes, features, CONFIG.stage2.batch_size, num_questions=2)
+    return train_stage2(run, CONFIG.stage2, sampler, branch, objective), matcher
 
 
 def test_the_query_branch_is_trained_and_the_language_model_stays_bit_equal(
     llm: OPTForCausalLM, tmp_path: Path
 ) -> None:
-    frozen = hash_weights(llm)
-    branch, matcher = train(tmp_path, OptReader(llm, TOKENIZER))
-    assert hash_weights(llm) == frozen
+    frozen = hash_module(llm)
+    branch, matcher = train(tmp_path, DecoderOnlyObjective(llm, TOKENIZER))
+    assert hash_module(llm) == frozen
     trained, before = dict(branch.named_parameters()), dict(matcher.named_parameters())
     for name in (
         "query_tokens",
@@ -73,12 +76,12 @@ def test_the_query_branch_is_trained_and_the_language_model_stays_bit_equal(
 
 
 def test_a_language_model_that_moved_is_an_error(llm: OPTForCausalLM, tmp_path: Path) -> None:
-    with pytest.raises(FrozenPartMovedError, match="language model changed"):
-        train(tmp_path, MovingReader(llm))
+    with pytest.raises(FrozenWeightsChangedError, match="language model changed"):
+        train(tmp_path, ChangingObjective(llm))
 
 
 def test_the_branch_starts_from_stage_1_without_its_text_side() -> None:
-    matcher = build_matcher(CONFIG)
+    matcher = build_tiny_matcher(CONFIG)
     branch = build_query_branch(matcher, 8)
     trained = matcher.state_dict()
     names = set(branch.state_dict()) - {"language_projection.weight", "language_projection.bias"}

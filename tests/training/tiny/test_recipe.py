@@ -1,4 +1,4 @@
-"""The whole recipe from nothing, very small: all phases, and a checkpoint the model package loads."""
+"""The whole recipe in miniature: all phases, and checkpoints that the model package loads."""
 
 import subprocess
 import sys
@@ -13,17 +13,18 @@ from safetensors.torch import load_file
 
 from model import Blip2, GenerationParams
 from tests.training.miniature import miniature_config
-from training.tiny.recipe import TinyTraining
-from training.world.scenes import render_scene, sample_scene
+from training.tiny.recipe import TinyRecipe
+from training.world.rendering import render_scene
+from training.world.scenes import sample_scene
 
 STEPS = 100
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TinyTraining:
-    training = TinyTraining(miniature_config(STEPS), tmp_path_factory.mktemp("tiny"), torch.device("cpu"))
-    training.run()
-    return training
+def trained(tmp_path_factory: pytest.TempPathFactory) -> TinyRecipe:
+    recipe = TinyRecipe(miniature_config(STEPS), tmp_path_factory.mktemp("tiny"), torch.device("cpu"))
+    recipe.run()
+    return recipe
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -40,7 +41,7 @@ def first_and_last_loss(directory: Path) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("phase", ["stage2", "stage2_t5"])
-def test_the_result_is_a_checkpoint_that_captions_and_matches(trained: TinyTraining, phase: str) -> None:
+def test_the_result_is_a_checkpoint_that_captions_and_matches(trained: TinyRecipe, phase: str) -> None:
     blip2 = Blip2.from_pretrained(str(trained.out / "model" / phase))
     pixel_values = blip2.preprocess(render_scene(sample_scene(1, "unseen", 0), 48))[None]
     with torch.inference_mode():
@@ -53,15 +54,15 @@ def test_the_result_is_a_checkpoint_that_captions_and_matches(trained: TinyTrain
     assert logits.shape == (1, 2)
 
 
-@pytest.mark.parametrize("phase", TinyTraining.PHASES)
-def test_the_loss_of_every_phase_falls(trained: TinyTraining, phase: str) -> None:
+@pytest.mark.parametrize("phase", TinyRecipe.PHASES)
+def test_the_loss_of_every_phase_falls(trained: TinyRecipe, phase: str) -> None:
     first, last = first_and_last_loss(trained.out / phase)
     assert last < first
 
 
 @pytest.mark.slow
 def test_a_process_killed_in_stage_1_and_started_again_ends_with_the_same_weights(
-    trained: TinyTraining, tmp_path: Path
+    trained: TinyRecipe, tmp_path: Path
 ) -> None:
     config = tmp_path / "small.yaml"
     config.write_text(yaml.safe_dump(asdict(miniature_config(STEPS))))
@@ -90,7 +91,7 @@ def test_a_process_killed_in_stage_1_and_started_again_ends_with_the_same_weight
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
 
 
-def test_a_phase_that_is_done_is_not_run_again(trained: TinyTraining) -> None:
+def test_a_phase_that_is_done_is_not_run_again(trained: TinyRecipe) -> None:
     before = {path: path.stat().st_mtime_ns for path in (trained.out / "model").rglob("*.safetensors")}
     trained.run()
     assert {path: path.stat().st_mtime_ns for path in before} == before

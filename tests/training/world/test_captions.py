@@ -41,7 +41,7 @@ def test_each_style_says_what_it_is_for() -> None:
     }
 
 
-@pytest.mark.parametrize("split", ["train", "held-out", "told"])
+@pytest.mark.parametrize("split", ["train", "held-out", "text-only"])
 def test_every_sampled_text_is_true_of_its_scene(split: Split) -> None:
     rng = np.random.default_rng(0)
     drawn = [(scene, sample_text(scene, rng)) for scene in iter_scenes(0, split, 600)]

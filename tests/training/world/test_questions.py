@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from training.world.phrases import MIN_OFFSET, find_referents
-from training.world.questions import FAMILIES, MAX_QUESTIONS, sample_question, sample_questions
+from training.world.questions import MAX_QUESTIONS, QUESTION_TYPES, sample_question, sample_questions
 from training.world.scenes import Scene, SceneObject, Split, iter_scenes
 
 CIRCLE = SceneObject("circle", "red", "large", "solid", x=0.25, y=0.75, radius=0.18)
@@ -22,29 +22,30 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_questions_of_each_family_have_one_answer_each(family: str) -> None:
+@pytest.mark.parametrize("question_type", QUESTION_TYPES)
+def test_questions_of_each_type_have_one_answer_each(question_type: str) -> None:
     rng = np.random.default_rng(0)
-    asked = {(q.question, q.answer) for q in (sample_question(SCENE, rng, family) for _ in range(300)) if q}
+    sampled = [sample_question(SCENE, rng, question_type) for _ in range(300)]
+    pairs = {(item.question, item.answer) for item in sampled if item}
     answers: dict[str, str] = {}
-    for question, answer in asked:
+    for question, answer in pairs:
         assert answers.setdefault(question, answer) == answer, "one question, two answers"
-    assert EXPECTED[family] in asked
+    assert EXPECTED[question_type] in pairs
 
 
-@pytest.mark.parametrize("split", ["train", "held-out", "told"])
+@pytest.mark.parametrize("split", ["train", "held-out", "text-only"])
 def test_answers_follow_from_the_scene(split: Split) -> None:
     rng = np.random.default_rng(1)
     for scene in iter_scenes(0, split, 300):
         for item in sample_questions(scene, rng, 10):
             words = item.question.split()
             named = [scene.objects[k] for _, k in find_referents(words, scene)]
-            if item.family in ("color", "shape", "size", "texture"):
+            if item.question_type in ("color", "shape", "size", "texture"):
                 (only,) = named
-                assert getattr(only, item.family) == item.answer
-            elif item.family == "existence":
+                assert getattr(only, item.question_type) == item.answer
+            elif item.question_type == "existence":
                 assert bool(named) is (item.answer == "yes")
-            elif item.family in ("left_right", "above_below"):
+            elif item.question_type in ("left_right", "above_below"):
                 first, second = named
                 gap = {
                     "left": second.x - first.x,
@@ -57,23 +58,23 @@ def test_answers_follow_from_the_scene(split: Split) -> None:
                 else:
                     (relation,) = [word for word in words if word in gap]
                     assert (gap[relation] > MIN_OFFSET) is (item.answer == "yes")
-            elif item.family == "what_is_where":
-                (asked,) = named
-                there = {
-                    "left": [o for o in scene.objects if o.x < asked.x],
-                    "right": [o for o in scene.objects if o.x > asked.x],
-                    "above": [o for o in scene.objects if o.y < asked.y],
-                    "below": [o for o in scene.objects if o.y > asked.y],
+            elif item.question_type == "what_is_where":
+                (reference,) = named
+                others = {
+                    "left": [o for o in scene.objects if o.x < reference.x],
+                    "right": [o for o in scene.objects if o.x > reference.x],
+                    "above": [o for o in scene.objects if o.y < reference.y],
+                    "below": [o for o in scene.objects if o.y > reference.y],
                 }
-                (relation,) = [word for word in words if word in there]
-                assert [f"{o.color} {o.shape}" for o in there[relation]] == [item.answer]
+                (relation,) = [word for word in words if word in others]
+                assert [f"{o.color} {o.shape}" for o in others[relation]] == [item.answer]
 
 
 def test_yes_and_no_are_balanced() -> None:
     rng = np.random.default_rng(0)
-    for family in ("existence", "left_right", "above_below"):
-        drawn = [sample_question(scene, rng, family) for scene in iter_scenes(0, "train", 2000)]
-        answers = [question.answer for question in drawn if question and question.answer in ("yes", "no")]
+    for question_type in ("existence", "left_right", "above_below"):
+        sampled = [sample_question(scene, rng, question_type) for scene in iter_scenes(0, "train", 2000)]
+        answers = [question.answer for question in sampled if question and question.answer in ("yes", "no")]
         assert 0.45 < answers.count("yes") / len(answers) < 0.55
 
 

@@ -1,12 +1,13 @@
 import json
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from training.__main__ import main
 
 
-def draw(directory: Path, split: str) -> list[dict[str, object]]:
+def draw(directory: Path, split: str) -> list[dict[str, Any]]:
     arguments = ["--seed", "5", "--count", "3", "--split", split, "--out", str(directory)]
     assert main(["scenes", *arguments]) == 0
     return [json.loads(line) for line in (directory / "scenes.jsonl").read_text().splitlines()]

@@ -1,8 +1,8 @@
 import pytest
 
-from training.world.captions import dense_words
+from training.world.captions import dense_words, listing_caption
 from training.world.scenes import Scene, SceneObject
-from training.world.truth import is_true_caption, named_pairs
+from training.world.truth import identified_scenes, is_true_caption, named_pairs
 
 CIRCLE = SceneObject("circle", "red", "large", "solid", x=0.25, y=0.75, radius=0.18)
 CROSS = SceneObject("cross", "orange", "small", "striped", x=0.8, y=0.2, radius=0.1)
@@ -63,3 +63,9 @@ def test_a_dense_description_is_true_of_its_scene_alone() -> None:
 def test_named_pairs_are_colours_directly_before_shapes() -> None:
     assert named_pairs("a large red circle, and an orange striped cross") == [("red", "circle")]
     assert named_pairs("a gold heart") == [("gold", "heart")]  # though none is ever drawn
+
+
+def test_a_caption_of_the_gallery_is_true_of_its_own_scene_only() -> None:
+    scenes = identified_scenes(3, "unseen", 60)
+    for caption_of in scenes:
+        assert [s for s in scenes if is_true_caption(listing_caption(caption_of), s)] == [caption_of]

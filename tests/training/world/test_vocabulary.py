@@ -3,7 +3,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from training.world.captions import dense_description
-from training.world.qa_turns import sample_exchanges
+from training.world.qa_turns import sample_qa_turns
 from training.world.scenes import Split, iter_scenes
 from training.world.vocabulary import (
     build_encoder_decoder_tokenizer,
@@ -15,13 +15,13 @@ OPT, T5, BERT = build_language_tokenizer(), build_encoder_decoder_tokenizer(), b
 
 
 @pytest.mark.parametrize("tokenizer", [OPT, T5, BERT], ids=["opt", "t5", "bert"])
-@pytest.mark.parametrize("split", ["train", "held-out", "told"])
+@pytest.mark.parametrize("split", ["train", "held-out", "text-only"])
 def test_no_word_of_the_world_is_unknown(tokenizer: PreTrainedTokenizerFast, split: Split) -> None:
     rng = np.random.default_rng(0)
     texts = []
     for scene in iter_scenes(0, split, 200):
         texts.append(dense_description(scene, 28))
-        texts += [f"{item.prompt} {item.answer}" for item in sample_exchanges(scene, rng, 8)]
+        texts += [f"{item.prompt} {item.answer}" for item in sample_qa_turns(scene, rng, 8)]
     ids = {token for row in tokenizer(texts).input_ids for token in row}
     assert tokenizer.unk_token_id not in ids
 

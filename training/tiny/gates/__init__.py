@@ -1,8 +1,8 @@
-"""Gates: what the result of a phase must show on scenes it has never seen before the next builds on it."""
+"""Gates: minimum figures that a phase must reach on unseen scenes before later phases build on it."""
 
-from training.tiny.gates.command import GATES, GateMissedError, format_findings, measure, require
-from training.tiny.gates.findings import Bar, Findings, read_findings, write_findings
-from training.tiny.gates.plan import NUM_PROBE_SCENES, NUM_SCENES, VALIDATION_SEED, Plan
+from training.tiny.gates.command import GATES, GateMissedError, format_result, measure, require
+from training.tiny.gates.plan import NUM_PROBE_SCENES, NUM_SCENES, VALIDATION_SEED, GatePlan
+from training.tiny.gates.results import Bar, GateResult, load_result, save_result
 
 __all__ = [
     "GATES",
@@ -10,12 +10,12 @@ __all__ = [
     "NUM_SCENES",
     "VALIDATION_SEED",
     "Bar",
-    "Findings",
     "GateMissedError",
-    "Plan",
-    "format_findings",
+    "GatePlan",
+    "GateResult",
+    "format_result",
+    "load_result",
     "measure",
-    "read_findings",
     "require",
-    "write_findings",
+    "save_result",
 ]

@@ -1,17 +1,18 @@
-"""Runs the gate of a phase: measures, and says which bars are met."""
+"""The command `gate`: measures the result of a phase and compares the figures with its bars."""
 
 from collections.abc import Callable, Mapping
 
 from model.errors import CheckpointError
-from training.tiny.gates.findings import Bar, Findings, Measured, hash_weights
+from training.evaluation.tables import format_tables, markdown_row
+from training.provenance import hash_weight_files
 from training.tiny.gates.language import measure_language_model
-from training.tiny.gates.plan import Plan
+from training.tiny.gates.plan import GatePlan
+from training.tiny.gates.results import Bar, GateResult, Measurement
 from training.tiny.gates.retrieval import measure_retrieval, measure_stage1
 from training.tiny.gates.stage2 import measure_stage2
 from training.tiny.gates.vision import measure_vision_model
-from training.tiny.report import format_report, markdown_row
 
-Gate = Callable[[str, Plan], Measured]  # of a phase by its name
+Gate = Callable[[str, GatePlan], Measurement]  # of a phase by its name
 
 GATES: Mapping[str, Gate] = {
     "vision_model": measure_vision_model,
@@ -25,37 +26,37 @@ GATES: Mapping[str, Gate] = {
 
 
 class GateMissedError(Exception):
-    """A finished phase is below a bar; the message names each with figure and minimum."""
+    """A figure of a finished phase is below its bar; the message names each with figure and minimum."""
 
 
-def measure(phase: str, plan: Plan, gates: Mapping[str, Gate] = GATES) -> Findings:
-    """Measures the finished result of a phase. Raises CheckpointError where there is none."""
+def measure(phase: str, plan: GatePlan, gates: Mapping[str, Gate] = GATES) -> GateResult:
+    """Measure the result of a phase. Raises CheckpointError if there is none."""
     directory = plan.result(phase)
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory} does not exist; finish the phase first: "
             f"python -m training tiny --out {plan.out} --only {phase}"
         )
-    weights = hash_weights(directory)
-    return Findings(phase, plan.seed, plan.num_scenes, weights, gates[phase](phase, plan))
+    weights_hash = hash_weight_files(directory)
+    return GateResult(phase, plan.seed, plan.num_scenes, weights_hash, gates[phase](phase, plan))
 
 
-def require(findings: Findings) -> None:
-    """Raises GateMissedError where a bar is missed."""
-    if findings.missed:
+def require(result: GateResult) -> None:
+    """Raise GateMissedError if a bar is missed."""
+    if result.missed:
         bars = "; ".join(
-            f"{bar.name} is {bar.value:.3f}, at least {bar.minimum:.3f}" for bar in findings.missed
+            f"{bar.name} is {bar.value:.3f}, at least {bar.minimum:.3f}" for bar in result.missed
         )
         raise GateMissedError(
-            f"{findings.phase} misses {len(findings.missed)} of {len(findings.measured.bars)} bars: {bars}"
+            f"{result.phase} misses {len(result.missed)} of {len(result.measured.bars)} bars: {bars}"
         )
 
 
-def format_findings(findings: Findings) -> str:
-    """Figures and bars as Markdown tables."""
-    tables = [format_report(findings.measured.figures)]
-    if findings.measured.bars:
-        tables.append(_format_bars(findings.measured.bars))
+def format_result(result: GateResult) -> str:
+    """Format figures and bars as Markdown tables."""
+    tables = [format_tables(result.measured.figures)]
+    if result.measured.bars:
+        tables.append(_format_bars(result.measured.bars))
     return "\n\n".join(tables)
 
 

@@ -1,4 +1,4 @@
-"""Retrieval in a gallery whose captions are each true of one scene, and telling true pairs from near ones."""
+"""Retrieval figures in a gallery of scenes with distinct captions, and ITM figures on hard negatives."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,29 +8,28 @@ import torch
 from torch import Tensor
 
 from training.evaluation.metrics import Figures, recall_at
-from training.tiny.gates.findings import Bar, Direction, Measured, Ranking
-from training.tiny.gates.plan import NUM_EXAMPLES, NUM_MISTAKES, Plan
+from training.tiny.gates.plan import NUM_EXAMPLES, NUM_MISTAKES, GatePlan
+from training.tiny.gates.results import Bar, Direction, Measurement, Ranking
 from training.world.captions import listing_caption
-from training.world.gallery import identified_scenes
 from training.world.scenes import Scene, Split
-from training.world.truth import is_true_caption
+from training.world.truth import identified_scenes, is_true_caption
 
-RERANK_K = 16  # of which ITM has the last word; a pair takes milliseconds on a CPU
+RERANK_K = 16  # candidates that ITM re-ranks; a pair takes milliseconds on a CPU
 _ITC_BAR = 0.88
 _RERANKED_BAR = 0.95
-_NUM_SHOWN = 5  # candidates of a ranking
+_NUM_BEST = 5  # saved candidates of a ranking
 _DIRECTIONS: tuple[Direction, ...] = ("image to text", "text to image")
 
 
-class Scorer(Protocol):
-    """Scores N images against their N captions; both are named by number."""
+class PairScorer(Protocol):
+    """Scores of N images and their N captions, both given by index."""
 
     def similarities(self) -> Tensor:
-        """The [N, N] cosines of all images (rows) with all captions."""
+        """Compute the [N, N] cosines of all images (rows) with all captions."""
         ...
 
     def match_logits(self, images: Tensor, captions: Tensor) -> Tensor:
-        """The [K, 2] matching logits of K pairs; index 1 says that they belong together."""
+        """Compute the [K, 2] matching logits of K pairs; index 1: match."""
         ...
 
 
@@ -38,8 +37,8 @@ class Scorer(Protocol):
 class Scores:
     """Scores of N queries (rows) against N candidates, all [N, N].
 
-    `itc` cosines; `reranked` as the service ranks, -inf for pairs that ITM was not asked about; `is_matched`
-    whether ITM takes a pair for a true one.
+    `itc`: cosines; `reranked`: as the service ranks, -inf for pairs without an ITM score; `is_matched`: true
+    if ITM predicts a match.
     """
 
     itc: Tensor
@@ -51,8 +50,8 @@ class Scores:
         return Scores(self.itc.T, self.reranked.T, self.is_matched.T)
 
 
-def measure_scorers(scorers: Mapping[Split, Scorer], plan: Plan) -> Measured:
-    """Ranks the gallery of each split both ways, and puts the hardest pairs to ITM."""
+def measure_scorers(scorers: Mapping[Split, PairScorer], plan: GatePlan) -> Measurement:
+    """Rank the gallery of each split in both directions, and score the hard negatives by ITM."""
     recalls: dict[str, Figures] = {}
     matching: dict[str, Figures] = {}
     rankings: list[Ranking] = []
@@ -63,12 +62,12 @@ def measure_scorers(scorers: Mapping[Split, Scorer], plan: Plan) -> Measured:
         by_image = score_pairs(scorer, itc, negatives)
         matching[f"matching, {split}"] = _matching_figures(by_image.is_matched, negatives)
         for direction, scores in zip(_DIRECTIONS, (by_image, by_image.transposed), strict=True):
-            found = _rank_all(scores, split, direction)
+            reranked = _rank_all(scores, split, direction)
             recalls[f"{direction}, ITC, {split}"] = _recall(_ranks_by_itc(scores.itc), scenes)
-            recalls[f"{direction}, re-ranked, {split}"] = _recall([each.rank for each in found], scenes)
-            rankings += found
+            recalls[f"{direction}, re-ranked, {split}"] = _recall([each.rank for each in reranked], scenes)
+            rankings += reranked
     wrong = sorted((each for each in rankings if each.rank), key=lambda each: -each.rank)
-    return Measured(
+    return Measurement(
         figures=recalls | matching,
         bars=(),
         rankings=tuple(each for each in rankings if each.query < NUM_EXAMPLES),
@@ -76,8 +75,8 @@ def measure_scorers(scorers: Mapping[Split, Scorer], plan: Plan) -> Measured:
     )
 
 
-def judge_rankings(measured: Measured) -> Measured:
-    """Holds what was measured of a model fine-tuned for retrieval against the bars."""
+def judge_rankings(measured: Measurement) -> Measurement:
+    """Compare the figures of a model fine-tuned for retrieval with the bars."""
     bars = []
     for direction in _DIRECTIONS:
         itc, reranked = (
@@ -90,9 +89,9 @@ def judge_rankings(measured: Measured) -> Measured:
 
 
 def hard_negatives(itc: Tensor, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-    """The most similar wrong partners by ITC [N, N]: of each image a caption, of each caption an image, [N].
+    """Return the hardest negative caption of each image and image of each caption, [N] each, by ITC [N, N].
 
-    A caption that is true of a scene is no negative for it; where all are true, the scene's own stands in.
+    A caption that is true of a scene is no negative for it; if all are true, the positive is returned.
     """
     captions = [listing_caption(scene) for scene in scenes]
     texts, images = [], []
@@ -102,32 +101,32 @@ def hard_negatives(itc: Tensor, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor
     return torch.tensor(texts), torch.tensor(images)
 
 
-def score_pairs(scorer: Scorer, itc: Tensor, negatives: tuple[Tensor, Tensor]) -> Scores:
-    """Asks ITM about the true pairs, the hard negatives, and the best of each query by ITC."""
-    own = torch.arange(len(itc))
-    best = min(RERANK_K, len(itc))
-    wanted = torch.eye(len(itc), dtype=torch.bool)
-    wanted[own, negatives[0]] = True
-    wanted[negatives[1], own] = True
-    wanted.scatter_(1, itc.topk(best, dim=1).indices, value=True)
-    wanted.scatter_(0, itc.topk(best, dim=0).indices, value=True)
-    images, captions = wanted.nonzero(as_tuple=True)
+def score_pairs(scorer: PairScorer, itc: Tensor, negatives: tuple[Tensor, Tensor]) -> Scores:
+    """Score by ITM the positives, the hard negatives, and the best candidates of each query by ITC."""
+    positive = torch.arange(len(itc))
+    num_best = min(RERANK_K, len(itc))
+    is_scored = torch.eye(len(itc), dtype=torch.bool)
+    is_scored[positive, negatives[0]] = True
+    is_scored[negatives[1], positive] = True
+    is_scored.scatter_(1, itc.topk(num_best, dim=1).indices, value=True)
+    is_scored.scatter_(0, itc.topk(num_best, dim=0).indices, value=True)
+    images, captions = is_scored.nonzero(as_tuple=True)
     logits = scorer.match_logits(images, captions)  # [K, 2]
     reranked = torch.full_like(itc, float("-inf"))
     reranked[images, captions] = logits[:, 1] + itc[images, captions]  # as the service scores mode "rerank"
-    is_matched = torch.zeros_like(wanted)
+    is_matched = torch.zeros_like(is_scored)
     is_matched[images, captions] = logits[:, 1] > logits[:, 0]
     return Scores(itc, reranked, is_matched)
 
 
 def _rank_all(scores: Scores, split: Split, direction: Direction) -> list[Ranking]:
-    """What every query finds when its best candidates by ITC are re-ranked."""
+    """Rank the candidates of every query: by ITC, the best of them re-ranked by ITM."""
     rankings = []
     for query, (itc, reranked) in enumerate(zip(scores.itc, scores.reranked, strict=True)):
         by_itc = _descending(itc)
-        chosen = sorted(by_itc[:RERANK_K], key=lambda index: -float(reranked[index]))
-        rank = (chosen + by_itc[RERANK_K:]).index(query)
-        best = tuple((index, float(reranked[index])) for index in chosen[:_NUM_SHOWN])
+        by_itm = sorted(by_itc[:RERANK_K], key=lambda index: -float(reranked[index]))
+        rank = (by_itm + by_itc[RERANK_K:]).index(query)
+        best = tuple((index, float(reranked[index])) for index in by_itm[:_NUM_BEST])
         rankings.append(Ranking(split, direction, query, rank, best))
     return rankings
 
@@ -137,7 +136,7 @@ def _ranks_by_itc(itc: Tensor) -> list[int]:
 
 
 def _descending(scores: Tensor) -> list[int]:
-    """The indices of [N] scores, the best first."""
+    """Return the indices of [N] scores, the best first."""
     order: list[int] = scores.argsort(descending=True, stable=True).tolist()
     return order
 
@@ -145,19 +144,19 @@ def _descending(scores: Tensor) -> list[int]:
 def _recall(ranks: Sequence[int], scenes: Sequence[Scene]) -> Figures:
     figures = recall_at(ranks)
     for count in sorted({len(scene.objects) for scene in scenes}):
-        of_count = [rank for rank, scene in zip(ranks, scenes, strict=True) if len(scene.objects) == count]
-        figures[f"R@1, {count}_objects"] = recall_at(of_count)["R@1"]
+        subset = [rank for rank, scene in zip(ranks, scenes, strict=True) if len(scene.objects) == count]
+        figures[f"R@1, {count}_objects"] = recall_at(subset)["R@1"]
     return figures
 
 
 def _matching_figures(is_matched: Tensor, negatives: tuple[Tensor, Tensor]) -> Figures:
-    """Shares of pairs that ITM judges rightly; as many true ones as wrong ones in `accuracy`."""
-    own = torch.arange(len(is_matched))
-    shares = {
+    """Compute the accuracies of ITM by kind of pair; `accuracy` weights positives and negatives equally."""
+    positive = torch.arange(len(is_matched))
+    is_correct = {
         "true pairs": is_matched.diagonal(),
-        "hard wrong captions": ~is_matched[own, negatives[0]],
-        "hard wrong images": ~is_matched[negatives[1], own],
+        "hard wrong captions": ~is_matched[positive, negatives[0]],
+        "hard wrong images": ~is_matched[negatives[1], positive],
     }
-    figures = {name: float(right.float().mean()) for name, right in shares.items()}
+    figures = {name: float(correct.float().mean()) for name, correct in is_correct.items()}
     wrong = (figures["hard wrong captions"] + figures["hard wrong images"]) / 2
     return {"accuracy": (figures["true pairs"] + wrong) / 2, **figures}

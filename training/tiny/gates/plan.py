@@ -1,4 +1,4 @@
-"""What a gate measures, and the scenes it measures on: the same for every run."""
+"""The validation scenes and questions of a gate, equal for every run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,23 +10,24 @@ from torch import Tensor
 
 from model.preprocess import ImagePreprocessor
 from training.world.questions import Question, sample_questions
-from training.world.scenes import Scene, Split, iter_scenes, render_scene
+from training.world.rendering import render_scene
+from training.world.scenes import Scene, Split, iter_scenes
 
-VALIDATION_SEED = 2  # training draws with 0, the evaluation of a server with 1
+VALIDATION_SEED = 2  # training has seed 0, the evaluation of a server seed 1
 VALIDATION_SPLITS: tuple[Split, ...] = ("unseen", "held-out")
 NUM_SCENES = 500
 NUM_PROBE_SCENES = 2000
 QUESTIONS_PER_SCENE = 5
-NUM_EXAMPLES = 6  # kept of each split to be looked at
-NUM_MISTAKES = 12  # kept of both splits together
+NUM_EXAMPLES = 6  # saved of each split, for inspection
+NUM_MISTAKES = 12  # saved of both splits together
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is measured: the results under `out`, on `num_scenes` scenes of each split drawn with `seed`.
+class GatePlan:
+    """The results under `out`, measured on `num_scenes` scenes of each split, sampled with `seed`.
 
-    num_probe_scenes: training scenes, drawn with `probe_seed`, that linear probes are fitted on.
-    num_query_tokens: how many words a dense description has; None: as the run was configured.
+    num_probe_scenes: training scenes, sampled with `probe_seed`, that linear probes are fitted on.
+    num_query_tokens: words of a dense description; None: as configured in the run.
     """
 
     out: Path
@@ -38,14 +39,15 @@ class Plan:
     device: str = "cpu"
 
     def result(self, phase: str) -> Path:
-        """The directory of a phase's finished weights."""
+        """Return the directory of a phase's result."""
         return self.out / "model" / phase
 
     def scenes(self, split: Split) -> list[Scene]:
+        """Sample the validation scenes of a split."""
         return list(iter_scenes(self.seed, split, self.num_scenes))
 
     def questions(self, scenes: Sequence[Scene]) -> list[list[Question]]:
-        """What each scene is asked; the same for the same seed, always."""
+        """Sample the questions about each scene, equal for equal seeds."""
         return [
             sample_questions(scene, np.random.default_rng([self.seed, index]), QUESTIONS_PER_SCENE)
             for index, scene in enumerate(scenes)
@@ -53,5 +55,5 @@ class Plan:
 
 
 def prepare_pixels(scenes: Sequence[Scene], preprocess: ImagePreprocessor) -> Tensor:
-    """Draws scenes at the size a model reads; [B, 3, S, S] normalised."""
+    """Render scenes at the model's image size into normalised [B, 3, S, S]."""
     return torch.stack([preprocess(render_scene(scene, preprocess.image_size)) for scene in scenes])

@@ -1,4 +1,4 @@
-"""A linear probe: multinomial logistic regression, which shows what can be read off features directly."""
+"""A linear probe: multinomial logistic regression on frozen features."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ _MAX_ITERATIONS = 300
 
 @dataclass(frozen=True, slots=True)
 class LinearProbe:
-    """Scores of C classes: features [N, V], standardised by `mean` and `std` [V], times `weight` [C, V]."""
+    """A linear classifier: features standardised by `mean` and `std` [V], `weight` [C, V], `bias` [C]."""
 
     mean: Tensor
     std: Tensor
@@ -20,12 +20,12 @@ class LinearProbe:
     bias: Tensor
 
     def predict(self, features: Tensor) -> Tensor:
-        """The likeliest class of each of [N, V] features, [N]."""
+        """Predict the classes [N] of features [N, V]."""
         return F.linear((features - self.mean) / self.std, self.weight, self.bias).argmax(dim=1)
 
 
 def fit_probe(features: Tensor, classes: Tensor, num_classes: int) -> LinearProbe:
-    """Fits features [N, V] to their classes [N]; the same features always give the same probe."""
+    """Fit a probe to features [N, V] and their classes [N]; deterministic."""
     mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     inputs = (features - mean) / std
     weight = torch.zeros(num_classes, features.shape[1], requires_grad=True)

@@ -1,4 +1,4 @@
-"""The gate of stage 2: what the whole model says of an image, in captions and answers."""
+"""The gate of stage 2: captions and answers of the whole model."""
 
 from collections.abc import Sequence
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 from model import Blip2
 from model.checkpoints import LoadOptions
-from training.tiny.gates.findings import Bar, Measured
-from training.tiny.gates.plan import Plan, prepare_pixels
-from training.tiny.gates.speaking import PromptedSpeaker, Spoken, measure_speaker
-from training.world.questions import FAMILIES
+from training.tiny.gates.generation import GenerationResult, PromptedGenerator, measure_generation
+from training.tiny.gates.plan import GatePlan, prepare_pixels
+from training.tiny.gates.results import Bar, Measurement
+from training.world.questions import QUESTION_TYPES
 from training.world.scenes import Scene
 
 _QUESTION_BAR = 0.90
-_FAMILY_BAR = 0.80
+_QUESTION_TYPE_BAR = 0.80
 _PAIRS_BAR = 0.95
 _CAPTION_BAR = 0.90
-_QUESTION_GAP = 0.10  # held-out may be this much below unseen
+_QUESTION_GAP = 0.10  # allowed difference of held-out from unseen
 _CAPTION_GAP = 0.20
 
 
-def measure_stage2(phase: str, plan: Plan) -> Measured:
-    """Measures the model of a run, with either language model."""
+def measure_stage2(phase: str, plan: GatePlan) -> Measurement:
+    """Measure the model of a run, with either language model."""
     blip2 = Blip2.from_pretrained(str(plan.result(phase)), LoadOptions(device=torch.device(plan.device)))
     assert blip2.language_model is not None, "a stage-2 adapter names a language model"
 
@@ -30,26 +30,27 @@ def measure_stage2(phase: str, plan: Plan) -> Measured:
         image_features = blip2.encode_images(prepare_pixels(scenes, blip2.preprocess))
         return blip2.project_queries(blip2.encode_queries(image_features))  # [B, Q, L]
 
-    return judge_viewer(measure_speaker(PromptedSpeaker(blip2.language_model, blip2.prompts, prefix), plan))
+    generator = PromptedGenerator(blip2.language_model, blip2.prompts, prefix)
+    return judge_stage2(measure_generation(generator, plan))
 
 
-def judge_viewer(spoken: Spoken) -> Measured:
-    """Holds what was said of images against the bars."""
-    questions, captions = spoken.figures["questions, unseen"], spoken.figures["captions, unseen"]
-    held_questions = spoken.figures["questions, held-out"]["overall"]
-    held_captions = spoken.figures["captions, held-out"]["wholly_true"]
+def judge_stage2(generated: GenerationResult) -> Measurement:
+    """Compare texts generated from images with the bars."""
+    questions, captions = generated.figures["questions, unseen"], generated.figures["captions, unseen"]
+    held_out_questions = generated.figures["questions, held-out"]["overall"]
+    held_out_captions = generated.figures["captions, held-out"]["wholly_true"]
+    question_minimum = max(0.0, questions["overall"] - _QUESTION_GAP)
+    caption_minimum = max(0.0, captions["wholly_true"] - _CAPTION_GAP)
     bars = (
         Bar("unseen: questions", questions["overall"], _QUESTION_BAR),
         *(
-            Bar(f"unseen: questions, {family}", questions[family], _FAMILY_BAR)
-            for family in FAMILIES
-            if family in questions
+            Bar(f"unseen: questions, {name}", questions[name], _QUESTION_TYPE_BAR)
+            for name in QUESTION_TYPES
+            if name in questions
         ),
         Bar("unseen: named pairs true", captions["named_pairs_true"], _PAIRS_BAR),
         Bar("unseen: captions wholly true", captions["wholly_true"], _CAPTION_BAR),
-        Bar("held-out: questions", held_questions, max(0.0, questions["overall"] - _QUESTION_GAP)),
-        Bar(
-            "held-out: captions wholly true", held_captions, max(0.0, captions["wholly_true"] - _CAPTION_GAP)
-        ),
+        Bar("held-out: questions", held_out_questions, question_minimum),
+        Bar("held-out: captions wholly true", held_out_captions, caption_minimum),
     )
-    return Measured(spoken.figures, bars, samples=spoken.samples, mistakes=spoken.mistakes)
+    return Measurement(generated.figures, bars, samples=generated.samples, mistakes=generated.mistakes)

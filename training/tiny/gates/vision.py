@@ -1,7 +1,7 @@
-"""The gate of the image encoder: what a linear probe reads off the patches of each object.
+"""The gate of the image encoder: linear probes of each object's attributes and position.
 
-A probe is fitted on training scenes, to the mean of the normalised features of an object's own patches, and
-tested on objects of scenes the encoder has not seen.
+The probes are fitted on training scenes and tested on unseen ones. Their input is the mean of the normalised
+features of an object's patches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +16,15 @@ from tqdm import tqdm
 from model.checkpoints import load_vision_model
 from model.preprocess import ImagePreprocessor
 from training.evaluation.metrics import Figures
-from training.tiny.gates.findings import Bar, Measured
-from training.tiny.gates.plan import VALIDATION_SPLITS, Plan, prepare_pixels
+from training.tiny.gates.plan import VALIDATION_SPLITS, GatePlan, prepare_pixels
 from training.tiny.gates.probe import fit_probe
-from training.tiny.vision import PATCH_CLASSES, label_patches
+from training.tiny.gates.results import Bar, Measurement
+from training.tiny.patch_labels import PATCH_CLASSES, label_patches
 from training.world.scenes import HELD_OUT_PAIRS, SIZES, Scene, SceneObject, iter_scenes
 
 SceneEncoder = Callable[[Sequence[Scene]], Tensor]  # image features [B, P, V], class token first
 
-_BATCH = 64
+_BATCH_SIZE = 64
 _ATTRIBUTE_BAR = 0.95
 _POSITION_BAR = 0.95
 _POSITION = "position within one cell"
@@ -32,8 +32,10 @@ _POSITION = "position within one cell"
 
 @dataclass(frozen=True, slots=True)
 class ObjectFeatures:
-    """N objects: `features` [N, V], `classes` [N, 6] as `PATCH_CLASSES` counts them, the objects
-    themselves, and how many objects the scene of each holds."""
+    """N objects: `features` [N, V], `classes` [N, 6] in the order of `PATCH_CLASSES`.
+
+    num_objects: of the scene of each object.
+    """
 
     features: Tensor
     classes: Tensor
@@ -41,8 +43,8 @@ class ObjectFeatures:
     num_objects: Sequence[int]
 
 
-def measure_vision_model(phase: str, plan: Plan) -> Measured:
-    """Measures the encoder of a run."""
+def measure_vision_model(phase: str, plan: GatePlan) -> Measurement:
+    """Measure the image encoder of a run."""
     encoder = load_vision_model(plan.result(phase)).to(plan.device)
     preprocess = ImagePreprocessor(encoder.image_size)
 
@@ -52,12 +54,12 @@ def measure_vision_model(phase: str, plan: Plan) -> Measured:
     return measure_encoder(encode, plan)
 
 
-def measure_encoder(encode: SceneEncoder, plan: Plan) -> Measured:
-    """Fits the probes to features that `encode` gives, and judges them."""
-    training = list(iter_scenes(plan.probe_seed, "train", plan.num_probe_scenes))
-    known = pool_objects(encode, training)
+def measure_encoder(encode: SceneEncoder, plan: GatePlan) -> Measurement:
+    """Fit the probes to the features of `encode`, and compare their accuracies with the bars."""
+    scenes = list(iter_scenes(plan.probe_seed, "train", plan.num_probe_scenes))
+    fitted = pool_objects(encode, scenes)
     probes = [
-        fit_probe(known.features, known.classes[:, k], count)
+        fit_probe(fitted.features, fitted.classes[:, k], count)
         for k, count in enumerate(PATCH_CLASSES.values())
     ]
     figures: dict[str, Figures] = {}
@@ -65,27 +67,27 @@ def measure_encoder(encode: SceneEncoder, plan: Plan) -> Measured:
         tested = pool_objects(encode, plan.scenes(split))
         predicted = torch.stack([probe.predict(tested.features) for probe in probes], dim=1)  # [N, 6]
         hits = _hits(predicted, tested.classes)
-        for name, chosen in _groups(tested):
-            if any(chosen):
-                mask = torch.tensor(chosen)
+        for name, members in _groups(tested):
+            if any(members):
+                mask = torch.tensor(members)
                 figures[f"{split}{name}"] = {
                     key: float(hit[mask].float().mean()) for key, hit in hits.items()
                 }
-    return Measured(figures, _bars(figures["unseen"]))
+    return Measurement(figures, _bars(figures["unseen"]))
 
 
 def pool_objects(encode: SceneEncoder, scenes: Sequence[Scene]) -> ObjectFeatures:
-    """The mean of the normalised features of each object's own patches."""
+    """Compute the mean of the normalised features of each object's patches."""
     features, classes = [], []
-    for start in tqdm(range(0, len(scenes), _BATCH), desc="objects", mininterval=5):
-        batch = scenes[start : start + _BATCH]
+    for start in tqdm(range(0, len(scenes), _BATCH_SIZE), desc="objects", mininterval=5):
+        batch = scenes[start : start + _BATCH_SIZE]
         with torch.inference_mode():
             encoded = encode(batch)  # [B, P, V]
         patches = F.layer_norm(encoded, encoded.shape[-1:])[:, 1:]  # [B, P-1, V]
-        for scene, of_scene in zip(batch, patches.clone(), strict=True):
-            own, labels = _own_patches(scene, isqrt(len(of_scene)))
-            weights = own.float() / own.sum(dim=1, keepdim=True)
-            features.append(weights @ of_scene)  # [objects, V]
+        for scene, scene_patches in zip(batch, patches.clone(), strict=True):
+            object_masks, labels = _object_masks(scene, isqrt(len(scene_patches)))
+            weights = object_masks.float() / object_masks.sum(dim=1, keepdim=True)
+            features.append(weights @ scene_patches)  # [objects, V]
             classes.append(labels)
     return ObjectFeatures(
         features=torch.cat(features),
@@ -95,35 +97,35 @@ def pool_objects(encode: SceneEncoder, scenes: Sequence[Scene]) -> ObjectFeature
     )
 
 
-def _own_patches(scene: Scene, grid_side: int) -> tuple[Tensor, Tensor]:
-    """Which patches are each object's, [objects, P-1], as `label_patches` has it; its classes, [objects, 6].
+def _object_masks(scene: Scene, grid_side: int) -> tuple[Tensor, Tensor]:
+    """Return the patch masks [objects, P-1] of a scene's objects and their classes [objects, 6].
 
-    A patch that two objects reach into is the later one's, unless the other would be left without any.
+    A patch that lies on two objects belongs to the later one, unless the earlier would have no patch.
     """
-    alone = [Scene((item,), scene.background, scene.noise_seed) for item in scene.objects]
-    labels = label_patches(alone, grid_side)
-    reached = labels.on_object  # [objects, P-1]
-    claims = reached.int().flip(0).cumsum(dim=0).flip(0)  # by this object and the later ones
-    own = reached & (claims == 1)
-    own = torch.where(own.any(dim=1, keepdim=True), own, reached)
-    classes = torch.stack([row[mask][0] for row, mask in zip(labels.patches, reached, strict=True)])
-    return own, classes
+    single_object_scenes = [Scene((item,), scene.background, scene.noise_seed) for item in scene.objects]
+    labels = label_patches(single_object_scenes, grid_side)
+    covered = labels.on_object  # [objects, P-1]
+    num_covering = covered.int().flip(0).cumsum(dim=0).flip(0)  # this object and the later ones
+    masks = covered & (num_covering == 1)
+    masks = torch.where(masks.any(dim=1, keepdim=True), masks, covered)
+    classes = torch.stack([row[mask][0] for row, mask in zip(labels.patches, covered, strict=True)])
+    return masks, classes
 
 
-def _hits(predicted: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+def _hits(predicted: Tensor, classes: Tensor) -> dict[str, Tensor]:
     names = list(PATCH_CLASSES)
-    hits = {name: predicted[:, k] == wanted[:, k] for k, name in enumerate(names)}
-    near = {axis: _is_near(predicted, wanted, names.index(axis)) for axis in ("x", "y")}
+    hits = {name: predicted[:, k] == classes[:, k] for k, name in enumerate(names)}
+    near = {axis: _is_near(predicted, classes, names.index(axis)) for axis in ("x", "y")}
     within = {f"{axis} within one cell": hit for axis, hit in near.items()}
     return {**hits, **within, _POSITION: near["x"] & near["y"]}
 
 
-def _is_near(predicted: Tensor, wanted: Tensor, column: int) -> Tensor:
-    return (predicted[:, column] - wanted[:, column]).abs() <= 1
+def _is_near(predicted: Tensor, classes: Tensor, column: int) -> Tensor:
+    return (predicted[:, column] - classes[:, column]).abs() <= 1
 
 
 def _groups(tested: ObjectFeatures) -> Iterator[tuple[str, list[bool]]]:
-    """Names of groups of objects, each with who belongs to it."""
+    """Yield groups of objects: a name and the membership of each object."""
     yield "", [True] * len(tested.objects)
     for count in sorted(set(tested.num_objects)):
         yield f", {count}_objects", [number == count for number in tested.num_objects]

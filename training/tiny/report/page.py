@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else."""
+"""The report of a run: one self-contained HTML file."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,42 +6,42 @@ from pathlib import Path
 
 import jinja2
 
-from training.tiny.comparison import read_comparison
-from training.tiny.gates import Findings
-from training.tiny.gates.findings import Ranking, SceneSample, Statement
+from training.evaluation.tables import group_rows
+from training.tiny.comparison import load_comparison
+from training.tiny.gates import GateResult
+from training.tiny.gates.results import Prediction, Ranking, ScenePredictions
 from training.tiny.report.charts import draw_curves
-from training.tiny.report.pictures import Album, Picture
-from training.tiny.report.records import PhaseRecord, image_size_of, read_phases
-from training.tiny.report.tables import group_rows
+from training.tiny.report.records import PhaseRecord, image_size_of, load_phases
+from training.tiny.report.rendered_scenes import RenderedScene, SceneRenderer
 
 REPORT_FILE = "report.html"
-_NUM_SHEETS = 3  # rankings of each direction and split
+_NUM_RANKINGS = 3  # of each direction and split
 
 
 @dataclass(frozen=True, slots=True)
-class ShownScene:
-    """A scene with what was said of it."""
+class SceneCard:
+    """A scene with the predictions about it."""
 
-    picture: Picture
+    image: RenderedScene
     split: str
-    statements: tuple[Statement, ...]
+    predictions: tuple[Prediction, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One thing that a query found; `is_right` where it belongs to the query."""
+    """One candidate of a ranking; `is_correct` if it is the query's pair."""
 
-    picture: Picture
+    scene: RenderedScene
     score: float
-    is_right: bool
+    is_correct: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Sheet:
-    """A query, whose text or image is that of `query`, with what it found; rank 0 is right."""
+class RankingCard:
+    """A query, which is the text or the image of `query`, with its best candidates; rank 0 is correct."""
 
-    asks_text: bool
-    query: Picture
+    is_text_query: bool
+    query: RenderedScene
     split: str
     rank: int
     candidates: tuple[Candidate, ...]
@@ -49,39 +49,37 @@ class Sheet:
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """What a gate showed of one phase: as it comes, and at its worst."""
+    """The examples of one phase's gate: samples and the worst mistakes."""
 
     phase: str
-    samples: tuple[ShownScene, ...]
-    mistakes: tuple[ShownScene, ...]
-    sheets: tuple[Sheet, ...]
-    wrong_sheets: tuple[Sheet, ...]
+    samples: tuple[SceneCard, ...]
+    mistakes: tuple[SceneCard, ...]
+    rankings: tuple[RankingCard, ...]
+    misrankings: tuple[RankingCard, ...]
 
 
 def write_report(out: Path) -> Path:
-    """Writes `<out>/report.html` of what the run has come to so far, and returns its path."""
-    phases = read_phases(out)
-    comparison = read_comparison(out)
-    album = Album(image_size_of(phases))
-    template = _environment().get_template("template.html.j2")
+    """Write `<out>/report.html` about the current state of the run, and return its path."""
+    phases = load_phases(out)
+    comparison = load_comparison(out)
+    renderer = SceneRenderer(image_size_of(phases))
+    template = _build_environment().get_template("template.html.j2")
     page = template.render(
         out=out,
         phases=phases,
         charts={phase.name: draw_curves(phase.history, phase.name) for phase in phases},
-        tables={
-            phase.name: group_rows(phase.findings.measured.figures) for phase in phases if phase.findings
-        },
+        tables={phase.name: group_rows(phase.result.measured.figures) for phase in phases if phase.result},
         comparison=comparison,
         comparison_tables=group_rows(comparison.figures) if comparison else [],
-        examples=list(_collect_examples(phases, album)),
-        origins=[(phase.name, phase.origin) for phase in phases if phase.origin],
+        examples=list(_collect_examples(phases, renderer)),
+        runs=[(phase.name, phase.run) for phase in phases if phase.run],
     )
     path = out / REPORT_FILE
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _environment() -> jinja2.Environment:
+def _build_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -90,41 +88,43 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["words"] = lambda name: name.replace("_", " ")
-    environment.filters["tidy"] = lambda text: text.replace(" ,", ",").replace(" ?", "?")
+    environment.filters["detokenize"] = lambda text: text.replace(" ,", ",").replace(" ?", "?")
     return environment
 
 
-def _collect_examples(phases: Sequence[PhaseRecord], album: Album) -> Iterator[Examples]:
+def _collect_examples(phases: Sequence[PhaseRecord], renderer: SceneRenderer) -> Iterator[Examples]:
     for phase in phases:
-        if phase.findings is None:
+        if phase.result is None:
             continue
-        findings, measured = phase.findings, phase.findings.measured
+        result, measured = phase.result, phase.result.measured
         yield Examples(
             phase=phase.name,
-            samples=tuple(_show_scene(sample, findings, album) for sample in measured.samples),
-            mistakes=tuple(_show_scene(sample, findings, album) for sample in measured.mistakes),
-            sheets=tuple(
-                _show_ranking(each, findings, album) for each in measured.rankings if each.query < _NUM_SHEETS
+            samples=tuple(_scene_card(sample, result, renderer) for sample in measured.samples),
+            mistakes=tuple(_scene_card(sample, result, renderer) for sample in measured.mistakes),
+            rankings=tuple(
+                _ranking_card(each, result, renderer)
+                for each in measured.rankings
+                if each.query < _NUM_RANKINGS
             ),
-            wrong_sheets=tuple(_show_ranking(each, findings, album) for each in measured.misrankings),
+            misrankings=tuple(_ranking_card(each, result, renderer) for each in measured.misrankings),
         )
 
 
-def _show_scene(sample: SceneSample, findings: Findings, album: Album) -> ShownScene:
-    picture = album.scene(findings.seed, sample.split, sample.index)
-    return ShownScene(picture, sample.split, sample.statements)
+def _scene_card(sample: ScenePredictions, result: GateResult, renderer: SceneRenderer) -> SceneCard:
+    image = renderer.scene(result.seed, sample.split, sample.index)
+    return SceneCard(image, sample.split, sample.predictions)
 
 
-def _show_ranking(ranking: Ranking, findings: Findings, album: Album) -> Sheet:
-    def picture(index: int) -> Picture:
-        return album.gallery_scene(findings.seed, ranking.split, findings.num_scenes, index)
+def _ranking_card(ranking: Ranking, result: GateResult, renderer: SceneRenderer) -> RankingCard:
+    def render(index: int) -> RenderedScene:
+        return renderer.gallery_scene(result.seed, ranking.split, result.num_scenes, index)
 
-    return Sheet(
-        asks_text=ranking.direction == "text to image",
-        query=picture(ranking.query),
+    return RankingCard(
+        is_text_query=ranking.direction == "text to image",
+        query=render(ranking.query),
         split=ranking.split,
         rank=ranking.rank,
         candidates=tuple(
-            Candidate(picture(index), score, index == ranking.query) for index, score in ranking.best
+            Candidate(render(index), score, index == ranking.query) for index, score in ranking.best
         ),
     )

@@ -1,4 +1,4 @@
-"""The report of a run, from a small directory made by hand: whole, sound, and in need of nothing else."""
+"""The report of a small hand-made run: complete, valid HTML, self-contained."""
 
 import json
 import re
@@ -10,11 +10,10 @@ import pytest
 
 from training.__main__ import main
 from training.config import ConfigError
-from training.tiny.gates import GATES, Bar, Findings, write_findings
-from training.tiny.gates.findings import Measured, Ranking, SceneSample, Statement, hash_weights
-from training.tiny.report.charts import draw_curves
+from training.provenance import hash_weight_files
+from training.tiny.gates import GATES, Bar, GateResult, save_result
+from training.tiny.gates.results import Measurement, Prediction, Ranking, ScenePredictions
 from training.tiny.report.page import write_report
-from training.tiny.report.tables import group_rows
 from training.world.scenes import sample_scene
 
 VOID = frozenset(("meta", "img", "br"))
@@ -22,29 +21,29 @@ FOREIGN = frozenset(("path", "use", "rect", "g", "defs"))  # in SVG these may cl
 
 
 class Page(HTMLParser):
-    """A page with its elements and text; a tag that is closed wrongly, or never, fails the test."""
+    """The elements and the text of a page; raises AssertionError for a tag closed wrongly or never."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
-        self._open: list[str] = []
+        self.open_tags: list[str] = []
         self.feed(html)
         self.close()
-        assert not self._open
+        assert not self.open_tags
         self.text = " ".join(self.text.split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
         if tag not in VOID:
-            self._open.append(tag)
+            self.open_tags.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag in VOID | FOREIGN, tag
         self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag, tag
+        assert self.open_tags.pop() == tag, tag
 
     def handle_data(self, data: str) -> None:
         self.text += f"{data} "
@@ -53,40 +52,42 @@ class Page(HTMLParser):
         return [attrs[name] or "" for _, attrs in self.elements for name in names if name in attrs]
 
 
-def statement(question: str, said: str, truth: str, *, score: float = -0.1) -> Statement:
-    return Statement(question, "color" if question else "caption", said, truth, said == truth, score)
+def predict(question: str, text: str, truth: str, *, score: float = -0.1) -> Prediction:
+    return Prediction(question, "color" if question else "caption", text, truth, text == truth, score)
 
 
-def spoken() -> Measured:
-    right = statement("what color is the star ?", "red", "red")
-    wrong = statement("is there a blue cross ?", "<b>yes</b>", "no")
-    caption = statement("", "a red star , a blue cross", "a red star , a blue cross")
-    return Measured(
+def generated() -> Measurement:
+    right = predict("what color is the star ?", "red", "red")
+    wrong = predict("is there a blue cross ?", "<b>yes</b>", "no")
+    caption = predict("", "a red star , a blue cross", "a red star , a blue cross")
+    return Measurement(
         figures={"questions, unseen": {"overall": 0.5}, "questions, held-out": {"overall": 0.25}},
         bars=(Bar("unseen: questions", 0.5, 0.9), Bar("held-out: questions", 0.25, 0.2)),
-        samples=(SceneSample("unseen", 0, (caption, right, wrong)),),
-        mistakes=(SceneSample("held-out", 3, (wrong,)),),
+        samples=(ScenePredictions("unseen", 0, (caption, right, wrong)),),
+        mistakes=(ScenePredictions("held-out", 3, (wrong,)),),
     )
 
 
-def ranked() -> Measured:
+def ranked() -> Measurement:
     rankings = (
         Ranking("unseen", "text to image", 0, 0, ((0, 4.5), (2, 1.25))),
         Ranking("unseen", "image to text", 1, 3, ((3, 2.0), (0, 1.0))),
     )
-    return Measured({"image to text": {"R@1": 0.75}}, (Bar("R@1", 1.0, 0.9),), (), (), rankings, rankings[1:])
+    return Measurement(
+        {"image to text": {"R@1": 0.75}}, (Bar("R@1", 1.0, 0.9),), (), (), rankings, rankings[1:]
+    )
 
 
 def write_history(out: Path, phase: str) -> None:
     (out / phase).mkdir(parents=True, exist_ok=True)
     rows = [{"step": 20 * k, "loss": 3 / k, "loss_itc": 2 / k} for k in range(1, 30)]
-    lines = [json.dumps(row) for row in rows]
-    (out / phase / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 600, "lo']))
+    json_rows = [json.dumps(row) for row in rows]
+    (out / phase / "metrics.jsonl").write_text("\n".join([*json_rows, '{"step": 600, "lo']))
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Two phases finished, of which one has a gate, and a gate of another release of the weights."""
+    """A run with two finished phases, a gate of one of them, and a gate of a third on other weights."""
     for phase in ("stage1", "stage2"):
         write_history(tmp_path, phase)
         result = tmp_path / "model" / phase
@@ -99,9 +100,9 @@ def run(tmp_path: Path) -> Path:
         "torch": "2.13.0",
     }
     (tmp_path / "stage2" / "run.json").write_text(json.dumps(origin))
-    weights = hash_weights(tmp_path / "model" / "stage2")
-    write_findings(Findings("stage2", 2, 5, weights, spoken()), tmp_path)
-    write_findings(Findings("retrieval", 2, 5, "of others", ranked()), tmp_path)
+    weights_hash = hash_weight_files(tmp_path / "model" / "stage2")
+    save_result(GateResult("stage2", 2, 5, weights_hash, generated()), tmp_path)
+    save_result(GateResult("retrieval", 2, 5, "of others", ranked()), tmp_path)
     return tmp_path
 
 
@@ -124,8 +125,8 @@ def test_every_reference_inside_the_page_has_its_one_target(run: Path, page: Pag
     counts = Counter(page.values("id"))
     assert max(counts.values()) == 1
     html = (run / "report.html").read_text(encoding="utf-8")
-    wanted = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)|aria-labelledby="([^"]+)"', html)
-    assert {name for names in wanted for name in names if name} <= counts.keys()
+    references = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)|aria-labelledby="([^"]+)"', html)
+    assert {name for names in references for name in names if name} <= counts.keys()
 
 
 def test_every_image_and_chart_has_words_in_its_place(page: Page) -> None:
@@ -147,7 +148,7 @@ def test_the_summary_says_which_bars_are_missed_and_which_gates_were_not_run(pag
     assert "held-out: questions 0.250 0.200 ✓ met" in page.text
 
 
-def test_what_the_model_said_is_marked_escaped_and_beside_what_is_true(page: Page) -> None:
+def test_predictions_are_marked_escaped_and_shown_with_the_truth(page: Page) -> None:
     assert "✓ right: what color is the star? red" in page.text
     assert "✗ wrong: is there a blue cross? <b>yes</b> true: no" in page.text
     assert not any(tag == "b" for tag, _ in page.elements)
@@ -191,24 +192,6 @@ def test_the_command_writes_the_page_and_trains_nothing(
 def test_a_directory_without_a_run_is_refused_with_the_command_that_begins_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no phase of a run; begin one: python -m training tiny"):
         write_report(tmp_path)
-
-
-def test_curves_follow_the_page_s_colours_and_go_through_every_step() -> None:
-    history = [{"step": float(k), "loss": 1.0 / k} for k in range(1, 9)]
-    (chart,) = draw_curves(history, "stage1")
-    assert "currentColor" in chart
-    assert "var(--accent)" in chart
-    assert "#010203" not in chart
-    assert 'aria-label="stage1: loss, 1 to 0.125 over 8 steps"' in chart
-    assert draw_curves([], "stage1") == []
-
-
-def test_rows_with_the_same_columns_share_a_table() -> None:
-    tables = group_rows({"a": {"x": 1.0}, "b": {"x": 2.0}, "c": {"y": 3.0}})
-    assert [(table.columns, [name for name, _ in table.rows]) for table in tables] == [
-        (("x",), ["a", "b"]),
-        (("y",), ["c"]),
-    ]
 
 
 def test_a_scene_of_a_gate_is_drawn_as_it_was_measured(run: Path, page: Page) -> None:

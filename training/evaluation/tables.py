@@ -1,4 +1,4 @@
-"""Figures as tables: rows that share their columns belong together."""
+"""Tables of figures for the terminal and the report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ class Table:
 
 
 def group_rows(figures: Mapping[str, Figures]) -> list[Table]:
-    """One table for each run of rows that share their columns, in the order of `figures`."""
+    """Group consecutive rows with the same columns into tables, in the order of `figures`."""
     return [
         Table(columns, tuple((name, tuple(row.values())) for name, row in rows))
         for columns, rows in groupby(figures.items(), key=lambda item: tuple(item[1]))
     ]
 
 
-def format_report(figures: Mapping[str, Figures]) -> str:
-    """The tables of `group_rows` in Markdown."""
+def format_tables(figures: Mapping[str, Figures]) -> str:
+    """Format the tables of `group_rows` in Markdown."""
     return "\n\n".join(_format_table(table) for table in group_rows(figures))
 
 
 def markdown_row(cells: Sequence[str]) -> str:
-    """One row of a Markdown table."""
+    """Format one row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
