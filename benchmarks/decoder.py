@@ -27,7 +27,7 @@ from transformers import Blip2ForConditionalGeneration
 
 from model import Blip2, DecodeJob, GenerationParams
 from model.checkpoints import LoadOptions
-from model.decoding import run_jobs
+from model.generation import run_jobs
 from model.language import Extent
 
 PROMPT = "w7 w8 w9"

@@ -1,7 +1,6 @@
 """BLIP-2: tensors in, tensors or text out. Knows nothing of HTTP, environment, service or training."""
 
 from model.blip2 import Blip2
-from model.decoding import DecodeJob, Decoder, DecoderLimits, Generation, GenerationParams
 from model.errors import (
     CheckpointError,
     InvalidParamsError,
@@ -9,6 +8,7 @@ from model.errors import (
     ModelError,
     TaskUnavailableError,
 )
+from model.generation import DecodeJob, Decoder, DecoderLimits, Generation, GenerationParams
 
 __all__ = [
     "Blip2",

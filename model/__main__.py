@@ -11,9 +11,9 @@ import torch
 from model.blip2 import Blip2
 from model.bulk import Work, answer_work, caption_work, find_images, match_work, run_bulk
 from model.checkpoints import LoadOptions, Quantization
-from model.decoding import GenerationParams
 from model.devices import find_device
 from model.errors import ModelError
+from model.generation import GenerationParams
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoints import IN_FLOAT32, LoadOptions, load_blip2
-from model.decoding import DecodeJob, Generation, GenerationParams, run_jobs
+from model.components import Blip2Parts
 from model.errors import TaskUnavailableError
+from model.generation import DecodeJob, Generation, GenerationParams, run_jobs
 from model.language import LanguageModel
 from model.packing import pack_linears
-from model.parts import Blip2Parts
 from model.qformer import QFormer
 
 

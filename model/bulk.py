@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.blip2 import Blip2
-from model.decoding import DecodeJob, GenerationParams, run_jobs
 from model.errors import InvalidPixelsError, ModelError, TaskUnavailableError
+from model.generation import DecodeJob, GenerationParams, run_jobs
 from model.matching import Matcher
 from model.preprocess import DAMAGE, make_upright
 

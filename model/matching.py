@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from model.config import QFormerConfig
 from model.errors import TaskUnavailableError
 from model.qformer import QFormer, QueryStates, build_query_tokens, init_weights
-from model.qformer_layer import KeysValues
-from model.text import TextEmbeddings, tokenize_texts
+from model.qformer.layer import KeysValues
+from model.qformer.text import TextEmbeddings, tokenize_texts
 
 INITIAL_TEMPERATURE = 0.07
 MAX_TEXT_TOKENS = 32

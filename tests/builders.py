@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from model.checkpoints import save_generation_adapter, save_retrieval_adapter
+from model.components import Blip2Parts
 from model.config import QFormerConfig
 from model.language import DecodingState, LanguageModel, Rows
 from model.matching import Matcher
-from model.parts import Blip2Parts
 from model.preprocess import ImagePreprocessor
 from model.prompts import PromptTemplates
 from model.qformer import QFormer, build_query_tokens

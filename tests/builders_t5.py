@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from model.checkpoints import save_generation_adapter
+from model.components import Blip2Parts
 from model.language import LanguageModel
-from model.parts import Blip2Parts
 from model.prompts import PromptTemplates
 from tests.builders import MAX_POSITIONS, WORDS, build_parts, build_word_tokenizer, save_random_checkpoint
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from model.checkpoints.query_branch import QueryBranch
+from model.checkpoints.qformer_branch import QueryBranch
 from model.matching import Matcher
 from training.config import Optimization
 from training.exchanges import Exchange, sample_exchanges

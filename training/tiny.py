@@ -36,10 +36,10 @@ from model.checkpoints import (
     save_generation_adapter,
     save_retrieval_adapter,
 )
-from model.checkpoints.query_branch import QueryBranch
+from model.checkpoints.qformer_branch import QueryBranch
+from model.components import Blip2Parts
 from model.language import LanguageModel
 from model.matching import Matcher
-from model.parts import Blip2Parts
 from model.preprocess import ImagePreprocessor
 from model.prompts import PromptTemplates
 from model.vision import VisionEncoder

@@ -3,17 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
-from model.checkpoints.adapter import find_retrieval_model, load_adapter
-from model.checkpoints.adapter_config import FORMAT
-from model.checkpoints.frozen import IN_FLOAT32, load_language_model, load_vision_model
-from model.checkpoints.hub import load_hub
-from model.checkpoints.lavis import load_lavis
-from model.checkpoints.loaded import LoadedParts
-from model.checkpoints.locate import ACCEPTED, EMBEDDED, locate
-from model.checkpoints.options import LoadOptions, Quantization
-from model.checkpoints.records import read_json
-from model.checkpoints.save import save_generation_adapter, save_retrieval_adapter
-from model.checkpoints.save_hub import save_hub
+from model.checkpoints.adapter.config import FORMAT
+from model.checkpoints.adapter.load import find_retrieval_model, load_adapter
+from model.checkpoints.adapter.save import save_generation_adapter, save_retrieval_adapter
+from model.checkpoints.frozen.vision_model import IN_FLOAT32, load_language_model, load_vision_model
+from model.checkpoints.hub.load import load_hub
+from model.checkpoints.hub.save import save_hub
+from model.checkpoints.json_records import read_json
+from model.checkpoints.lavis.load import load_lavis
+from model.checkpoints.load_options import LoadOptions, Quantization
+from model.checkpoints.loaded_checkpoint import LoadedParts
+from model.checkpoints.resolve import ACCEPTED, EMBEDDED, locate
 from model.errors import CheckpointError
 
 

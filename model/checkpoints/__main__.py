@@ -14,9 +14,9 @@ from transformers.utils import logging
 from model.blip2 import Blip2
 from model.checkpoints import LoadOptions, load_blip2, locate
 from model.checkpoints.convert import Format, convert
-from model.checkpoints.fetch import fetch
+from model.checkpoints.hub.fetch import fetch
 from model.checkpoints.inspect import inspect
-from model.checkpoints.records import read_json
+from model.checkpoints.json_records import read_json
 from model.checkpoints.verify import verify
 from model.errors import ModelError
 

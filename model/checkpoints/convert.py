@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Literal
 
-from model.checkpoints.save import save_generation_adapter, save_retrieval_adapter
-from model.checkpoints.save_hub import DROPPED, save_hub
-from model.checkpoints.save_lavis import save_lavis
+from model.checkpoints.adapter.save import save_generation_adapter, save_retrieval_adapter
+from model.checkpoints.hub.save import DROPPED, save_hub
+from model.checkpoints.lavis.save import save_lavis
+from model.components import Blip2Parts
 from model.errors import CheckpointError
 from model.matching import MAX_TEXT_TOKENS
-from model.parts import Blip2Parts
 from model.preprocess import CLIP_MEAN, CLIP_STD
 
 Format = Literal["hub", "lavis", "adapter"]

@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.checkpoints.adapter import ADAPTER, find_part
-from model.checkpoints.adapter_config import FORMAT, AdapterConfig
-from model.checkpoints.frozen import FINAL_NORM, LANGUAGE, VISION
-from model.checkpoints.hub import GENERATION, RETRIEVAL
-from model.checkpoints.lavis import LavisConfig, read_pickle
-from model.checkpoints.lavis_names import from_lavis
-from model.checkpoints.records import read_json
+from model.checkpoints.adapter.config import FORMAT, AdapterConfig
+from model.checkpoints.adapter.load import ADAPTER, find_part
+from model.checkpoints.frozen.vision_model import FINAL_NORM, LANGUAGE, VISION
+from model.checkpoints.hub.load import GENERATION, RETRIEVAL
+from model.checkpoints.json_records import read_json
+from model.checkpoints.lavis.load import LavisConfig, read_pickle
+from model.checkpoints.lavis.tensor_names import from_lavis
 from model.checkpoints.tensors import TensorFiles, TensorHeader
 from model.errors import CheckpointError
 

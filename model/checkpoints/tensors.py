@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from model.checkpoints.records import read_json
+from model.checkpoints.json_records import read_json
 from model.devices import CPU
 from model.errors import CheckpointError
 

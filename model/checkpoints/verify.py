@@ -16,8 +16,8 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from model.blip2 import Blip2
-from model.checkpoints.save_hub import save_hub
-from model.decoding import GenerationParams
+from model.checkpoints.hub.save import save_hub
+from model.generation import GenerationParams
 from model.language import LanguageModel
 from model.matching import Matcher
 

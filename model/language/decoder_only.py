@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 
 from model.errors import InvalidPromptError
-from model.language.family import Frame, Reading
-from model.language.lines import parts
+from model.language.kv_cache import parts
+from model.language.model_family import Frame, Reading
 
 UNLIMITED_POSITIONS = 2048  # where a model has no table of them and says no number
 

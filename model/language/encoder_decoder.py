@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from model.errors import InvalidParamsError, InvalidPromptError, UnfitLanguageModelError
-from model.language.family import Frame, Reading
-from model.language.lines import parts
+from model.language.kv_cache import parts
+from model.language.model_family import Frame, Reading
 
 TRAINED_POSITIONS = 512  # of every released T5; its relative positions would allow any number
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from model.errors import InvalidPromptError, UnfitLanguageModelError
 from model.language.decoder_only import DecoderOnly
 from model.language.encoder_decoder import EncoderDecoder
-from model.language.family import DecodingState, Extent, Family, Frame
-from model.language.plain import PlainState
-from model.language.shared_prefix import SharedPrefixState, why_not
+from model.language.model_family import DecodingState, Extent, Family, Frame
+from model.language.per_beam_state import PlainState
+from model.language.shared_prefix_state import SharedPrefixState, why_not
 
 logger = logging.getLogger(__name__)
 

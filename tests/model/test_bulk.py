@@ -155,7 +155,7 @@ def test_a_file_of_another_kind_is_not_written_to(
     ("arguments", "complaint"),
     [
         (["caption", "nowhere"], "nowhere is not there"),
-        (["caption", str(Path(__file__).parent / "decoding")], "holds no images"),
+        (["caption", str(Path(__file__).parent / "generation")], "holds no images"),
         (["caption", ".", "--model", "no-such-model"], "there is no checkpoint 'no-such-model'"),
     ],
 )

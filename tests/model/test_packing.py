@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from model import Blip2, GenerationParams, image_attention, packing
+from model import Blip2, GenerationParams, packing
 from model.packing import PackedLinear, can_pack, pack_linears
 from model.vision import FAMILIES, VisionEncoder
+from model.vision import cpu_attention as image_attention
 from tests.builders import build_parts, build_tower, random_pixels
 from tests.builders_t5 import build_t5_parts
 

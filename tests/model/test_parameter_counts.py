@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from model.checkpoints.lavis import ENCODERS
-from model.checkpoints.query_branch import QueryBranch
+from model.checkpoints.lavis.load import ENCODERS
+from model.checkpoints.qformer_branch import QueryBranch
 from model.config import QFormerConfig
 from model.matching import Matcher
 from model.vision import build_vision_encoder

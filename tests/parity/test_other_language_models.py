@@ -23,7 +23,7 @@ from transformers import (
 from model import Blip2, CheckpointError, DecodeJob
 from model.checkpoints import LoadOptions, load_blip2, load_language_model
 from model.checkpoints.convert import convert
-from model.decoding import run_jobs
+from model.generation import run_jobs
 from tests.builders import WORDS, build_language_tokenizer
 from tests.parity.test_transformers import (
     PROMPTS,

@@ -15,9 +15,9 @@ from transformers import Blip2ForConditionalGeneration, LlamaConfig, LlamaForCau
 
 from model import Blip2, DecodeJob, Decoder, GenerationParams
 from model.checkpoints import save_hub
-from model.decoding import run_jobs
+from model.components import Blip2Parts
+from model.generation import run_jobs
 from model.language import LanguageModel
-from model.parts import Blip2Parts
 from tests.builders import (
     MAX_POSITIONS,
     WORDS,
@@ -27,7 +27,7 @@ from tests.builders import (
     random_pixels,
 )
 from tests.builders_t5 import build_t5_parts
-from tests.model.decoding.reference import PROMPTS, Pair
+from tests.model.generation.reference import PROMPTS, Pair
 
 NUM_CASES = 60  # for each of nine models
 NUM_IMAGES = 4

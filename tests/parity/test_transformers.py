@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from model import Blip2, DecodeJob, GenerationParams
-from model.decoding import run_jobs
+from model.generation import run_jobs
 from tests.builders import WORDS, build_language_tokenizer, build_text_tokenizer
 from tests.builders_t5 import PROMPT_WORDS, build_t5_tokenizer
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import DecodeJob, Generation, GenerationParams
-from model.decoding import run_jobs
+from model.generation import run_jobs
 from model.language import LanguageModel
 from model.prompts import PromptTemplates
 from training.captions import listing_caption

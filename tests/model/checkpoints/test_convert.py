@@ -11,14 +11,14 @@ from model.checkpoints import load_blip2, save_hub
 from model.checkpoints.__main__ import main
 from model.checkpoints.convert import Format, convert
 from model.checkpoints.inspect import inspect
-from model.checkpoints.lavis import read_pickle
-from model.checkpoints.query_branch import query_branch_tensors
+from model.checkpoints.lavis.load import read_pickle
+from model.checkpoints.qformer_branch import query_branch_tensors
+from model.components import Blip2Parts
 from model.errors import CheckpointError
-from model.parts import Blip2Parts
 from tests.builders import build_matcher, build_parts, build_vision_model, random_picture
 from tests.builders_t5 import build_t5_parts
 from tests.model.checkpoints.damage import edit_tensors
-from tests.model.checkpoints.test_lavis import Folder, build_tensors, of_stage1, of_stage2
+from tests.model.checkpoints.lavis.test_load import Folder, build_tensors, of_stage1, of_stage2
 
 FORMATS: tuple[Format, ...] = ("hub", "lavis", "adapter")
 

@@ -1,0 +1,1 @@
+"""Adapters: the format of this project."""

@@ -1,0 +1,1 @@
+"""The frozen models: image encoder and language model."""
