@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from model import Blip2
-from model.checkpoints import EMBEDDED, LoadOptions
-from model.checkpoints.load_options import Quantization
+from model.checkpoints import EMBEDDED, LoadOptions, Quantization
 from training.gates.plan import Plan, prepare_pixels
 from training.gates.speaking import PromptedSpeaker
 from training.metrics import Answered, caption_figures, vqa_figures

@@ -6,18 +6,18 @@ from typing import Protocol
 from PIL import Image
 from torch import Tensor
 
-from model import DecodeJob, Generation, GenerationParams
+from model import DecodeRequest, Generation, GenerationParams
 from service.jobs import Kind, Tower
 
 
 class StepDecoder(Protocol):
     """The batched decoder: jobs join and leave between steps."""
 
-    def add(self, job: DecodeJob) -> None: ...
+    def add(self, job: DecodeRequest) -> None: ...
 
-    def step(self) -> Sequence[tuple[DecodeJob, tuple[Generation, ...]]]: ...
+    def step(self) -> Sequence[tuple[DecodeRequest, tuple[Generation, ...]]]: ...
 
-    def cancel(self, job: DecodeJob) -> None: ...
+    def cancel(self, job: DecodeRequest) -> None: ...
 
     def has_room(self, num_prefix_tokens: int, params: GenerationParams) -> bool:
         """Whether a job of so many prompt and image tokens could begin at the next step."""
@@ -96,7 +96,7 @@ class Backend(Protocol):
 
     def build_decode_job(
         self, encoded: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams, question: str | None
-    ) -> DecodeJob:
+    ) -> DecodeRequest:
         """encoded: the [Q, D] query_output; with a question for the Q-Former the [P, V] image_features."""
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:

@@ -3,14 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from model import Blip2, DecodeJob, Decoder, DecoderLimits, GenerationParams
-from model.checkpoints import LoadOptions, locate_retrieval_model
+from model import Blip2, Decoder, DecodeRequest, DecoderLimits, GenerationParams, check_fits
+from model.checkpoints import LoadOptions, resolve_retrieval_model
 from model.devices import find_device
 from model.errors import DeviceUnavailableError
 from model.language import LanguageModel
@@ -61,7 +60,7 @@ def load_backend(settings: Settings) -> "Blip2Backend":
 
 
 def _load_matching(name: str, revision: str | None, options: LoadOptions) -> Blip2:
-    path = locate_retrieval_model(name, revision=revision)
+    path = resolve_retrieval_model(name, revision=revision)
     matching = Blip2.from_pretrained(str(path), options)
     if matching.matcher is None:
         raise SettingsError(
@@ -119,7 +118,7 @@ class Blip2Backend:
 
     @property
     def shows_questions(self) -> bool:
-        return self._blip2.question_reader is not None
+        return self._blip2.question_embedder is not None
 
     @property
     def can_match(self) -> bool:
@@ -141,7 +140,13 @@ class Blip2Backend:
 
     def tokenize_prompt(self, prompt: str, params: GenerationParams) -> tuple[int, ...]:
         prompt_ids = self._language_model.tokenize(prompt)
-        self._idle_decoder.check(len(prompt_ids), self._blip2.query_tokens.shape[1], params)
+        check_fits(
+            self._language_model,
+            self._limits,
+            num_prompt_tokens=len(prompt_ids),
+            num_soft_tokens=self._blip2.query_tokens.shape[1],
+            params=params,
+        )
         return prompt_ids
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
@@ -171,12 +176,12 @@ class Blip2Backend:
 
     def build_decode_job(
         self, encoded: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams, question: str | None
-    ) -> DecodeJob:
+    ) -> DecodeRequest:
         query_output = encoded
         if question is not None:
             query_output = self._blip2.encode_queries(encoded[None], [question])[0]
         language_model_inputs = self._blip2.project_queries(query_output[None])[0]  # [Q, L]
-        return DecodeJob(language_model_inputs, prompt_ids, params)
+        return DecodeRequest(language_model_inputs, prompt_ids, params)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         return self._matcher.text_embeds(*self._matcher.tokenize(texts))
@@ -189,11 +194,6 @@ class Blip2Backend:
 
     def _of(self, tower: Tower) -> Blip2:
         return self._blip2 if tower is Tower.MAIN else self._matching
-
-    @cached_property
-    def _idle_decoder(self) -> Decoder:
-        """Which says what it would take in."""
-        return Decoder(self._language_model, self._limits)
 
     @property
     def _language_model(self) -> LanguageModel:

@@ -19,7 +19,7 @@ from pydantic import (
 
 from model import GenerationParams
 from model.errors import InvalidParamsError as ModelParamsError
-from model.generation.params import MAX_BEAMS
+from model.generation import MAX_BEAMS
 from service.checks import check_count, check_length, check_one_of, check_text
 from service.errors import InvalidParamsError, InvalidRequestError
 from service.jobs import Mode

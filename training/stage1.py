@@ -14,8 +14,7 @@ from torch import Tensor
 
 from model.config import QFormerConfig
 from model.matching import Matcher
-from model.qformer import copy_text_ffn_to_query_ffn
-from model.qformer.layer import KeysValues
+from model.qformer import KeysValues, copy_text_ffn_to_query_ffn
 from training.captions import listing_caption, sample_caption, sample_text
 from training.config import Stage1, TinyConfig
 from training.features import ImageFeatures

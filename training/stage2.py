@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from model.checkpoints.qformer_branch import QueryBranch
+from model.checkpoints import QFormerBranch
 from model.matching import Matcher
 from training.config import Optimization
 from training.exchanges import Exchange, sample_exchanges
@@ -39,9 +39,9 @@ class FrozenPartMovedError(Exception):
     """A part that must stay frozen changed during training."""
 
 
-def build_query_branch(matcher: Matcher, language_model_size: int) -> QueryBranch:
+def build_query_branch(matcher: Matcher, language_model_size: int) -> QFormerBranch:
     """The image branch of a stage-1 model with a fresh projection; its text branch stays behind."""
-    branch = QueryBranch(
+    branch = QFormerBranch(
         matcher.config, language_model_size=language_model_size, layer_norm_eps=matcher.ln_vision.eps
     )
     trained = matcher.state_dict()
@@ -51,7 +51,7 @@ def build_query_branch(matcher: Matcher, language_model_size: int) -> QueryBranc
     return branch
 
 
-def soft_prompts(branch: QueryBranch, image_features: Tensor) -> Tensor:
+def soft_prompts(branch: QFormerBranch, image_features: Tensor) -> Tensor:
     """Turns [B, P, V] image features into [B, Q, L] language-model inputs."""
     query_tokens = branch.query_tokens.expand(len(image_features), -1, -1)  # [B, Q, D]
     states = branch.qformer.encode_queries(query_tokens, branch.ln_vision(image_features))
@@ -72,10 +72,10 @@ def train_stage2(
     optimization: Optimization,
     scenes: Sequence[Scene],
     features: ImageFeatures,
-    branch: QueryBranch,
+    branch: QFormerBranch,
     reader: Reader,
     num_questions: int,
-) -> QueryBranch:
+) -> QFormerBranch:
     """Trains the query branch; resumes where a former run stopped. Raises FrozenPartMovedError."""
     branch.to(run.device).train()
     llm = reader.llm.to(run.device).eval().requires_grad_(False)

@@ -30,14 +30,14 @@ from transformers import (
 )
 
 from model.checkpoints import (
+    QFormerBranch,
     load_adapter,
     load_language_model,
     load_vision_model,
     save_generation_adapter,
     save_retrieval_adapter,
 )
-from model.checkpoints.qformer_branch import QueryBranch
-from model.components import Blip2Parts
+from model.components import Blip2Components
 from model.language import LanguageModel
 from model.matching import Matcher
 from model.preprocess import ImagePreprocessor
@@ -145,7 +145,7 @@ class TinyTraining:
             LabeledScenes(self._scenes, self._images),
             LabeledScenes(recolored, self._draw("recolored", recolored)),
         )
-        _save_frozen(self.result("vision_model"), encoder.tower)
+        _save_frozen(self.result("vision_model"), encoder.vit)
 
     def _train_stage1(self) -> None:
         self._save_matcher(
@@ -189,7 +189,7 @@ class TinyTraining:
 
     def _train_branch(
         self, phase: str, optimization: Optimization, matcher: Matcher, reader: Reader
-    ) -> QueryBranch:
+    ) -> QFormerBranch:
         torch.manual_seed(self.config.seed)  # the projection is new
         branch = build_query_branch(matcher, reader.llm.config.hidden_size)
         return train_stage2(
@@ -203,11 +203,11 @@ class TinyTraining:
         )
 
     def _save_generation(
-        self, phase: str, branch: QueryBranch, language_model: LanguageModel, language_phase: str
+        self, phase: str, branch: QFormerBranch, language_model: LanguageModel, language_phase: str
     ) -> None:
         if not PartialState().is_main_process:
             return
-        parts = Blip2Parts(
+        parts = Blip2Components(
             vision_model=self._encoder,
             preprocess=self._preprocess(),
             ln_vision=branch.ln_vision,
@@ -233,7 +233,7 @@ class TinyTraining:
 
     def load_stage1(self) -> Matcher:
         """The finished stage-1 model."""
-        matcher = load_adapter(self.result("stage1")).parts.matcher
+        matcher = load_adapter(self.result("stage1")).components.matcher
         assert matcher is not None, "a stage-1 adapter holds a matcher"
         return matcher
 

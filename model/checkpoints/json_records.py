@@ -1,9 +1,8 @@
-"""Reads the JSON files of checkpoints, strictly: an error names the file, the key and the cure."""
+"""Strict JSON files: an unknown, missing or wrong key is an error that names file, key and cure."""
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar, get_args, get_type_hints
 
@@ -15,7 +14,7 @@ T = TypeVar("T")
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """Gives the object in a JSON file. Raises CheckpointError where it is absent or not JSON."""
+    """Return the object in a JSON file. Raises CheckpointError where it is absent or not JSON."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -29,28 +28,19 @@ def read_json(path: Path) -> dict[str, object]:
     return content
 
 
-@contextmanager
-def naming(source: Path) -> Iterator[None]:
-    """Turns what building modules raises into a CheckpointError that names the file their sizes came with."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"no model can be built for {source} ({type(error).__name__}: {error}); use the config.json that "
-            "was saved with these weights"
-        ) from error
-
-
 def build_record(record: type[T], fields: object, *, where: str) -> T:
-    """Builds a dataclass, and those inside it, of the object found at `where`. Raises CheckpointError."""
+    """Build a dataclass, and those inside it, from a JSON object. Raises CheckpointError.
+
+    where: file and key of the object, for error messages.
+    """
     _refuse_unknown_keys(record, fields, where)
     try:
         return TypeAdapter(record).validate_json(json.dumps(fields), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = "".join(f": {key!r}" for key in first["loc"])
+        location = "".join(f": {key!r}" for key in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        raise CheckpointError(f"{where}{place}: {message}; it is {first['input']!r}") from error
+        raise CheckpointError(f"{where}{location}: {message}; it is {first['input']!r}") from error
     except InvalidPromptError as error:
         raise CheckpointError(f"{where} is not valid: {error}") from error
 

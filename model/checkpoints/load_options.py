@@ -1,4 +1,4 @@
-"""How a checkpoint is put into memory."""
+"""Options of loading: device, types, image size, quantisation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,15 +12,15 @@ Quantization = Literal["none", "int8"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """Where the parts of a model are held, and in which types.
+    """Device and types of a model.
 
-    device: of all parts, but for a language model that is spread.
-    dtype: of the frozen parts, image encoder and language model; None for what `pick_dtype` says. What
-    stands between them is in float32.
-    image_size: S of the images to read, to which the position table is interpolated; None: the checkpoint's.
+    device: of all components, except a language model that is spread.
+    dtype: of the frozen models, image encoder and language model; None: see `pick_dtype`. All components
+    between them are in float32.
+    image_size: S, to which the position embeddings are interpolated; None: the checkpoint's.
     quantize: "int8" to hold the linear layers of the language model in 8 bits.
-    runs: whether the model is going to, and not only to be written in another format.
-    spread: whether the language model is laid over all GPUs, as one too large for one needs it.
+    runs: whether the model is loaded for inference, not only to be saved in another format.
+    spread: whether to distribute the language model over all GPUs, for one that is too large for one GPU.
     """
 
     device: torch.device = CPU
@@ -32,14 +32,14 @@ class LoadOptions:
 
     @property
     def first_device(self) -> torch.device:
-        """Where a language model is read to; it is quantised and spread from the CPU."""
+        """The device a language model is read to; it is quantised and spread from the CPU."""
         return CPU if self.quantize != "none" or self.spread else self.device
 
     def pick_dtype(self, half: torch.dtype) -> torch.dtype:
-        """Gives the type of a frozen part, whose authors ran it in `half`, a type of 16 bits.
+        """Return the type of a frozen model, whose authors ran it in `half`, a type of 16 bits.
 
         On a GPU it is `half`, or float32 where that is bfloat16 and the GPU has none. On a CPU it is
-        bfloat16 where there is AMX, without which that would be slower than float32.
+        bfloat16 with AMX, and float32 without, where bfloat16 is slower.
         """
         if self.dtype is not None:
             return self.dtype
@@ -49,7 +49,10 @@ class LoadOptions:
         return torch.bfloat16 if self.device.type == "cpu" and _has_amx() else torch.float32
 
 
+IN_FLOAT32 = LoadOptions()
+
+
 def _has_amx() -> bool:
-    # The probe is not public: absent means no.
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return probe is not None and bool(probe())
+    # The function is not public: absent means no.
+    is_supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return is_supported is not None and bool(is_supported())

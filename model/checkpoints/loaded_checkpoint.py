@@ -1,36 +1,38 @@
-"""What a loader gives: built parts, and what identifies them."""
+"""A loaded checkpoint: its components, and the sources of its fingerprint."""
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from model.components import Blip2Parts
+from model.components import Blip2Components
 
 Source = str | Callable[[], str]
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedParts:
-    """sources: the text of all configurations, and what gives the hashes of all weight files."""
+class LoadedCheckpoint:
+    """sources: the text of all configurations, and functions that compute the hashes of all weight files."""
 
-    parts: Blip2Parts
+    components: Blip2Components
     sources: tuple[Source, ...]
 
-    def identify(self) -> Callable[[], str]:
-        """Gives what gives a sha256 that differs wherever the model may compute something else; for caches.
+    def fingerprint_function(self) -> Callable[[], str]:
+        """Return a function that computes the model fingerprint, a sha256.
 
-        That reads the weight files once more, unless an adapter had their hashes checked. It does not hold on
-        to the parts, which may be shared or dropped afterwards.
+        Two models with equal fingerprints compute equal results, so caches may use it as a key. The function
+        reads the weight files again, unless an adapter had their hashes checked. It holds no reference to the
+        components, which may be shared or dropped afterwards.
         """
-        preprocess, language_model = self.parts.preprocess, self.parts.language_model
+        preprocess, language_model = self.components.preprocess, self.components.language_model
         pixels = f"{preprocess.image_size} {preprocess.mean} {preprocess.std}"
-        types = f"{self.parts.vision_model.dtype} {language_model.dtype if language_model else None}"
+        vision_dtype = self.components.vision_model.dtype
+        types = f"{vision_dtype} {language_model.dtype if language_model else None}"
         return partial(_hash_sources, (*self.sources, pixels, types))
 
 
 def _hash_sources(sources: Sequence[Source]) -> str:
-    """Each source is hashed first, so that no two lists of sources read the same when joined."""
+    """Hash each source first, so that different lists of sources are never equal when joined."""
     texts = (source if isinstance(source, str) else source() for source in sources)
-    lines = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()

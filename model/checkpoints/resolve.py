@@ -1,17 +1,10 @@
-"""Finds a checkpoint by its name: embedded, in a directory or file, or on the Hub."""
+"""Resolves the name of a checkpoint: embedded, a directory or file, or an id on the Hub."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
+from model.checkpoints.hub.download import VerifiedDownload, download, verify_download
 from model.errors import CheckpointError
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
@@ -24,20 +17,19 @@ ACCEPTED = (
     "of a model of LAVIS, or the id of a model on the Hub, 'owner/name'"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_READ_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
 def is_hub_id(name_or_path: str) -> bool:
-    """Whether it names a model on the Hub: 'owner/name', and nothing on the disk."""
+    """Return whether it is the id of a model on the Hub: 'owner/name', and nothing on the disk."""
     path = EMBEDDED.get(name_or_path, Path(name_or_path))
     return not path.exists() and _HUB_ID.fullmatch(name_or_path) is not None
 
 
-def locate(name_or_path: str, *, revision: str | None = None) -> Path:
-    """Gives the directory or file of a checkpoint; one of the Hub is downloaded, unless it was before.
+def resolve(name_or_path: str, *, revision: str | None = None) -> Path:
+    """Return the directory or file of a checkpoint; download a model of the Hub, unless it was before.
 
-    revision: a branch, tag or commit of the Hub; None: its main branch. The Hub's own variables hold:
-    HF_TOKEN for what is gated, HF_HUB_OFFLINE=1 for what was downloaded before, HF_HOME for where that lies.
+    revision: a branch, tag or commit of the Hub; None: its main branch. The Hub's own variables apply:
+    HF_TOKEN for gated models, HF_HUB_OFFLINE=1 to use only earlier downloads, HF_HOME for their directory.
     Raises CheckpointError where there is no such checkpoint, or it cannot be downloaded.
     """
     path = EMBEDDED.get(name_or_path, Path(name_or_path))
@@ -47,37 +39,18 @@ def locate(name_or_path: str, *, revision: str | None = None) -> Path:
             f"the revision {revision!r} is given for {name_or_path!r}, which is not on the Hub; leave it out"
         )
     if is_on_hub:
-        return _download(name_or_path, revision)
+        return download(name_or_path, revision, accepted=ACCEPTED)
     if (not path.is_dir() and path.suffix != ".pth") or not path.exists():
         raise CheckpointError(f"there is no checkpoint {name_or_path!r}; give {ACCEPTED}")
     return path
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
-    try:
-        directory = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_READ_FILES)))
-    except Exception as error:  # the errors of the client, of HTTP below it and of the disk share no base
-        where = hub_id if revision is None else f"{hub_id} at the revision {revision!r}"
-        raise CheckpointError(f"cannot fetch {where}: {_explain(error)}") from error
-    if not any(directory.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{hub_id} has no safetensors; pickles (*.bin) are not read, for they may run code: load it with "
-            "transformers, save it with save_pretrained, and give that directory"
-        )
-    return directory
+def fetch(hub_id: str, *, revision: str | None = None) -> VerifiedDownload:
+    """Download the files of a model that are absent, then compare the hash of each with the Hub's.
 
-
-def _explain(error: Exception) -> str:
-    if isinstance(error, GatedRepoError):
-        return "it is gated; accept its terms on the Hub, and set HF_TOKEN to a token that may read it"
-    if isinstance(error, RevisionNotFoundError):
-        return "the Hub has no such revision of it; give a branch, a tag or a whole commit"
-    if isinstance(error, RepositoryNotFoundError):
-        return f"the Hub has no such model, or HF_TOKEN may not read it; give {ACCEPTED}"
-    if isinstance(error, LocalEntryNotFoundError):
-        return (
-            "it was not downloaded before, and the Hub cannot be reached or HF_HUB_OFFLINE is set; "
-            "download it where there is a network, with 'hf download', into the same HF_HOME"
-        )
-    message = str(error).splitlines()[0] if str(error) else ""
-    return f"{type(error).__name__} {message}; what was downloaded is kept, try again"
+    revision: a branch, tag or commit; None: the main branch. Raises CheckpointError where `hub_id` is no id
+    of the Hub, where it cannot be downloaded, and where files differ, which are then deleted.
+    """
+    if not is_hub_id(hub_id):
+        raise CheckpointError(f"{hub_id!r} is no id of the Hub, 'owner/name': there is nothing to download")
+    return verify_download(hub_id, resolve(hub_id, revision=revision))

@@ -1,7 +1,18 @@
-"""Batched decoding: `add(job)`, then `step()` until it is done."""
+"""Generation with continuous batching: `Decoder.add(request)`, then `Decoder.step()` until it is done."""
 
-from model.generation.decoder import Decoder, run_jobs
-from model.generation.params import GenerationParams
-from model.generation.request import DecodeJob, DecoderLimits, Generation
+from model.generation.decoder import Decoder, run_requests
+from model.generation.limits import DecoderLimits, check_fits
+from model.generation.params import MAX_BEAMS, GenerationParams
+from model.generation.request import DecodeRequest, Generation, memory_requirement
 
-__all__ = ["DecodeJob", "Decoder", "DecoderLimits", "Generation", "GenerationParams", "run_jobs"]
+__all__ = [
+    "MAX_BEAMS",
+    "DecodeRequest",
+    "Decoder",
+    "DecoderLimits",
+    "Generation",
+    "GenerationParams",
+    "check_fits",
+    "memory_requirement",
+    "run_requests",
+]

@@ -1,4 +1,4 @@
-"""Parameters of many jobs as arrays, an entry for each job."""
+"""The parameters of many sequences as arrays, one entry for each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -7,36 +7,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.generation.params import GenerationParams
+from model.language import IntArray
 
-Ids = NDArray[np.int64]
-Scores = NDArray[np.float32]
-Flags = NDArray[np.bool_]
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class ParamTable:
+class BatchedParams:
     """See `GenerationParams`; [J] each.
 
-    num_texts: those a job works on, beams or samples. tail: 1 - top_p.
+    beam_width: the beams or samples of a sequence. one_minus_top_p: 1 - top_p.
     """
 
-    num_texts: Ids
-    is_beam_search: Flags
-    max_new_tokens: Ids
-    min_new_tokens: Ids
+    beam_width: IntArray
+    is_beam_search: BoolArray
+    max_new_tokens: IntArray
+    min_new_tokens: IntArray
     length_penalty: NDArray[np.float64]
-    early_stopping: Flags
-    repetition_penalty: Scores
-    no_repeat_ngram_size: Ids
-    do_sample: Flags
-    temperature: Scores
-    top_k: Ids
-    tail: Scores
+    early_stopping: BoolArray
+    repetition_penalty: FloatArray
+    no_repeat_ngram_size: IntArray
+    do_sample: BoolArray
+    temperature: FloatArray
+    top_k: IntArray
+    one_minus_top_p: FloatArray
 
     @classmethod
-    def of(cls, params: Sequence[GenerationParams]) -> "ParamTable":
+    def stack(cls, params: Sequence[GenerationParams]) -> "BatchedParams":
         return cls(
-            num_texts=np.array([each.num_rows for each in params], np.int64),
+            beam_width=np.array([each.num_rows for each in params], np.int64),
             is_beam_search=np.array([each.num_beams > 1 for each in params], bool),
             max_new_tokens=np.array([each.max_new_tokens for each in params], np.int64),
             min_new_tokens=np.array([each.min_new_tokens for each in params], np.int64),
@@ -47,18 +47,18 @@ class ParamTable:
             do_sample=np.array([each.do_sample for each in params], bool),
             temperature=np.array([each.temperature for each in params], np.float32),
             top_k=np.array([each.top_k for each in params], np.int64),
-            tail=np.array([1 - each.top_p for each in params], np.float32),
+            one_minus_top_p=np.array([1 - each.top_p for each in params], np.float32),
         )
 
-    def of_jobs(self, jobs: Ids) -> "ParamTable":
-        return ParamTable(*(getattr(self, field.name)[jobs] for field in fields(self)))
+    def select(self, indices: IntArray) -> "BatchedParams":
+        return BatchedParams(*(getattr(self, field.name)[indices] for field in fields(self)))
 
-    def joined(self, others: "ParamTable") -> "ParamTable":
-        return ParamTable(
+    def append(self, others: "BatchedParams") -> "BatchedParams":
+        return BatchedParams(
             *(np.append(getattr(self, field.name), getattr(others, field.name)) for field in fields(self))
         )
 
     @property
-    def needs_history(self) -> Flags:
-        """Where what was said before counts."""
+    def needs_history(self) -> BoolArray:
+        """The sequences with a rule about tokens generated before."""
         return (self.repetition_penalty != 1) | (self.no_repeat_ngram_size > 0)

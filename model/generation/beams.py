@@ -1,27 +1,28 @@
-"""Texts of many jobs side by side, as arrays: whatever is done to one of them is done to all at once."""
+"""Beams of many sequences as arrays; every operation applies to all of them at once."""
 
 from dataclasses import dataclass, fields
 
 import numpy as np
 
-from model.generation.batched_params import Flags, Ids, Scores
+from model.generation.batched_params import BoolArray, FloatArray
+from model.language import IntArray
 
 
 @dataclass(slots=True)
-class Texts:
-    """W texts of up to T tokens for each of J jobs.
+class Beams:
+    """W beams of up to T tokens for each of J sequences.
 
-    token_ids, log_probs: [J, W, T]. lengths: [J, W]. scores: [J, W], -inf where there is no text.
+    token_ids, log_probs: [J, W, T]. lengths: [J, W]. scores: [J, W], -inf where a beam is inactive.
     """
 
-    token_ids: Ids
-    log_probs: Scores
-    lengths: Ids
-    scores: Scores
+    token_ids: IntArray
+    log_probs: FloatArray
+    lengths: IntArray
+    scores: FloatArray
 
     @classmethod
-    def none(cls, num_jobs: int, num_texts: int, num_tokens: int) -> "Texts":
-        shape = (num_jobs, num_texts)
+    def empty(cls, num_sequences: int, beam_width: int, num_tokens: int) -> "Beams":
+        shape = (num_sequences, beam_width)
         return cls(
             np.zeros((*shape, num_tokens), np.int64),
             np.zeros((*shape, num_tokens), np.float32),
@@ -30,54 +31,58 @@ class Texts:
         )
 
     @property
-    def present(self) -> Flags:
-        """[J, W], where there is a text. One whose score is not a number is there, for its user to see."""
+    def is_active(self) -> BoolArray:
+        """The active mask, [J, W]. A beam whose score is NaN is active, so that its caller sees it."""
         return ~np.isneginf(self.scores)
 
-    def of_jobs(self, jobs: Ids) -> "Texts":
-        return Texts(*(getattr(self, field.name)[jobs] for field in fields(self)))
+    def select(self, sequences: IntArray) -> "Beams":
+        """Return the beams of some sequences."""
+        return Beams(*(getattr(self, field.name)[sequences] for field in fields(self)))
 
-    def put(self, jobs: Ids, texts: "Texts") -> None:
+    def write(self, sequences: IntArray, beams: "Beams") -> None:
+        """Replace the beams of some sequences."""
         for field in fields(self):
-            getattr(self, field.name)[jobs] = getattr(texts, field.name)
+            getattr(self, field.name)[sequences] = getattr(beams, field.name)
 
-    def take(self, chosen: Ids) -> "Texts":
-        """Gives, for each job, the texts that [J, k] numbers name."""
-        jobs = np.arange(len(chosen))[:, None]
-        return Texts(*(getattr(self, field.name)[jobs, chosen] for field in fields(self)))
+    def gather(self, indices: IntArray) -> "Beams":
+        """Return, for each sequence, the beams at its [J, k] indices."""
+        sequences = np.arange(len(indices))[:, None]
+        return Beams(*(getattr(self, field.name)[sequences, indices] for field in fields(self)))
 
-    def best(self, count: int) -> "Texts":
-        """Gives each job's texts of the highest scores, best first; of equal ones the earlier first."""
-        return self.take(ranking(self.scores)[:, :count])
+    def best(self, count: int) -> "Beams":
+        """Return each sequence's beams of the highest scores, best first; of equal ones the earlier first."""
+        return self.gather(rank(self.scores)[:, :count])
 
-    def beside(self, others: "Texts") -> "Texts":
-        """Gives the texts of both, those of `others` last."""
-        return Texts(
+    def concatenate(self, others: "Beams") -> "Beams":
+        """Return the beams of both, those of `others` last."""
+        return Beams(
             *(
                 np.concatenate([getattr(self, field.name), getattr(others, field.name)], axis=1)
                 for field in fields(self)
             )
         )
 
-    def where(self, kept: Flags, scores: Scores) -> "Texts":
-        """Gives the texts with other scores, and without those not kept."""
-        return Texts(
-            self.token_ids, self.log_probs, self.lengths, np.where(kept, scores, np.float32(-np.inf))
+    def where(self, mask: BoolArray, scores: FloatArray) -> "Beams":
+        """Return the beams with new scores, inactive outside of `mask`."""
+        return Beams(
+            self.token_ids, self.log_probs, self.lengths, np.where(mask, scores, np.float32(-np.inf))
         )
 
-    def extended(self, parents: Ids, token_ids: Ids, log_probs: Scores, scores: Scores) -> "Texts":
-        """Gives texts of one token more; each argument: [J, k]."""
-        grown = self.take(parents)
-        jobs, texts = np.indices(parents.shape)
-        grown.token_ids[jobs, texts, grown.lengths] = token_ids
-        grown.log_probs[jobs, texts, grown.lengths] = log_probs
-        grown.lengths += 1
-        grown.scores = scores
-        return grown
+    def extend(
+        self, parents: IntArray, token_ids: IntArray, log_probs: FloatArray, scores: FloatArray
+    ) -> "Beams":
+        """Return copies of the parents with one token more; each argument: [J, k]."""
+        extended = self.gather(parents)
+        sequences, beams = np.indices(parents.shape)
+        extended.token_ids[sequences, beams, extended.lengths] = token_ids
+        extended.log_probs[sequences, beams, extended.lengths] = log_probs
+        extended.lengths += 1
+        extended.scores = scores
+        return extended
 
-    def resized(self, num_jobs: int, num_texts: int, num_tokens: int) -> "Texts":
-        """Gives the texts in arrays of this shape; what is beyond it must not be needed any more."""
-        resized = Texts.none(num_jobs, num_texts, num_tokens)
+    def resize(self, num_sequences: int, beam_width: int, num_tokens: int) -> "Beams":
+        """Return the beams in arrays of this shape; what is beyond it is dropped."""
+        resized = Beams.empty(num_sequences, beam_width, num_tokens)
         for field in fields(self):
             old, new = getattr(self, field.name), getattr(resized, field.name)
             common = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
@@ -85,10 +90,10 @@ class Texts:
         return resized
 
 
-def ranking(scores: Scores) -> Ids:
-    """Gives the numbers of each row's scores, [J, k], the best first; of equal ones the earlier.
+def rank(scores: FloatArray) -> IntArray:
+    """Return the indices of each row of [J, k] scores, best first; of equal ones the earlier first.
 
-    Last stands -inf, and before it what is not a number, which a broken model gives.
+    -inf comes last, and before it NaN, which a broken model may produce.
     """
     keys = np.where(np.isnan(scores), np.finfo(np.float32).max, -scores)
     return np.argsort(keys, axis=1, kind="stable")

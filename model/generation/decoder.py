@@ -1,4 +1,7 @@
-"""Continuous batching: jobs join and leave between steps, and none can tell who shares the batch."""
+"""The decoder: continuous batching, in which sequences join and leave between steps.
+
+No generation depends on the other sequences of the batch.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,176 +12,205 @@ import torch
 from torch import Tensor
 
 from model.devices import upload
-from model.generation.batched_params import Ids
-from model.generation.beam_search import Board, Proposals
+from model.generation.beam_search import Candidates, update
+from model.generation.beam_search_state import BeamSearchState
+from model.generation.limits import DecoderLimits, check_fits
 from model.generation.params import GenerationParams
-from model.generation.request import DecodeJob, DecoderLimits, Generation, Task, build_task, extent_of
-from model.generation.sampler import Choice, Chooser, Draw, Request
-from model.language import LanguageModel, Rows
+from model.generation.request import (
+    DecodeRequest,
+    Generation,
+    ScheduledSequence,
+    memory_requirement,
+    schedule,
+)
+from model.generation.sampler import SampledRows, Sampler, SamplerInput, TopK
+from model.language import DecodingState, IntArray, LanguageModel
 
-Answers = tuple[Generation, ...]  # best first
+Generations = tuple[Generation, ...]  # best first
+
+
+class StepOutput(NamedTuple):
+    """The tokens that may continue R rows; sequences, beams: [R], of each row."""
+
+    sequences: IntArray
+    beams: IntArray
+    top_k: TopK
 
 
 class Decoder:
-    """Runs any number of jobs on one language model, each with its own parameters.
+    """Runs any number of requests on one language model, each with its own parameters.
 
-    Every step is one pass of the language model over all running jobs, after one over those let in since the
-    last. Jobs beyond `limits` wait, in the order they came. Not for several threads. `step` is to be called
-    under `torch.inference_mode()`; after an exception from it the decoder must be replaced.
+    A step runs one decode step over all running rows, then one prefill over the requests that fit the limits
+    now. Requests beyond `limits` wait, first come, first served. For one thread. `step` must be called under
+    `torch.inference_mode()`; after an exception from it the decoder must be replaced.
+
+    state: an empty decoding state of the language model, its own unless given.
     """
 
-    def __init__(self, language_model: LanguageModel, limits: DecoderLimits | None = None) -> None:
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        limits: DecoderLimits | None = None,
+        *,
+        state: DecodingState | None = None,
+    ) -> None:
         self._language_model = language_model
         self._limits = limits or DecoderLimits()
-        self._state = language_model.build_state()
-        self._board = Board(language_model.eos_token_ids)
-        self._chooser = Chooser(language_model.eos_token_ids, language_model.device)
-        self._waiting: list[Task] = []
-        self._running: list[Task] = []  # as state and board count them
+        self._kv_state = state or language_model.build_state()
+        self._search_state = BeamSearchState(language_model.eos_token_ids)
+        self._sampler = Sampler(language_model.eos_token_ids, language_model.device)
+        self._waiting: list[ScheduledSequence] = []
+        self._running: list[ScheduledSequence] = []  # in the order of both states
 
     @property
-    def num_jobs(self) -> int:
+    def num_requests(self) -> int:
         return len(self._waiting) + len(self._running)
 
     @property
+    def running_requests(self) -> tuple[DecodeRequest, ...]:
+        """The requests that were prefilled and are not done."""
+        return tuple(sequence.request for sequence in self._running)
+
+    @property
     def num_rows(self) -> int:
-        """The rows of jobs at work, and those that waiting jobs will come to."""
-        waiting = sum(task.extent.num_rows for task in self._waiting)
-        return waiting + int(self._board.running.present.sum())
+        """The rows of running requests, and those that waiting ones will have."""
+        waiting = sum(sequence.requirement.num_rows for sequence in self._waiting)
+        return waiting + int(self._search_state.running.is_active.sum())
 
-    def add(self, job: DecodeJob) -> None:
-        """Takes a job in; its work begins with the next step that has room for it.
+    def add(self, request: DecodeRequest) -> None:
+        """Add a request, which is prefilled in the next step in which it fits the limits.
 
-        Raises InvalidParamsError where a parameter is out of its bounds or the job alone exceeds the limits,
-        InvalidPromptError where image tokens, prompt and answer exceed the positions of the language model.
+        Raises InvalidParamsError where a parameter is out of its bounds or the request alone exceeds the
+        limits, InvalidPromptError where its tokens exceed the positions of the language model.
         """
-        job.params.validate()
-        self.check(len(job.prompt_ids), len(job.language_model_inputs), job.params)
-        self._waiting.append(build_task(job, self._language_model))
-
-    def check(self, num_prompt_tokens: int, num_soft_tokens: int, params: GenerationParams) -> None:
-        """Raises what `add` raises for a job that would never have room. May be called from any thread."""
-        self._language_model.check_length(
-            num_prompt_tokens=num_prompt_tokens,
-            num_soft_tokens=num_soft_tokens,
-            max_new_tokens=params.max_new_tokens,
+        request.params.validate()
+        check_fits(
+            self._language_model,
+            self._limits,
+            num_prompt_tokens=len(request.prompt_ids),
+            num_soft_tokens=len(request.language_model_inputs),
+            params=request.params,
         )
-        self._limits.check(extent_of(num_prompt_tokens + num_soft_tokens, params), self._state)
+        self._waiting.append(schedule(request, self._language_model))
 
     def has_room(self, num_prefix_tokens: int, params: GenerationParams) -> bool:
-        """Whether a job of so many prompt and soft tokens, if added now, would begin with the next step."""
-        extents = [task.extent for task in (*self._running, *self._waiting)]
-        return not self._limits.are_exceeded([*extents, extent_of(num_prefix_tokens, params)], self._state)
+        """Return whether a request of so many image and prompt tokens would run in the next step."""
+        requirements = [sequence.requirement for sequence in (*self._running, *self._waiting)]
+        requirements.append(memory_requirement(num_prefix_tokens, params))
+        return not self._limits.are_exceeded(requirements, self._language_model)
 
-    def cancel(self, job: DecodeJob) -> None:
-        """Forgets a job, whose rows are gone at once; nothing happens where it is done already."""
-        self._waiting = [task for task in self._waiting if task.job is not job]
-        self._retain([task.job is not job for task in self._running])
+    def cancel(self, request: DecodeRequest) -> None:
+        """Drop a request and its rows at once; does nothing where it is done already."""
+        self._waiting = [sequence for sequence in self._waiting if sequence.request is not request]
+        self._keep([sequence.request is not request for sequence in self._running])
 
-    def token_ids(self, job: DecodeJob) -> tuple[int, ...]:
-        """Gives the answer so far of a job of one row that is not done, end token excluded."""
-        assert job.params.num_rows == 1, "beams change their minds, and samples are several"
-        number = next((number for number, task in enumerate(self._running) if task.job is job), None)
-        if number is None:
+    def token_ids(self, request: DecodeRequest) -> tuple[int, ...]:
+        """Return the tokens generated so far for a request of one row, the end token excluded."""
+        assert request.params.num_rows == 1, "beams change with every step, and samples are several"
+        running = self.running_requests
+        if request not in running:
             return ()
-        said = self._board.running.token_ids[number, 0, : self._board.num_tokens[number]]
-        return tuple(said.tolist())
+        sequence, state = running.index(request), self._search_state
+        generated_ids = state.running.token_ids[sequence, 0, : state.num_tokens[sequence]]
+        return tuple(generated_ids.tolist())
 
-    def step(self) -> list[tuple[DecodeJob, Answers]]:
-        """Advances every running row by one token; gives the jobs that are done."""
-        chosen = [*self._advance(), *self._admit()]
-        if not chosen:
+    def step(self) -> list[tuple[DecodeRequest, Generations]]:
+        """Generate one token for every running row; return the requests that are done."""
+        outputs = [*self._decode(), *self._prefill()]
+        if not outputs:
             return []
-        self._board.accept(_to_host(chosen, self._board))
-        is_done = self._board.is_done.tolist()
+        update(self._search_state, _download(outputs, self._search_state))
+        is_done = self._search_state.is_done.tolist()
         done = [
-            (self._running[number].job, self._answers(number))
-            for number, ended in enumerate(is_done)
+            (self._running[index].request, self._collect(index))
+            for index, ended in enumerate(is_done)
             if ended
         ]
-        self._retain([not ended for ended in is_done])
+        self._keep([not ended for ended in is_done])
         return done
 
-    def _advance(self) -> Iterator["Chosen"]:
+    def _decode(self) -> Iterator[StepOutput]:
         if self._running:
-            jobs, texts = self._board.rows()
-            token_ids = self._board.running.token_ids[jobs, texts, self._board.num_tokens[jobs] - 1]
-            logits = self._state.advance(Rows(jobs, self._board.parents[jobs, texts], token_ids))
-            yield self._choose(logits, jobs, texts)
+            sequences, beams = self._search_state.rows()
+            logits = self._kv_state.decode_step(self._search_state.decode_input(sequences, beams))
+            yield self._sample(logits, sequences, beams)
 
-    def _admit(self) -> Iterator["Chosen"]:
-        entering = self._let_in()
-        if not entering:
+    def _prefill(self) -> Iterator[StepOutput]:
+        admitted = self._admit()
+        if not admitted:
             return
+        requests = [sequence.request for sequence in admitted]
         prefixes = [
-            self._language_model.embed_prefix(task.job.language_model_inputs, task.job.prompt_ids)
-            for task in entering
+            self._language_model.embed_prefix(request.language_model_inputs, request.prompt_ids)
+            for request in requests
         ]
-        first = len(self._board)
-        self._running += entering
-        self._board.append([task.job.params for task in entering], [task.context for task in entering])
-        logits = self._state.admit(prefixes, [task.extent for task in entering])
-        jobs, texts = self._board.rows()
-        jobs, texts = jobs[jobs >= first], texts[jobs >= first]
-        if len(jobs) > len(logits):  # samples begin with a row each, all with the scores of one
-            logits = logits[upload(jobs - first, logits.device)]
-        yield self._choose(logits, jobs, texts)
+        first = len(self._search_state)
+        self._running += admitted
+        self._search_state.append(
+            [request.params for request in requests], [sequence.context for sequence in admitted]
+        )
+        logits = self._kv_state.prefill(prefixes, [sequence.requirement for sequence in admitted])
+        sequences, beams = self._search_state.rows()
+        sequences, beams = sequences[sequences >= first], beams[sequences >= first]
+        if len(sequences) > len(logits):  # samples start with a row each, all with the logits of one
+            logits = logits[upload(sequences - first, logits.device)]
+        yield self._sample(logits, sequences, beams)
 
-    def _let_in(self) -> list[Task]:
-        """Gives the waiting jobs that there is room for, oldest first; nobody is overtaken."""
-        running = [task.extent for task in self._running]
-        waiting = [task.extent for task in self._waiting]
+    def _admit(self) -> list[ScheduledSequence]:
+        """Remove from the waiting sequences, oldest first, those that fit the limits; return them."""
+        running = [sequence.requirement for sequence in self._running]
+        waiting = [sequence.requirement for sequence in self._waiting]
         count = len(waiting)
-        if self._limits.are_exceeded(running + waiting, self._state):
+        if self._limits.are_exceeded(running + waiting, self._language_model):
             count = next(
                 number
                 for number in range(len(waiting))
-                if self._limits.are_exceeded(running + waiting[: number + 1], self._state)
+                if self._limits.are_exceeded(running + waiting[: number + 1], self._language_model)
             )
-        entering, self._waiting = self._waiting[:count], self._waiting[count:]
-        return entering
+        admitted, self._waiting = self._waiting[:count], self._waiting[count:]
+        return admitted
 
-    def _choose(self, logits: Tensor, jobs: Ids, texts: Ids) -> "Chosen":
-        board = self._board
-        request = Request(
-            board.params.of_jobs(jobs),
-            board.num_tokens[jobs] < board.params.min_new_tokens[jobs],
-            board.histories(jobs, texts),
-            self._draws(jobs),
+    def _sample(self, logits: Tensor, sequences: IntArray, beams: IntArray) -> StepOutput:
+        state = self._search_state
+        inputs = SamplerInput(
+            state.params.select(sequences),
+            state.num_tokens[sequences] < state.params.min_new_tokens[sequences],
+            state.histories(sequences, beams),
+            self._sampled_rows(sequences),
         )
-        count = int(board.num_candidates.max())
-        return Chosen(jobs, texts, self._chooser(logits, request, count))
+        count = int(state.num_candidates.max())
+        return StepOutput(sequences, beams, self._sampler(logits, inputs, count))
 
-    def _draws(self, jobs: Ids) -> list[Draw]:
+    def _sampled_rows(self, sequences: IntArray) -> list[SampledRows]:
         return [
-            Draw(slice(*np.searchsorted(jobs, [number, number + 1])), generator)
-            for number, task in enumerate(self._running)
-            if (generator := task.generator) is not None and number in jobs
+            SampledRows(slice(*np.searchsorted(sequences, [index, index + 1])), generator)
+            for index, sequence in enumerate(self._running)
+            if (generator := sequence.generator) is not None and index in sequences
         ]
 
-    def _retain(self, kept: Sequence[bool]) -> None:
-        """Forgets some jobs; the last ones take their places."""
-        order = packed(kept)
+    def _keep(self, kept: Sequence[bool]) -> None:
+        """Drop all sequences but some; the last ones take the places of those dropped."""
+        order = compact_order(kept)
         if len(order) < len(kept):
-            self._state.retain(order)
-            self._board.retain(order)
-            self._running = [self._running[number] for number in order]
+            self._kv_state.permute(order)
+            self._search_state.permute(order)
+            self._running = [self._running[index] for index in order]
 
-    def _answers(self, number: int) -> Answers:
-        texts, job = self._board.finished, self._running[number].job
-        if not texts.present[number, 0]:  # the model gave no token a chance, not even an end
+    def _collect(self, sequence: int) -> Generations:
+        finished, request = self._search_state.finished, self._running[sequence].request
+        if not finished.is_active[sequence, 0]:  # the model ruled out all tokens, even the end
             return (Generation("", (), math.nan, 0, "stop"),)
         return tuple(
-            self._generation(
-                tuple(texts.token_ids[number, rank, : texts.lengths[number, rank]].tolist()),
-                tuple(texts.log_probs[number, rank, : texts.lengths[number, rank]].tolist()),
-                float(texts.scores[number, rank]),
+            self._build_generation(
+                tuple(finished.token_ids[sequence, rank, : finished.lengths[sequence, rank]].tolist()),
+                tuple(finished.log_probs[sequence, rank, : finished.lengths[sequence, rank]].tolist()),
+                float(finished.scores[sequence, rank]),
             )
-            for rank in range(job.params.num_return_sequences)
-            if texts.present[number, rank]
+            for rank in range(request.params.num_return_sequences)
+            if finished.is_active[sequence, rank]
         )
 
-    def _generation(
+    def _build_generation(
         self, token_ids: tuple[int, ...], log_probs: tuple[float, ...], score: float
     ) -> Generation:
         is_ended = token_ids[-1] in self._language_model.eos_token_ids
@@ -192,46 +224,38 @@ class Decoder:
         )
 
 
-class Chosen(NamedTuple):
-    """What may continue R rows; jobs, texts: [R], whose they are."""
+def run_requests(language_model: LanguageModel, requests: Sequence[DecodeRequest]) -> list[Generations]:
+    """Run requests together until all are done; return the generations of each, best first.
 
-    jobs: Ids
-    texts: Ids
-    choice: Choice
-
-
-def run_jobs(language_model: LanguageModel, jobs: Sequence[DecodeJob]) -> list[Answers]:
-    """Runs jobs side by side to their ends; gives the answers to each, best first.
-
-    To be called under `torch.inference_mode()`. Raises what `Decoder.add` raises.
+    Must be called under `torch.inference_mode()`. Raises what `Decoder.add` raises.
     """
     decoder = Decoder(language_model)
-    for job in jobs:
-        decoder.add(job)
-    answers: dict[DecodeJob, Answers] = {}
-    while decoder.num_jobs:
-        answers.update(decoder.step())
-    return [answers[job] for job in jobs]
+    for request in requests:
+        decoder.add(request)
+    generations: dict[DecodeRequest, Generations] = {}
+    while decoder.num_requests:
+        generations.update(decoder.step())
+    return [generations[request] for request in requests]
 
 
-def packed(kept: Sequence[bool]) -> list[int]:
-    """Gives an order of those kept that moves as few as can be: [yes, no, yes, yes] gives [0, 3, 2]."""
-    order = [number for number, is_kept in enumerate(kept) if is_kept]
+def compact_order(kept: Sequence[bool]) -> list[int]:
+    """Return an order of the kept ones that moves as few as possible: [yes, no, yes, yes] gives [0, 3, 2]."""
+    order = [index for index, is_kept in enumerate(kept) if is_kept]
     count = len(order)
-    from_behind = [number for number in order if number >= count]
-    return [number if kept[number] else from_behind.pop() for number in range(count)]
+    from_end = [index for index in order if index >= count]
+    return [index if kept[index] else from_end.pop() for index in range(count)]
 
 
-def _to_host(chosen: Sequence[Chosen], board: Board) -> Proposals:
-    """Brings all that was chosen over at once, and puts it where its jobs have their texts."""
-    size = max(each.choice.log_probs.shape[1] for each in chosen)
-    shape = (*board.running.scores.shape, size)
-    proposals = Proposals(np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32))
-    flat = [torch.stack([each.choice.log_probs, each.choice.token_ids.float()]).flatten() for each in chosen]
+def _download(outputs: Sequence[StepOutput], state: BeamSearchState) -> Candidates:
+    """Copy the outputs of one step to the host, and place them by sequence and beam."""
+    size = max(output.top_k.log_probs.shape[1] for output in outputs)
+    shape = (*state.running.scores.shape, size)
+    candidates = Candidates(np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32))
+    flat = [torch.stack([top_k.log_probs, top_k.token_ids.float()]).flatten() for _, _, top_k in outputs]
     # The one device-to-host sync of a step. Ids travel as float32, which is exact below 2 ** 24.
     arrays = np.split(torch.cat(flat).cpu().numpy(), np.cumsum([len(part) for part in flat])[:-1])
-    for (jobs, texts, choice), array in zip(chosen, arrays, strict=True):
-        log_probs, token_ids = array.reshape(2, *choice.log_probs.shape)
-        proposals.log_probs[jobs, texts, : log_probs.shape[1]] = log_probs
-        proposals.token_ids[jobs, texts, : token_ids.shape[1]] = token_ids
-    return proposals
+    for (sequences, beams, top_k), array in zip(outputs, arrays, strict=True):
+        log_probs, token_ids = array.reshape(2, *top_k.log_probs.shape)
+        candidates.log_probs[sequences, beams, : log_probs.shape[1]] = log_probs
+        candidates.token_ids[sequences, beams, : token_ids.shape[1]] = token_ids
+    return candidates

@@ -1,4 +1,4 @@
-"""How an answer is searched for; the meaning of each parameter is that of transformers' `generate`."""
+"""Generation parameters, with the meaning they have in transformers' `generate`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ MAX_BEAMS = 16
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
-    """The parameters of one job; each job of a batch has its own.
+    """The parameters of one request; each request of a batch has its own.
 
     num_beams: hypotheses kept by beam search; 1 is greedy search, or sampling with `do_sample`.
-    num_return_sequences: answers wanted, at most `num_beams` unless sampling.
+    num_return_sequences: answers to return, at most `num_beams` unless sampling.
     max_new_tokens, min_new_tokens: of the answer, its end token included in the first.
     length_penalty: a beam's score is its log-probability / (number of tokens ** length_penalty).
-    repetition_penalty: above 1 makes tokens that were already seen less likely.
+    repetition_penalty: above 1 makes tokens of prompt and answer less likely to be repeated.
     no_repeat_ngram_size: an n-gram of this size occurs once only; 0: off.
-    early_stopping: end as soon as `num_beams` answers are complete, without looking for better ones.
+    early_stopping: end as soon as `num_beams` answers are complete, even if better ones may follow.
     temperature, top_p, top_k: of sampling; top_k 0 is off. seed: None draws a fresh one.
     """
 
@@ -38,14 +38,14 @@ class GenerationParams:
 
     @property
     def num_rows(self) -> int:
-        """How many sequences the job advances side by side."""
+        """The rows of the batch that the request occupies: its beams or samples."""
         return max(self.num_beams, self.num_return_sequences)
 
     def validate(self) -> None:
-        """Raises InvalidParamsError, naming value, limit and cure, where a parameter is out of its bounds."""
+        """Raise InvalidParamsError, naming value, limit and cure, where a parameter is out of its bounds."""
         for name, low, high in self._bounds():
             value = getattr(self, name)
-            if not low <= value <= high:  # so written that NaN is refused too
+            if not low <= value <= high:  # written so that NaN is refused too
                 raise InvalidParamsError(f"{name} is {value}; choose one between {low} and {high}")
         if self.do_sample and self.num_beams != 1:
             raise InvalidParamsError(

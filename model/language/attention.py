@@ -1,7 +1,7 @@
-"""How a pass of a language model looks at columns: its cache and its attention function.
+"""Attention of one decode step over the slots of the KV cache.
 
-Both are `transformers`' own seams: a `Cache` takes each layer's keys and values in, and an attention
-function, registered by name, looks at them.
+Both classes use extension points of `transformers`: a `Cache` receives the keys and values of each layer,
+and an attention function, registered by name, attends to them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,93 +12,107 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, EncoderDecoderCache, PreTrainedConfig
 
-from model.language.kv_cache import Layer
+from model.language.kv_cache import LayerKV
 
 NAME = "shared_prefix"
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """How the rows of one pass look at the columns, the same in all layers.
+class AttentionMetadata:
+    """The attention of one decode step, the same in all layers.
 
-    places: [R], of the rows in a table of all sequences times `width`; None: they fill it. hidden,
-    hidden_beside: what is added to scores. bias_columns: [J, C], where each column's bias by distance stands.
+    beam_width: W. row_index: [R], of each row among the J * W beams; None where the rows are all of them.
+    attention_bias, cross_attention_bias: [J, 1, W, 1, C], added to the scores. position_bias_index: [J, C],
+    where the relative position bias of each slot stands.
     """
 
     num_sequences: int
-    width: int
-    places: Tensor | None
-    hidden: Tensor
-    hidden_beside: Tensor
-    bias_columns: Tensor
+    beam_width: int
+    row_index: Tensor | None
+    attention_bias: Tensor
+    cross_attention_bias: Tensor
+    position_bias_index: Tensor
 
-    def attend(self, query: Tensor, layer: Layer, hidden: Tensor, scaling: float) -> Tensor:
-        """Attends with [R, H, K] queries to the first columns of a layer; gives [R, H, K]."""
-        _, num_heads, size = query.shape
-        sequences, kv_heads, columns = self.num_sequences, layer.keys.shape[1], hidden.shape[-1]
-        groups = num_heads // kv_heads
-        asked = self._spread(query * scaling).view(sequences, self.width, kv_heads, groups, size)
-        asked = asked.transpose(1, 2).reshape(sequences, kv_heads, self.width * groups, size)
-        scores = asked @ layer.keys[:sequences, :, :columns].transpose(-1, -2)  # [J, H, W * G, C]
-        scores = scores.view(sequences, kv_heads, self.width, groups, columns) + hidden
+    def attend(self, query: Tensor, layer: LayerKV, bias: Tensor, scaling: float) -> Tensor:
+        """Attend with [R, H, K] queries to the first slots of a layer; return [R, H, K].
+
+        The beams of a sequence are the queries of one product, so its keys are read once for all of them.
+        """
+        _, num_heads, head_size = query.shape
+        num_sequences, num_kv_heads, num_slots = self.num_sequences, layer.keys.shape[1], bias.shape[-1]
+        groups = num_heads // num_kv_heads
+        queries = self._scatter(query * scaling)
+        queries = queries.view(num_sequences, self.beam_width, num_kv_heads, groups, head_size)
+        queries = queries.transpose(1, 2).reshape(
+            num_sequences, num_kv_heads, self.beam_width * groups, head_size
+        )
+        scores = queries @ layer.keys[:num_sequences, :, :num_slots].transpose(-1, -2)  # [J, H, W * G, C]
+        scores = scores.view(num_sequences, num_kv_heads, self.beam_width, groups, num_slots) + bias
         weights = scores.softmax(dim=-1).to(query.dtype).flatten(2, 3)
-        read = weights @ layer.values[:sequences, :, :columns]  # [J, H, W * G, K]
-        read = read.view(sequences, kv_heads, self.width, groups, size).transpose(1, 2)
-        return self._gather(read.reshape(sequences * self.width, num_heads, size))
+        output = weights @ layer.values[:num_sequences, :, :num_slots]  # [J, H, W * G, K]
+        output = output.view(num_sequences, num_kv_heads, self.beam_width, groups, head_size).transpose(1, 2)
+        return self._gather(output.reshape(num_sequences * self.beam_width, num_heads, head_size))
 
-    def _spread(self, query: Tensor) -> Tensor:
-        if self.places is None:
+    def _scatter(self, query: Tensor) -> Tensor:
+        if self.row_index is None:
             return query
-        spread = query.new_zeros(self.num_sequences * self.width, *query.shape[1:])
-        return spread.index_copy_(0, self.places.to(query.device), query)
+        scattered = query.new_zeros(self.num_sequences * self.beam_width, *query.shape[1:])
+        return scattered.index_copy_(0, self.row_index.to(query.device), query)
 
-    def _gather(self, read: Tensor) -> Tensor:
-        return read if self.places is None else read[self.places.to(read.device)]
+    def _gather(self, output: Tensor) -> Tensor:
+        return output if self.row_index is None else output[self.row_index.to(output.device)]
 
 
-class StepCache(Cache):
-    """Writes the newest keys and values into their columns; has the attention function look at all there."""
+class SlotCache(Cache):
+    """A cache of `transformers` that writes each row's newest key and value into its slot.
 
-    def __init__(self, layers: Sequence[Layer], look: Look, sequences: Tensor, columns: Tensor) -> None:
+    It returns all slots of the sequences, for our attention function to attend to.
+    """
+
+    def __init__(
+        self, layers: Sequence[LayerKV], metadata: AttentionMetadata, sequences: Tensor, slots: Tensor
+    ) -> None:
         super().__init__(layers=[])
         self._layers = layers
-        self._num_columns = look.hidden.shape[-1]
+        self._num_slots = metadata.attention_bias.shape[-1]
         self._sequences = sequences
-        self._columns = columns
+        self._slots = slots
 
     def get_seq_length(self, *_: object, **__: object) -> int:
-        return self._num_columns - 1
+        return self._num_slots - 1
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         layer = self._layers[layer_idx]
-        at = self._sequences.to(key_states.device), slice(None), self._columns.to(key_states.device)
-        layer.keys[at] = key_states[:, :, 0]
-        layer.values[at] = value_states[:, :, 0]
-        return layer.keys[:, :, : self._num_columns], layer.values[:, :, : self._num_columns]
+        index = self._sequences.to(key_states.device), slice(None), self._slots.to(key_states.device)
+        layer.keys[index] = key_states[:, :, 0]
+        layer.values[index] = value_states[:, :, 0]
+        return layer.keys[:, :, : self._num_slots], layer.values[:, :, : self._num_slots]
 
 
-def with_prefixes(own: Cache, beside: Sequence[Layer]) -> EncoderDecoderCache:
-    """Gives both caches of an encoder-decoder, so that it makes no keys of its prefixes anew."""
-    caches = EncoderDecoderCache(own, Cache(layers=[]))
-    caches.cross_attention_cache.layers = list(beside)
-    caches.is_updated = dict.fromkeys(range(len(beside)), True)
-    return caches
+def build_encoder_decoder_cache(
+    self_attention: Cache, cross_attention: Sequence[LayerKV]
+) -> EncoderDecoderCache:
+    """Build the cache of an encoder-decoder, so that it computes no keys of its prefixes again."""
+    cache = EncoderDecoderCache(self_attention, Cache(layers=[]))
+    cache.cross_attention_cache.layers = list(cross_attention)
+    cache.is_updated = dict.fromkeys(range(len(cross_attention)), True)
+    return cache
 
 
-_current: ContextVar[Look | None] = ContextVar("current", default=None)
+_current: ContextVar[AttentionMetadata | None] = ContextVar("current", default=None)
 
 
 @contextmanager
-def attending(config: PreTrainedConfig, look: Look) -> Iterator[None]:
-    """Has the model of a configuration attend by `_attend` inside the block, and as before behind it."""
-    before, token = config._attn_implementation, _current.set(look)
+def use_attention(config: PreTrainedConfig, metadata: AttentionMetadata) -> Iterator[None]:
+    """Swap in our attention function for the model of a configuration, inside the block."""
+    former, token = config._attn_implementation, _current.set(metadata)
     config._attn_implementation = NAME
     try:
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation = former
         _current.reset(token)
 
 
@@ -112,17 +126,18 @@ def _attend(
     position_bias: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """The attention function: [R, H, 1, K] queries, and keys as a cache of ours gives them."""
-    look = _current.get()
-    assert look is not None, "it is registered for `attending` alone"
+    """Attend with [R, H, 1, K] queries to the keys and values that `SlotCache` returns."""
+    metadata = _current.get()
+    assert metadata is not None, "registered for `use_attention` alone"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    is_beside = look.hidden_beside.shape[-1] and not module.is_causal  # an encoder-decoder, at its prefixes
-    hidden = (look.hidden_beside if is_beside else look.hidden).to(query.device)
-    if position_bias is not None and not is_beside:  # [1, H, 1, C], of the distances C - 1 to 0
-        bias = position_bias[0, :, 0, look.bias_columns.to(query.device)]  # [H, J, C]
-        hidden = hidden + bias.transpose(0, 1)[:, :, None, None]
-    read = look.attend(query[:, :, 0], Layer(key, value), hidden, scale)
-    return read[:, None], None
+    is_cross_attention = metadata.cross_attention_bias.shape[-1] and not module.is_causal
+    bias = metadata.cross_attention_bias if is_cross_attention else metadata.attention_bias
+    bias = bias.to(query.device)
+    if position_bias is not None and not is_cross_attention:  # [1, H, 1, C], of the distances C - 1 to 0
+        index = metadata.position_bias_index.to(query.device)
+        bias = bias + position_bias[0, :, 0, index].transpose(0, 1)[:, :, None, None]  # [J, H, 1, 1, C]
+    output = metadata.attend(query[:, :, 0], LayerKV(key, value), bias, scale)
+    return output[:, None], None
 
 
 AttentionInterface.register(NAME, _attend)

@@ -1,147 +1,105 @@
-"""The columns of growing texts: where their keys and values lie, and which row sees which."""
+"""The KV cache: keys and values of many sequences, in preallocated slots."""
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
-Ids = NDArray[np.int64]
-
-_COLUMNS = 16  # that a table grows by, so that shapes come again
+_SLOT_MULTIPLE = 64  # shapes recur, and the cache seldom grows
 
 
-class Layer(NamedTuple):
-    """Keys and values of all sequences in one layer, [J, H, C, K] each."""
+class LayerKV(NamedTuple):
+    """Keys and values of all sequences in one layer, [J, H, C, K] each, with C slots for each sequence."""
 
     keys: Tensor
     values: Tensor
 
 
-def parts(cache: Cache, spans: Sequence[slice]) -> list[list[Layer]]:
-    """Gives what each sequence has in the layers of a cache: the columns of its span, [H, S, K] each."""
+def split_cache(cache: Cache, spans: Sequence[slice]) -> list[list[LayerKV]]:
+    """Return the layers of each sequence in a cache of `transformers`: its span of tokens, [H, S, K] each."""
     return [
-        [Layer(layer.keys[number, :, span], layer.values[number, :, span]) for layer in cache.layers]
-        for number, span in enumerate(spans)
+        [LayerKV(layer.keys[index, :, span], layer.values[index, :, span]) for layer in cache.layers]
+        for index, span in enumerate(spans)
     ]
 
 
-class Lines:
-    """Room for the columns of sequences in all layers."""
+class KVCache:
+    """Keys and values of all layers; sequences and slots are allocated ahead."""
 
     def __init__(self) -> None:
-        self.layers: list[Layer] = []
-
-    def reserve(self, num_sequences: int, num_columns: int, like: Sequence[Layer]) -> None:
-        """Makes room, keeping what there is; like: tensors of the types and on the devices wanted."""
-        if not self.layers:
-            self.layers = [Layer(*(tensor[None, :, :0] for tensor in layer)) for layer in like]
-        sequences, columns = self.shape
-        if num_sequences > sequences or num_columns > columns:
-            self._reshape(*room(num_sequences, num_columns))
+        self.layers: list[LayerKV] = []
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The sequences and columns that there is room for."""
+        """The allocated numbers of sequences and of slots for each."""
         if not self.layers:
             return 0, 0
-        sequences, _, columns, _ = self.layers[0].keys.shape
-        return sequences, columns
-
-    def shrink(self, num_sequences: int, num_columns: int, *, most: int) -> None:
-        """Gives room back where it is for more than `most` columns in all, but for what is in use."""
-        if math.prod(self.shape) > most:
-            self._reshape(*room(num_sequences, num_columns))
-
-    def _reshape(self, sequences: int, columns: int) -> None:
-        for number, layer in enumerate(self.layers):  # one by one: no more than one is there twice
-            self.layers[number] = Layer(*(_moved(tensor, sequences, columns) for tensor in layer))
-
-    def put(self, sequence: int, layers: Sequence[Layer]) -> None:
-        """Writes the first columns of a sequence; layers: [H, S, K] each."""
-        for held, new in zip(self.layers, layers, strict=True):
-            for target, source in zip(held, new, strict=True):
-                target[sequence, :, : source.shape[1]] = source
-                target[sequence, :, source.shape[1] :] = 0  # a sequence gone may have left NaN
-
-    def retain(self, order: Sequence[int]) -> None:
-        assert all(new == old or old >= len(order) for new, old in enumerate(order)), "the last fill gaps"
-        moved = [(new, old) for new, old in enumerate(order) if new != old]
-        for tensor in (tensor for layer in self.layers for tensor in layer):
-            for new, old in moved:
-                tensor[new] = tensor[old]
-
-
-def room(num_sequences: int, num_columns: int) -> tuple[int, int]:
-    """Rounds up what is held, so that shapes come again and seldom grow."""
-    return 1 << max(0, num_sequences - 1).bit_length(), -(-num_columns // 64) * 64
-
-
-def _moved(tensor: Tensor, sequences: int, columns: int) -> Tensor:
-    """Gives a copy of [J, H, C, K] keys with more room, or less where it is no longer needed."""
-    grown = tensor.new_zeros(sequences, tensor.shape[1], columns, tensor.shape[3])
-    kept = tensor[:sequences, :, :columns]
-    grown[: kept.shape[0], :, : kept.shape[2]] = kept
-    return grown
-
-
-class Sight:
-    """Which row of a sequence sees which column.
-
-    table: [J, W, C]. positions: [J, C], in its text, of the token in a column. lengths: [J], of the texts.
-    """
-
-    def __init__(self) -> None:
-        self.table: NDArray[np.bool_] = np.zeros((0, 1, 0), bool)
-        self.positions: Ids = np.zeros((0, 0), np.int64)
-        self.lengths: Ids = np.zeros(0, np.int64)
-        self._widths: Ids = np.zeros(0, np.int64)
+        num_sequences, _, num_slots, _ = self.layers[0].keys.shape
+        return num_sequences, num_slots
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """The numbers of sequences and columns."""
-        return self.table.shape[0], self.table.shape[2]
+    def num_bytes(self) -> int:
+        """The allocated bytes."""
+        return sum(tensor.numel() * tensor.itemsize for layer in self.layers for tensor in layer)
 
-    def append(self, length: int, width: int) -> None:
-        """Takes a sequence in, whose first row sees a prefix of so many columns."""
-        sequence, rows, columns = self.table.shape
-        self._pad(1, max(0, width - rows), max(0, _rounded(length) - columns))
-        self.table[sequence, 0, :length] = True
-        self.positions[sequence, :length] = np.arange(length)
-        self.lengths = np.append(self.lengths, length)
-        self._widths = np.append(self._widths, width)
+    def ensure_shape(self, num_sequences: int, num_slots: int, like: Sequence[LayerKV]) -> None:
+        """Grow to at least this shape, keeping the contents.
 
-    def retain(self, order: Sequence[int]) -> None:
-        index = np.array(order, dtype=np.int64)
-        self.lengths, self._widths = self.lengths[index], self._widths[index]
-        rows = self._widths.max(initial=1)
-        columns = _rounded(int(np.flatnonzero(self.table[index].any(axis=(0, 1))).max(initial=-1)) + 1)
-        self.table = self.table[index, :rows, :columns]
-        self.positions = self.positions[index, :columns]
+        like: tensors of the wanted types and devices, [H, S, K] each.
+        """
+        if not self.layers:
+            self.layers = [LayerKV(*(tensor[None, :, :0] for tensor in layer)) for layer in like]
+        allocated_sequences, allocated_slots = self.shape
+        if num_sequences > allocated_sequences or num_slots > allocated_slots:
+            self._reallocate(*padded_shape(num_sequences, num_slots))
 
-    def grow(self, sequences: Ids, slots: Ids, parents: Ids) -> Ids:
-        """Has R rows see what their parents saw, and a free column each; gives those columns, [R]."""
-        seen = self.table[sequences, parents]  # [R, C]
-        self.table[:] = False
-        self.table[sequences, slots] = seen
-        wanted = np.bincount(sequences, minlength=len(self.table))  # [J]
-        missing = (wanted - (~self.table.any(axis=1)).sum(axis=1)).max()
-        if missing > 0:
-            self._pad(0, 0, _rounded(missing))
-        free = ~self.table.any(axis=1)  # [J, C]
-        columns: Ids = np.argsort(~free, axis=1, kind="stable")[sequences, slots]
-        self.table[sequences, slots, columns] = True
-        self.positions[sequences, columns] = self.lengths[sequences]
-        self.lengths = self.lengths + 1
-        return columns
+    def shrink(self, num_sequences: int, num_slots: int, *, max_slots: int) -> None:
+        """Shrink to this shape, which must hold all that is in use, where all slots exceed `max_slots`."""
+        if math.prod(self.shape) > max_slots:
+            self._reallocate(*padded_shape(num_sequences, num_slots))
 
-    def _pad(self, sequences: int, rows: int, columns: int) -> None:
-        self.table = np.pad(self.table, ((0, sequences), (0, rows), (0, columns)))
-        self.positions = np.pad(self.positions, ((0, sequences), (0, columns)))
+    def write_prefix(self, sequence: int, layers: Sequence[LayerKV]) -> None:
+        """Write the first slots of a sequence; layers: [H, S, K] each."""
+        for own, new in zip(self.layers, layers, strict=True):
+            for target, source in zip(own, new, strict=True):
+                target[sequence, :, : source.shape[1]] = source
+                target[sequence, :, source.shape[1] :] = 0  # the former sequence may have left NaN
+
+    def permute(self, order: Sequence[int]) -> None:
+        """Permute and drop sequences, see `DecodingState.permute`; copies only those that move."""
+        assert all(new == old or old >= len(order) for new, old in enumerate(order)), "the last fill gaps"
+        moves = [(new, old) for new, old in enumerate(order) if new != old]
+        for tensor in (tensor for layer in self.layers for tensor in layer):
+            for new, old in moves:
+                tensor[new] = tensor[old]
+
+    def _reallocate(self, num_sequences: int, num_slots: int) -> None:
+        for index, layer in enumerate(self.layers):  # one by one: at most one layer is there twice
+            self.layers[index] = LayerKV(*(_resized(tensor, num_sequences, num_slots) for tensor in layer))
 
 
-def _rounded(num_columns: int) -> int:
-    return -(-num_columns // _COLUMNS) * _COLUMNS
+def padded_shape(num_sequences: int, num_slots: int) -> tuple[int, int]:
+    """Round up the shape of a cache: sequences to a power of two, slots to a multiple of 64."""
+    return (
+        1 << max(0, num_sequences - 1).bit_length(),
+        -(-num_slots // _SLOT_MULTIPLE) * _SLOT_MULTIPLE,
+    )
+
+
+def kv_bytes_per_token(llm: PreTrainedModel) -> int:
+    """Return the bytes of one token's keys and values in all layers of the decoder."""
+    config = llm.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    num_layers: int = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+    return 2 * num_layers * num_heads * head_size * llm.get_input_embeddings().weight.itemsize
+
+
+def _resized(tensor: Tensor, num_sequences: int, num_slots: int) -> Tensor:
+    """Copy [J, H, C, K] keys or values into a new shape, cut or filled up with zeros."""
+    resized = tensor.new_zeros(num_sequences, tensor.shape[1], num_slots, tensor.shape[3])
+    kept = tensor[:num_sequences, :, :num_slots]
+    resized[: kept.shape[0], :, : kept.shape[2]] = kept
+    return resized

@@ -1,136 +1,85 @@
-"""Where the families of language models differ, and what all else sees of them."""
+"""The interface of model families: decoder-only and encoder-decoder language models."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from transformers import Cache
 
-from model.language.kv_cache import Ids, Layer
-
-Frame = tuple[tuple[int, ...], tuple[int, ...]]  # the special tokens in front of a prompt, and behind it
+from model.language.kv_cache import LayerKV
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What R rows of a batch grow by: the next tokens of its sequences, which have some rows each.
+class SpecialTokenTemplate(NamedTuple):
+    """The special tokens in front of a prompt and behind it."""
 
-    sequences: [R], whose row each is, ascending. parents: [R], the former row that each goes on from, counted
-    within its sequence. token_ids: [R], its newest token.
-    """
-
-    sequences: Ids
-    parents: Ids
-    token_ids: Ids
-
-    def __len__(self) -> int:
-        return len(self.sequences)
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """How far a sequence may grow: num_rows of max_new_tokens behind a prefix of so many tokens."""
+class PrefillOutput(NamedTuple):
+    """The result of one prefill over J prefixes.
 
-    num_prefix_tokens: int
-    num_rows: int
-    max_new_tokens: int
-
-
-class DecodingState(Protocol):
-    """What a language model remembers of growing sequences, each of one prefix and some rows.
-
-    Sequences are counted from 0 in the order they came in.
-    """
-
-    def admit(self, prefixes: Sequence[Tensor], extents: Sequence[Extent]) -> Tensor:
-        """Reads J prefixes, embeddings of [S_j, L] each, in one pass; none depends on its neighbours.
-
-        extents: how far each will grow, at most. Gives the [J, N] logits of the next token; each sequence
-        has then one row.
-        """
-        ...
-
-    def advance(self, rows: Rows) -> Tensor:
-        """Appends one token to each of R rows; gives the [R, N] logits of the next."""
-        ...
-
-    def retain(self, order: Sequence[int]) -> None:
-        """Makes sequence i what `order[i]` was: i itself, or one beyond the new number of sequences.
-
-        Those not named are forgotten.
-        """
-        ...
-
-    def num_bytes(self, extents: Sequence[Extent]) -> int:
-        """Gives the most that the keys and values of such sequences together may take.
-
-        What is read at `admit` is there once more until it is put in its place.
-        """
-        ...
-
-
-class Reading(NamedTuple):
-    """What a family makes of J prefixes that were read together.
-
-    logits: [J, N], of the next token. own: for each sequence the layers that its rows go on from. beside:
-    those that they look at beside (an encoder-decoder's prefix), or None.
+    logits: [J, N], of the next token. self_attention: for each sequence, the layers that its beams extend.
+    cross_attention: for each sequence, the layers of its encoded prefix; None without an encoder.
     """
 
     logits: Tensor
-    own: Sequence[Sequence[Layer]]
-    beside: Sequence[Sequence[Layer]] | None = None
+    self_attention: Sequence[Sequence[LayerKV]]
+    cross_attention: Sequence[Sequence[LayerKV]] | None = None
 
 
-class Batch(Protocol):
-    """Sequences on a cache of `transformers`' own that were read together, a row for each at first."""
+class PrefilledBatch(Protocol):
+    """Sequences of one prefill on a cache of `transformers`, with one row each at first."""
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Makes row i a copy of the former row `rows[i]`; rows not named are forgotten."""
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Make row i a copy of the former row `rows[i]`; rows not named are dropped."""
         ...
 
-    def advance(self, tokens: Sequence[int]) -> Tensor:
-        """Appends one token to each of the R rows; gives the [R, N] logits of the next."""
+    def decode_step(self, token_ids: Sequence[int]) -> Tensor:
+        """Append one token to each of R rows and return the [R, N] logits of the next."""
         ...
 
 
-class Family(Protocol):
-    """A way to read soft tokens and a prompt, and to go on from there."""
+class ModelFamily(Protocol):
+    """Prefill and decode steps of one kind of language model."""
 
     @property
     def question_template(self) -> str:
-        """The prompt that questions are answered best in, with one `{}` for the question."""
+        """The prompt in which questions are answered best, with one `{}` for the question."""
         ...
 
     @property
     def max_positions(self) -> int:
-        """How many tokens, image tokens included, one sequence can hold."""
+        """The most tokens of one sequence, image tokens included."""
         ...
 
     @property
-    def frame(self) -> Frame:
+    def special_tokens(self) -> SpecialTokenTemplate:
         """The special tokens around a prompt."""
         ...
 
     def answer_context(self, prefix_ids: Sequence[int], /) -> tuple[int, ...]:
-        """Gives the ids in front of an answer in the sequence it is part of.
+        """Return the ids in front of an answer, in the sequence that the answer is part of.
 
-        prefix_ids: the prompt's, behind those that stand for soft tokens.
+        prefix_ids: the ids that stand for image tokens, then those of the prompt.
         """
         ...
 
     def check_length(self, *, num_prompt_tokens: int, num_soft_tokens: int, max_new_tokens: int) -> None:
-        """Raises InvalidPromptError or InvalidParamsError where a sequence would exceed the positions."""
+        """Raise InvalidPromptError or InvalidParamsError where a sequence may exceed the positions."""
         ...
 
-    def prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, Batch]:
-        """Reads J prefixes, [S_j, L] each; gives the [J, N] logits of the next token, and what goes on."""
+    def prefill_batch(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, PrefilledBatch]:
+        """Compute J prefixes, [S_j, L] each; return the [J, N] logits of the next token and the batch."""
         ...
 
-    def read(self, prefixes: Sequence[Tensor]) -> Reading:
-        """Does the same for a state that keeps keys and values itself."""
+    def prefill(self, prefixes: Sequence[Tensor]) -> PrefillOutput:
+        """Compute J prefixes, [S_j, L] each, for a state that holds keys and values itself."""
         ...
 
-    def step(self, input_ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        """Gives the [R, N] logits behind [R, 1] ids at [R, 1] positions; the cache knows what each sees."""
+    def decode_step(self, input_ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Return the [R, N] logits of the tokens after [R, 1] ids at [R, 1] positions.
+
+        cache: masks what each row must not attend to, so no attention mask is passed.
+        """
         ...

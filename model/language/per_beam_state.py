@@ -1,6 +1,6 @@
-"""The plain way to remember growing texts: batches on `transformers`' own caches, a row for every beam.
+"""The fallback: a decoding state with a cache row for every beam, on `transformers`' own caches.
 
-Sequences that were read together advance together. It asks nothing of a model but that it generates.
+Sequences of one prefill are decoded together. Any model that `transformers` can generate with fits.
 """
 
 from collections.abc import Sequence
@@ -11,63 +11,65 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from model.devices import upload
-from model.language.kv_cache import Ids
-from model.language.model_family import Batch, Extent, Family, Rows
-from model.language.shared_prefix_state import bytes_per_token
+from model.language.decoding_state import DecodeInput, IntArray, MemoryRequirement
+from model.language.kv_cache import kv_bytes_per_token
+from model.language.model_family import ModelFamily, PrefilledBatch
 
 
-class Member:
-    """A batch, and the sequence that each of its rows belongs to. A sequence's rows lie side by side."""
+def per_beam_kv_bytes(llm: PreTrainedModel, requirements: Sequence[MemoryRequirement]) -> int:
+    """Return the most bytes that a `PerBeamState` of such sequences allocates."""
+    num_rows = sum(one.num_rows for one in requirements)
+    max_prefix = max(one.num_prefix_tokens for one in requirements)  # a batch is padded to it
+    max_new = max(one.max_new_tokens for one in requirements)
+    return num_rows * (max_prefix + max_new) * kv_bytes_per_token(llm)
 
-    def __init__(self, batch: Batch, sequences: Ids) -> None:
+
+class BatchMember:
+    """A prefilled batch and the sequence of each of its rows. The rows of a sequence are adjacent."""
+
+    def __init__(self, batch: PrefilledBatch, sequences: IntArray) -> None:
         self.batch = batch
         self.sequences = sequences
 
-    def advance(self, rows: Rows) -> Tensor:
-        """Takes the rows of its own sequences."""
+    def decode_step(self, inputs: DecodeInput) -> Tensor:
+        """Append one token to the rows of its own sequences."""
         order = np.argsort(self.sequences, kind="stable")
-        firsts = order[np.searchsorted(self.sequences[order], rows.sequences)]
-        self.batch.select((firsts + rows.parents).tolist())
-        self.sequences = rows.sequences
-        return self.batch.advance(rows.token_ids.tolist())
+        first_rows = order[np.searchsorted(self.sequences[order], inputs.sequences)]
+        self.batch.reorder((first_rows + inputs.parents).tolist())
+        self.sequences = inputs.sequences
+        return self.batch.decode_step(inputs.token_ids.tolist())
 
 
-class PlainState:
-    """See `model.language.family.DecodingState`."""
+class PerBeamState:
+    """See `model.language.decoding_state.DecodingState`."""
 
-    def __init__(self, llm: PreTrainedModel, family: Family) -> None:
-        self._bytes_per_token = bytes_per_token(llm)
-        self._family = family
-        self._members: list[Member] = []
+    def __init__(self, model_family: ModelFamily) -> None:
+        self._model_family = model_family
+        self._members: list[BatchMember] = []
         self._num_sequences = 0
 
-    def admit(self, prefixes: Sequence[Tensor], extents: Sequence[Extent]) -> Tensor:
-        del extents  # a batch grows rows as they come
-        logits, batch = self._family.prefill(prefixes)
-        self._members.append(Member(batch, self._num_sequences + np.arange(len(prefixes))))
+    def prefill(self, prefixes: Sequence[Tensor], requirements: Sequence[MemoryRequirement]) -> Tensor:
+        del requirements  # rows are allocated when they are decoded
+        logits, batch = self._model_family.prefill_batch(prefixes)
+        self._members.append(BatchMember(batch, self._num_sequences + np.arange(len(prefixes))))
         self._num_sequences += len(prefixes)
         return logits
 
-    def advance(self, rows: Rows) -> Tensor:
+    def decode_step(self, inputs: DecodeInput) -> Tensor:
         logits: list[Tensor] = []
-        places: list[Ids] = []
+        row_indices: list[IntArray] = []
         for member in self._members:
-            (at,) = np.isin(rows.sequences, member.sequences).nonzero()
-            logits.append(member.advance(Rows(rows.sequences[at], rows.parents[at], rows.token_ids[at])))
-            places.append(at)
-        order = upload(np.argsort(np.concatenate(places)), logits[0].device)
+            (rows,) = np.isin(inputs.sequences, member.sequences).nonzero()
+            member_inputs = DecodeInput(inputs.sequences[rows], inputs.parents[rows], inputs.token_ids[rows])
+            logits.append(member.decode_step(member_inputs))
+            row_indices.append(rows)
+        order = upload(np.argsort(np.concatenate(row_indices)), logits[0].device)
         return torch.cat(logits)[order]
 
-    def retain(self, order: Sequence[int]) -> None:
-        numbers = np.full(self._num_sequences + 1, -1)  # the last one: what was forgotten before stays so
-        numbers[np.array(order, dtype=np.int64)] = np.arange(len(order))
-        for member in self._members:  # rows of those forgotten leave with the next step
-            member.sequences = numbers[member.sequences]
+    def permute(self, order: Sequence[int]) -> None:
+        new_indices = np.full(self._num_sequences + 1, -1)  # the last entry keeps -1, of those dropped before
+        new_indices[np.array(order, dtype=np.int64)] = np.arange(len(order))
+        for member in self._members:  # rows of dropped sequences leave with the next step
+            member.sequences = new_indices[member.sequences]
         self._members = [member for member in self._members if (member.sequences >= 0).any()]
         self._num_sequences = len(order)
-
-    def num_bytes(self, extents: Sequence[Extent]) -> int:
-        rows = sum(extent.num_rows for extent in extents)
-        prefix = max(extent.num_prefix_tokens for extent in extents)  # to which a batch is padded
-        new = max(extent.max_new_tokens for extent in extents)
-        return rows * (prefix + new) * self._bytes_per_token

@@ -1,8 +1,8 @@
-"""Keys and values of growing texts, where the rows of one sequence share all that they have in common.
+"""A decoding state whose beams share the keys and values that they have in common.
 
-A sequence has one line of columns in each layer, [H, C, K]: its prefix, then a column for each token that
-any of its rows took. Which row sees which column is a table of truth values, the same for all layers. Where
-rows change places only the table changes, and a column that no row sees any more is written anew.
+A sequence has one row of slots in each layer, [H, C, K]: its prefix, then one slot for each token that any of
+its beams took. A slot table says which beam attends to which slot, the same in all layers. Reordering beams
+changes the table alone, and a slot that no beam attends to is written again.
 """
 
 import math
@@ -16,26 +16,33 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from model.devices import upload
-from model.language.attention import Look, StepCache, attending, with_prefixes
-from model.language.kv_cache import Ids, Layer, Lines, Sight, room
-from model.language.model_family import Extent, Family, Rows
+from model.language.attention import (
+    AttentionMetadata,
+    SlotCache,
+    build_encoder_decoder_cache,
+    use_attention,
+)
+from model.language.decoding_state import DecodeInput, IntArray, MemoryRequirement
+from model.language.kv_cache import KVCache, LayerKV, kv_bytes_per_token, padded_shape
+from model.language.model_family import ModelFamily
+from model.language.slot_table import SlotTable
 
-_HIDDEN = torch.finfo(torch.float32).min  # not -inf: a row that is not in use sees nothing at all
+_MASKED = torch.finfo(torch.float32).min  # not -inf: an inactive beam attends to nothing at all
 
 
-def why_not(llm: PreTrainedModel) -> str | None:
-    """Says what of a model does not fit; None where all does.
+def unsupported_reason(llm: PreTrainedModel) -> str | None:
+    """Return why a model cannot use `SharedPrefixState`, or None where it can.
 
     It must attend by `transformers`' attention interface alone, in all layers to all tokens.
     """
     config = llm.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if config.is_encoder_decoder and config.model_type not in ("t5", "mt5"):
         return f"it is an encoder-decoder of type {config.model_type!r}"
     if not (llm._supports_attention_backend or config.is_encoder_decoder):
         return "it attends by functions of its own"
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
-        return "it looks through a window"
+    if layer_types != {"full_attention"} or getattr(config, "sliding_window", None):
+        return "it uses sliding-window attention"
     if getattr(config, "attn_logit_softcapping", None):
         return "it caps its attention scores"
     if any(name.endswith("sinks") for name, _ in llm.named_parameters()):
@@ -43,114 +50,130 @@ def why_not(llm: PreTrainedModel) -> str | None:
     return None
 
 
-class SharedPrefixState:
-    """See `model.language.family.DecodingState`."""
+def shared_prefix_kv_bytes(llm: PreTrainedModel, requirements: Sequence[MemoryRequirement]) -> int:
+    """Return the most bytes that a `SharedPrefixState` of such sequences allocates.
 
-    def __init__(self, llm: PreTrainedModel, family: Family) -> None:
+    During a prefill, its keys and values are there once more until they are written into the cache.
+    """
+    shapes = _max_shapes(requirements, is_encoder_decoder=llm.config.is_encoder_decoder)
+    return sum(map(math.prod, shapes)) * kv_bytes_per_token(llm)
+
+
+class SharedPrefixState:
+    """See `model.language.decoding_state.DecodingState`."""
+
+    def __init__(self, llm: PreTrainedModel, model_family: ModelFamily) -> None:
         self._config = llm.get_decoder().config
         self._device: torch.device = llm.get_input_embeddings().weight.device
-        self._bytes_per_column = bytes_per_token(llm)
         self._is_encoder_decoder: bool = llm.config.is_encoder_decoder
-        self._family = family
-        self._own = Lines()
-        self._sight = Sight()
-        self._beside = Lines()
-        self._extents: list[Extent] = []
+        self._model_family = model_family
+        self._self_attention = KVCache()
+        self._slot_table = SlotTable()
+        self._cross_attention = KVCache()
+        self._requirements: list[MemoryRequirement] = []
 
     @property
-    def _lengths_beside(self) -> Ids:
-        """Of the prefixes that are looked at beside the own columns, [J]; 0 where they are part of those."""
+    def num_bytes(self) -> int:
+        """The allocated bytes of keys and values."""
+        return self._self_attention.num_bytes + self._cross_attention.num_bytes
+
+    @property
+    def num_used_slots(self) -> int:
+        """The slots of self-attention that some beam attends to."""
+        return self._slot_table.num_used_slots
+
+    @property
+    def _encoder_lengths(self) -> IntArray:
+        """The tokens of the encoded prefixes, [J]; 0 without an encoder."""
         return np.array(
-            [extent.num_prefix_tokens * self._is_encoder_decoder for extent in self._extents], np.int64
+            [one.num_prefix_tokens * self._is_encoder_decoder for one in self._requirements], np.int64
         )
 
-    def admit(self, prefixes: Sequence[Tensor], extents: Sequence[Extent]) -> Tensor:
-        self._extents += extents
-        own_shape, beside_shape = self._shapes(self._extents)
-        self._own.shrink(*self._sight.shape, most=math.prod(own_shape))
-        self._beside.shrink(
-            len(self._lengths_beside), self._lengths_beside.max(initial=0), most=math.prod(beside_shape)
+    def prefill(self, prefixes: Sequence[Tensor], requirements: Sequence[MemoryRequirement]) -> Tensor:
+        self._requirements += requirements
+        self._shrink()
+        output = self._model_family.prefill(prefixes)
+        first = len(self._slot_table.lengths)
+        for layers, requirement in zip(output.self_attention, requirements, strict=True):
+            self._slot_table.append(layers[0].keys.shape[1], requirement.num_rows)
+        self._self_attention.ensure_shape(*self._slot_table.shape, output.self_attention[0])
+        for sequence, layers in enumerate(output.self_attention, start=first):
+            self._self_attention.write_prefix(sequence, layers)
+        if output.cross_attention is not None:
+            self._write_encoded(first, output.cross_attention)
+        return output.logits
+
+    def _shrink(self) -> None:
+        """Free what former sequences needed and the present ones do not."""
+        max_self, max_cross = _max_shapes(self._requirements, is_encoder_decoder=self._is_encoder_decoder)
+        self._self_attention.shrink(*self._slot_table.shape, max_slots=math.prod(max_self))
+        lengths = self._encoder_lengths
+        self._cross_attention.shrink(len(lengths), lengths.max(initial=0), max_slots=math.prod(max_cross))
+
+    def _write_encoded(self, first: int, sequences: Sequence[Sequence[LayerKV]]) -> None:
+        lengths = self._encoder_lengths
+        self._cross_attention.ensure_shape(len(lengths), lengths.max(), sequences[0])
+        for sequence, layers in enumerate(sequences, start=first):
+            self._cross_attention.write_prefix(sequence, layers)
+
+    def permute(self, order: Sequence[int]) -> None:
+        self._requirements = [self._requirements[index] for index in order]
+        self._self_attention.permute(order)
+        self._slot_table.permute(order)
+        self._cross_attention.permute(order)
+
+    def decode_step(self, inputs: DecodeInput) -> Tensor:
+        beams = _count_within_runs(inputs.sequences)
+        positions = self._slot_table.lengths[inputs.sequences]
+        slots = self._slot_table.allocate(inputs.sequences, beams, inputs.parents)
+        self._self_attention.ensure_shape(*self._slot_table.shape, self._self_attention.layers)
+        metadata = self._build_metadata(inputs.sequences, beams)
+        cache: Cache = SlotCache(
+            self._self_attention.layers, metadata, self._upload(inputs.sequences), self._upload(slots)
         )
-        reading = self._family.read(prefixes)
-        first = len(self._sight.lengths)
-        for layers, extent in zip(reading.own, extents, strict=True):
-            self._sight.append(layers[0].keys.shape[1], extent.num_rows)
-        self._own.reserve(*self._sight.shape, reading.own[0])
-        for sequence, layers in enumerate(reading.own, start=first):
-            self._own.put(sequence, layers)
-        if reading.beside is not None:
-            self._admit_beside(first, reading.beside)
-        return reading.logits
-
-    def _admit_beside(self, first: int, beside: Sequence[Sequence[Layer]]) -> None:
-        self._beside.reserve(len(self._extents), self._lengths_beside.max(), beside[0])
-        for sequence, layers in enumerate(beside, start=first):
-            self._beside.put(sequence, layers)
-
-    def retain(self, order: Sequence[int]) -> None:
-        self._extents = [self._extents[number] for number in order]
-        self._own.retain(order)
-        self._sight.retain(order)
-        self._beside.retain(order)
-
-    def num_bytes(self, extents: Sequence[Extent]) -> int:
-        return sum(map(math.prod, self._shapes(extents))) * self._bytes_per_column
-
-    def _shapes(self, extents: Sequence[Extent]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Gives the sequences and columns that such sequences come to at most, own ones and those beside."""
-        prefix = max(extent.num_prefix_tokens for extent in extents)
-        suffix = [extent.num_rows * extent.max_new_tokens for extent in extents]
         if self._is_encoder_decoder:
-            return room(len(extents), 1 + max(suffix)), room(len(extents), prefix)
-        whole = (extent.num_prefix_tokens + new for extent, new in zip(extents, suffix, strict=True))
-        return room(len(extents), max(whole)), (0, 0)
-
-    def advance(self, rows: Rows) -> Tensor:
-        slots = _places(rows.sequences)
-        positions = self._sight.lengths[rows.sequences]
-        columns = self._sight.grow(rows.sequences, slots, rows.parents)
-        self._own.reserve(*self._sight.shape, self._own.layers)
-        look = self._build_look(rows.sequences, slots)
-        cache: Cache = StepCache(self._own.layers, look, self._tensor(rows.sequences), self._tensor(columns))
-        if self._is_encoder_decoder:
-            cache = with_prefixes(cache, self._beside.layers)
-        with attending(self._config, look):
-            return self._family.step(
-                self._tensor(rows.token_ids)[:, None], self._tensor(positions)[:, None], cache
+            cache = build_encoder_decoder_cache(cache, self._cross_attention.layers)
+        with use_attention(self._config, metadata):
+            return self._model_family.decode_step(
+                self._upload(inputs.token_ids)[:, None], self._upload(positions)[:, None], cache
             )
 
-    def _build_look(self, sequences: Ids, slots: Ids) -> Look:
-        table = self._sight.table
-        num_sequences, width, num_columns = table.shape
-        is_full = len(slots) == num_sequences * width
-        ages = self._sight.lengths[:, None] - 1 - self._sight.positions  # [J, C]
-        widest = int(self._lengths_beside.max(initial=0))
-        return Look(
+    def _build_metadata(self, sequences: IntArray, beams: IntArray) -> AttentionMetadata:
+        mask = self._slot_table.mask
+        num_sequences, beam_width, num_slots = mask.shape
+        has_all_beams = len(beams) == num_sequences * beam_width
+        distances = self._slot_table.lengths[:, None] - 1 - self._slot_table.positions  # [J, C]
+        lengths = self._encoder_lengths
+        encoder_mask = np.arange(int(lengths.max(initial=0))) < lengths[:, None]
+        return AttentionMetadata(
             num_sequences=num_sequences,
-            width=width,
-            places=None if is_full else self._tensor(sequences * width + slots),
-            hidden=self._hide(table),
-            hidden_beside=self._hide((np.arange(widest) < self._lengths_beside[:, None])[:, None]),
-            bias_columns=self._tensor(num_columns - 1 - ages.clip(0, num_columns - 1)),
+            beam_width=beam_width,
+            row_index=None if has_all_beams else self._upload(sequences * beam_width + beams),
+            attention_bias=self._build_bias(mask),
+            cross_attention_bias=self._build_bias(encoder_mask[:, None]),
+            position_bias_index=self._upload(num_slots - 1 - distances.clip(0, num_slots - 1)),
         )
 
-    def _hide(self, seen: NDArray[np.bool_]) -> Tensor:
-        """Gives what is added to scores, [J, 1, W, 1, C]."""
-        return self._tensor(np.where(seen, np.float32(0), np.float32(_HIDDEN)))[:, None, :, None]
+    def _build_bias(self, mask: NDArray[np.bool_]) -> Tensor:
+        """Turn a [J, W, C] mask into the [J, 1, W, 1, C] bias of the scores."""
+        return self._upload(np.where(mask, np.float32(0), np.float32(_MASKED)))[:, None, :, None]
 
-    def _tensor(self, array: NDArray[Any]) -> Tensor:
+    def _upload(self, array: NDArray[Any]) -> Tensor:
         return upload(array, self._device)
 
 
-def _places(sequences: Ids) -> Ids:
-    """Counts the rows within each sequence: [0, 0, 0, 1, 1] gives [0, 1, 2, 0, 1]."""
+def _max_shapes(
+    requirements: Sequence[MemoryRequirement], *, is_encoder_decoder: bool
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the largest shapes of the caches of self-attention and cross-attention."""
+    max_prefix = max(one.num_prefix_tokens for one in requirements)
+    num_new = [one.num_rows * one.max_new_tokens for one in requirements]
+    if is_encoder_decoder:
+        return padded_shape(len(requirements), 1 + max(num_new)), padded_shape(len(requirements), max_prefix)
+    totals = (one.num_prefix_tokens + new for one, new in zip(requirements, num_new, strict=True))
+    return padded_shape(len(requirements), max(totals)), (0, 0)
+
+
+def _count_within_runs(sequences: IntArray) -> IntArray:
+    """Count the rows within each sequence: [0, 0, 0, 1, 1] becomes [0, 1, 2, 0, 1]."""
     return np.arange(len(sequences)) - np.searchsorted(sequences, sequences)
-
-
-def bytes_per_token(llm: PreTrainedModel) -> int:
-    """Gives the bytes of one token's keys and values in all layers."""
-    config = llm.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    layers: int = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
-    return 2 * layers * heads * size * llm.get_input_embeddings().weight.itemsize

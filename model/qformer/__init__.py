@@ -1,4 +1,4 @@
-"""The Q-Former, and the texts it reads."""
+"""The Q-Former and its text embeddings."""
 
 from model.qformer.layer import KeysValues
 from model.qformer.qformer import (

@@ -22,13 +22,13 @@ class MultiHeadAttention(nn.Module):
         self.value = nn.Linear(source_size, config.hidden_size)
 
     def keys_values(self, source: Tensor) -> KeysValues:
-        """Gives the keys and values, [B, H, S, K] each, of a [B, S, …] source."""
+        """Compute the keys and values, [B, H, S, K] each, of a [B, S, …] source."""
         return self._split_heads(self.key(source)), self._split_heads(self.value(source))
 
     def forward(self, hidden_states: Tensor, keys_values: KeysValues, visible: Tensor | None) -> Tensor:
-        """Gives what [B, T, D] states read from the keys and values, [B, T, D].
+        """Attend with [B, T, D] states to the keys and values; return [B, T, D].
 
-        visible: true where a state may look, broadcast to [B, H, T, S]; None: everywhere.
+        visible: true where a state may attend, broadcast to [B, H, T, S]; None: everywhere.
         """
         keys, values = keys_values
         queries = self._split_heads(self.query(hidden_states)).to(keys.dtype) * self.head_size**-0.5
@@ -36,7 +36,7 @@ class MultiHeadAttention(nn.Module):
         # as long as two products and a softmax, and in float32 the two are within a quarter of each other.
         scores = queries @ keys.transpose(-1, -2)  # [B, H, T, S]
         if visible is not None:
-            # The smallest finite score, not -inf: a row that sees nothing (an empty text) stays finite.
+            # The smallest finite score, not -inf: a row without a visible key (an empty text) stays finite.
             scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
         weights = F.dropout(scores.softmax(dim=-1), self.dropout, self.training)
         return (weights @ values).transpose(1, 2).flatten(2)  # [B, T, D]
@@ -84,7 +84,7 @@ class Intermediate(nn.Module):
 
 
 class QFormerLayer(nn.Module):
-    """One layer: self-attention for all, then a path of their own for the queries and for the texts."""
+    """One layer: self-attention for all, then separate feed-forward networks for queries and texts."""
 
     def __init__(self, config: QFormerConfig, *, has_cross_attention: bool, has_text_branch: bool) -> None:
         super().__init__()
@@ -96,22 +96,22 @@ class QFormerLayer(nn.Module):
         self.output = ResidualOutput(config, config.intermediate_size) if has_text_branch else None
 
     def keys_values(self, hidden_states: Tensor) -> KeysValues:
-        """Gives what others see of these states in self-attention: keys and values, [B, H, T, K] each."""
+        """Compute the self-attention keys and values of these states, [B, H, T, K] each."""
         return self.attention.attention.keys_values(hidden_states)
 
     def attend(self, hidden_states: Tensor, keys_values: KeysValues, visible: Tensor | None) -> Tensor:
-        """Lets [B, T, D] states look at the given keys and values where `visible` is true."""
+        """Apply self-attention of [B, T, D] states to the given keys and values, where `visible` is true."""
         return self.attention(hidden_states, keys_values, visible)
 
     def finish_queries(self, attended: Tensor, image_features: Tensor) -> Tensor:
-        """Takes [B, Q, D] queries through cross-attention to the image, where there is one, and their FFN."""
+        """Apply cross-attention to the image, where this layer has it, and the FFN of queries, [B, Q, D]."""
         if self.crossattention is not None:
             keys_values = self.crossattention.attention.keys_values(image_features)
             attended = self.crossattention(attended, keys_values)
         return self.output_query(self.intermediate_query(attended), attended)
 
     def finish_texts(self, attended: Tensor) -> Tensor:
-        """Takes [B, T, D] text positions through the text FFN; they never see the image directly."""
+        """Apply the FFN of texts, [B, T, D]; they never attend to the image directly."""
         assert self.intermediate is not None, "this Q-Former was built without its text branch"
         assert self.output is not None
         return self.output(self.intermediate(attended), attended)

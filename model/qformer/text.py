@@ -1,4 +1,4 @@
-"""Texts as the Q-Former reads them."""
+"""The texts of the Q-Former: tokens and embeddings."""
 
 from collections.abc import Sequence
 
@@ -22,13 +22,35 @@ class TextEmbeddings(nn.Module):
         return self.word_embeddings(input_ids) + positions  # [M, T, D]
 
 
+class QuestionEmbedder(nn.Module):
+    """Embeds questions for a Q-Former with a text branch, where queries and question attend to each other.
+
+    For checkpoints that were trained so (paper, section 4.3, figure 7). tokenizer: a BERT-like one.
+    max_text_tokens: of a question, [CLS] and [SEP] included.
+    """
+
+    def __init__(
+        self, config: QFormerConfig, tokenizer: PreTrainedTokenizerFast, *, max_text_tokens: int = 32
+    ) -> None:
+        super().__init__()
+        self.embeddings = TextEmbeddings(config)
+        self.tokenizer = tokenizer
+        self.max_text_tokens = max_text_tokens
+
+    def forward(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return the [B, T, D] embeddings of B questions, and their [B, T] attention mask."""
+        device = self.embeddings.word_embeddings.weight.device
+        input_ids, mask = tokenize_texts(self.tokenizer, questions, max_text_tokens=self.max_text_tokens)
+        return self.embeddings(input_ids.to(device)), mask.to(device)
+
+
 def tokenize_texts(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_text_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Gives the input_ids and attention_mask, [M, T] each, of texts as [CLS] … [SEP].
+    """Return the input_ids and attention_mask, [M, T] each, of texts as [CLS] … [SEP].
 
-    A text longer than `max_text_tokens` loses its tail but never its [SEP]. Padded on the right to the
-    longest. On the CPU. May be called from several threads.
+    A text longer than `max_text_tokens` is cut at its end but keeps its [SEP]. Padded on the right to the
+    longest. On the CPU. Thread-safe.
     """
     # Without the tokenizer's own truncation and padding, which are state shared by all its callers.
     rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]

@@ -8,24 +8,29 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 NAME = "image_products"
-_MAX_SCORES = 2**21  # at once: what stays in a CPU's cache
+MAX_SCORES = 2**21  # computed together: what stays in a CPU's cache
 
 
-def _attend(
+def attend(
     _module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    *,
+    max_scores: int = MAX_SCORES,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """The attention function: [B, H, P, K] each, of images that see all of themselves; gives [B, P, H, K]."""
-    assert attention_mask is None, "every image token sees all of its image"
-    num_images, num_heads, num_tokens, size = query.shape
-    query = query * (size**-0.5 if scaling is None else scaling)
-    output = torch.empty(num_images, num_tokens, num_heads, size, dtype=query.dtype)
-    step = max(1, _MAX_SCORES // (num_heads * num_tokens**2))
+    """Attend within each image, [B, H, P, K] each; return [B, P, H, K].
+
+    max_scores: the most attention scores of one product, but for those of one image.
+    """
+    assert attention_mask is None, "every image token attends to all of its image"
+    num_images, num_heads, num_tokens, head_size = query.shape
+    query = query * (head_size**-0.5 if scaling is None else scaling)
+    output = torch.empty(num_images, num_tokens, num_heads, head_size, dtype=query.dtype)
+    step = max(1, max_scores // (num_heads * num_tokens**2))
     for start in range(0, num_images, step):
         images = slice(start, start + step)
         scores = query[images] @ key[images].transpose(-1, -2)  # [b, H, P, P]
@@ -33,4 +38,4 @@ def _attend(
     return output, None
 
 
-AttentionInterface.register(NAME, _attend)
+AttentionInterface.register(NAME, attend)

@@ -9,7 +9,7 @@ from itertools import zip_longest
 
 from torch import Tensor
 
-from model import DecodeJob, Generation, GenerationParams
+from model import DecodeRequest, Generation, GenerationParams
 from model.devices import is_out_of_memory
 from service.backend import Backend, StepDecoder
 from service.errors import InferenceFailedError, OutOfDeviceMemoryError
@@ -78,7 +78,7 @@ class GenerateStage:
         self._decoder: StepDecoder | None = None  # built when needed: a checkpoint may lack a language model
         self._waiting: deque[Text] = deque()
         self._coming: Text | None = None  # on its way into the decoder
-        self._active: dict[DecodeJob, Text] = {}
+        self._active: dict[DecodeRequest, Text] = {}
         self._was_cut = False  # the last step would have had more rows if it might
         self._suspects: Suspects[Text] = Suspects()
         self._trial: list[Text] = []  # suspects in the decoder, whom nobody may join

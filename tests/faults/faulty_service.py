@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
-from model import DecodeJob, Generation, GenerationParams
+from model import DecodeRequest, Generation, GenerationParams
 from service.backend import Backend, StepDecoder
 from service.jobs import Tower
 from service.lifecycle import FatalError
@@ -37,20 +37,20 @@ class FaultyDecoder:
     def __init__(self, decoder: StepDecoder, device: "FaultyDevice") -> None:
         self._decoder = decoder
         self._device = device
-        self._jobs: list[DecodeJob] = []
+        self._jobs: list[DecodeRequest] = []
 
-    def add(self, job: DecodeJob) -> None:
+    def add(self, job: DecodeRequest) -> None:
         self._jobs.append(job)
         self._decoder.add(job)
 
     def has_room(self, num_prefix_tokens: int, params: GenerationParams) -> bool:
         return self._decoder.has_room(num_prefix_tokens, params)
 
-    def cancel(self, job: DecodeJob) -> None:
+    def cancel(self, job: DecodeRequest) -> None:
         self._jobs.remove(job)
         self._decoder.cancel(job)
 
-    def step(self) -> Sequence[tuple[DecodeJob, tuple[Generation, ...]]]:
+    def step(self) -> Sequence[tuple[DecodeRequest, tuple[Generation, ...]]]:
         orders = {job.params.temperature for job in self._jobs}
         if LOSE in orders:
             raise torch.AcceleratorError("the device is lost, as was asked for")

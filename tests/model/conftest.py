@@ -18,7 +18,7 @@ def blip2(random_checkpoint: Path) -> Blip2:
 def hub_directory(blip2: Blip2, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The generation side of `blip2`, as a directory in the Hub's format."""
     directory = tmp_path_factory.mktemp("hub")
-    save_hub(directory, blip2.parts)
+    save_hub(directory, blip2.components)
     return directory
 
 

@@ -8,7 +8,7 @@ from transformers import Blip2ForConditionalGeneration
 
 from model import Blip2, GenerationParams, InvalidPromptError, TaskUnavailableError
 from model.checkpoints import LoadOptions
-from tests.builders import IMAGE_SIZE, NUM_QUERY_TOKENS, build_parts, random_pixels
+from tests.builders import IMAGE_SIZE, NUM_QUERY_TOKENS, build_components, random_pixels
 
 PARAMS = GenerationParams(num_beams=2, max_new_tokens=6)
 
@@ -79,8 +79,8 @@ def test_a_retrieval_checkpoint_compares_but_does_not_speak(random_checkpoint: P
 
 def test_the_matcher_sees_through_the_same_encoder_as_the_rest(blip2: Blip2) -> None:
     assert blip2.matcher is not None
-    names = [name for name, _ in blip2.named_modules() if name.endswith("tower")]
-    assert names == ["vision_model.tower"]
+    names = [name for name, _ in blip2.named_modules() if name.endswith("vit")]
+    assert names == ["vision_model.vit"]
 
 
 @torch.inference_mode()
@@ -107,6 +107,6 @@ def test_frozen_parts_are_frozen_and_the_rest_can_be_trained(blip2: Blip2) -> No
 
 
 def test_parts_of_a_model_are_those_it_was_built_from() -> None:
-    parts = build_parts()
-    assert Blip2(parts).parts == parts
+    parts = build_components()
+    assert Blip2(parts).components == parts
     assert Blip2(parts).image_size == IMAGE_SIZE

@@ -20,10 +20,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from model import Blip2, CheckpointError, DecodeJob
+from model import Blip2, CheckpointError, DecodeRequest
 from model.checkpoints import LoadOptions, load_blip2, load_language_model
 from model.checkpoints.convert import convert
-from model.generation import run_jobs
+from model.generation import run_requests
 from tests.builders import WORDS, build_language_tokenizer
 from tests.parity.test_transformers import (
     PROMPTS,
@@ -102,7 +102,7 @@ def save(directory: Path, name: str) -> Blip2ForConditionalGeneration:
 @torch.inference_mode()
 def test_answers_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     reference = save(tmp_path / "hub", name)
-    convert(load_blip2(str(tmp_path / "hub")).parts, tmp_path / "adapter", "adapter")
+    convert(load_blip2(str(tmp_path / "hub")).components, tmp_path / "adapter", "adapter")
     for directory in (tmp_path / "hub", tmp_path / "adapter"):
         blip2 = Blip2.from_pretrained(str(directory))
         language_model = blip2.language_model
@@ -118,8 +118,8 @@ def test_answers_are_those_of_transformers(name: str, tmp_path: Path) -> None:
             for image in range(3)
             for prompt in PROMPTS
         ]
-        jobs = [DecodeJob(inputs[image], prompt_ids, params) for image, prompt_ids, params in asked]
-        answers = [list(best[0].token_ids) for best in run_jobs(language_model, jobs)]
+        requests = [DecodeRequest(inputs[image], prompt_ids, params) for image, prompt_ids, params in asked]
+        answers = [list(best[0].token_ids) for best in run_requests(language_model, requests)]
         image_tokens = [IMAGE] * SIZE.num_query_tokens
         expected = [
             reference_answer(reference, pixels[image], [*image_tokens, *prompt_ids], params)
@@ -157,7 +157,7 @@ def test_end_tokens_that_are_none_are_refused(
     fields: dict[str, object], complaint: str, tmp_path: Path
 ) -> None:
     save(tmp_path / "hub", "llama")
-    convert(load_blip2(str(tmp_path / "hub")).parts, tmp_path / "adapter", "adapter")
+    convert(load_blip2(str(tmp_path / "hub")).components, tmp_path / "adapter", "adapter")
     (tmp_path / "adapter" / "language_model" / "generation_config.json").write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match=complaint):
         Blip2.from_pretrained(str(tmp_path / "adapter"))

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
-from model import Blip2, DecodeJob, Decoder, GenerationParams
+from model import Blip2, Decoder, DecodeRequest, GenerationParams
 from model.checkpoints import save_hub
-from model.components import Blip2Parts
-from model.generation import run_jobs
+from model.components import Blip2Components
+from model.generation import run_requests
 from model.language import LanguageModel
 from tests.builders import (
     MAX_POSITIONS,
     WORDS,
+    build_components,
     build_language_model,
     build_language_tokenizer,
-    build_parts,
     random_pixels,
 )
-from tests.builders_t5 import build_t5_parts
+from tests.builders_t5 import build_t5_components
 from tests.model.generation.reference import PROMPTS, Pair
 
 NUM_CASES = 60  # for each of nine models
@@ -36,7 +36,7 @@ PULLS = {"early": 3.0, "now and then": 0.5, "never": -100.0}  # added to the end
 OTHER_END = 11  # a second token that ends the answers of those that end now and then
 
 
-def build_llama_parts() -> Blip2Parts:
+def build_llama_parts() -> Blip2Components:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS) + 8,
@@ -50,13 +50,13 @@ def build_llama_parts() -> Blip2Parts:
         eos_token_id=build_language_model().eos_token_ids[0],
     )
     language_model = LanguageModel(LlamaForCausalLM(config), build_language_tokenizer()).eval()
-    return dataclasses.replace(build_parts(), language_model=language_model)
+    return dataclasses.replace(build_components(), language_model=language_model)
 
 
-KINDS: dict[str, Callable[[], Blip2Parts]] = {
-    "opt": partial(build_parts, eos_pull=0.0),
+KINDS: dict[str, Callable[[], Blip2Components]] = {
+    "opt": partial(build_components, eos_pull=0.0),
     "llama": build_llama_parts,
-    "t5": partial(build_t5_parts, "untied"),
+    "t5": partial(build_t5_components, "untied"),
 }
 
 
@@ -74,7 +74,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     kind, temper = request.param
     blip2 = Blip2(KINDS[kind]()).eval()
     directory = tmp_path_factory.mktemp("reference")
-    save_hub(directory, blip2.parts)
+    save_hub(directory, blip2.components)
     reference = Blip2ForConditionalGeneration.from_pretrained(directory).eval()
     language_model = blip2.require_language_model()
     if temper == "now and then":
@@ -118,11 +118,13 @@ def sampling(seed: int) -> GenerationParams:
 
 
 @torch.inference_mode()
-def run_in_turns(pair: Pair, jobs: Sequence[DecodeJob], chance: random.Random) -> dict[DecodeJob, object]:
-    """Has jobs join in the middle of others, in any order."""
-    decoder, waiting = Decoder(pair.language_model), chance.sample(jobs, len(jobs))
-    answers: dict[DecodeJob, object] = {}
-    while waiting or decoder.num_jobs:
+def run_in_turns(
+    pair: Pair, requests: Sequence[DecodeRequest], chance: random.Random
+) -> dict[DecodeRequest, object]:
+    """Has requests join in the middle of others, in any order."""
+    decoder, waiting = Decoder(pair.language_model), chance.sample(requests, len(requests))
+    answers: dict[DecodeRequest, object] = {}
+    while waiting or decoder.num_requests:
         for _ in range(min(chance.randint(0, 3), len(waiting))):
             decoder.add(waiting.pop())
         answers.update(decoder.step())
@@ -136,21 +138,21 @@ def test_answers_are_those_of_transformers_alone_together_and_in_turns(pair: Pai
         (chance.randrange(NUM_IMAGES), chance.choice(PROMPTS), random_params(chance))
         for _ in range(NUM_CASES)
     ]
-    jobs = [pair.job(*case) for case in cases]
-    sampled = [pair.job(seed % NUM_IMAGES, "a photo of", sampling(seed)) for seed in range(NUM_SAMPLED)]
-    together = run_jobs(pair.language_model, jobs)
-    in_turns = run_in_turns(pair, [*jobs, *sampled], chance)
-    for job in sampled:
-        (alone,) = run_jobs(pair.language_model, [job])
-        assert [answer.token_ids for answer in in_turns[job]] == [answer.token_ids for answer in alone]
+    requests = [pair.request(*case) for case in cases]
+    sampled = [pair.request(seed % NUM_IMAGES, "a photo of", sampling(seed)) for seed in range(NUM_SAMPLED)]
+    together = run_requests(pair.language_model, requests)
+    in_turns = run_in_turns(pair, [*requests, *sampled], chance)
+    for request in sampled:
+        (alone,) = run_requests(pair.language_model, [request])
+        assert [answer.token_ids for answer in in_turns[request]] == [answer.token_ids for answer in alone]
     num_tokens: set[int] = set()
-    for case, job, answers in zip(cases, jobs, together, strict=True):
+    for case, request, answers in zip(cases, requests, together, strict=True):
         image, prompt, params = case
         expected = pair.reference_generate(image, prompt, params)
         token_ids = [answer.token_ids for answer in answers]
         assert token_ids == pair.new_tokens(expected, prompt), params
-        (alone,) = run_jobs(pair.language_model, [job])
-        for same in (alone, in_turns[job]):
+        (alone,) = run_requests(pair.language_model, [request])
+        for same in (alone, in_turns[request]):
             assert [answer.token_ids for answer in same] == token_ids, params
         if params.num_beams > 1:
             scores = torch.tensor([answer.score for answer in answers])

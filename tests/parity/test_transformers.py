@@ -20,8 +20,8 @@ from transformers import (
     T5Config,
 )
 
-from model import Blip2, DecodeJob, GenerationParams
-from model.generation import run_jobs
+from model import Blip2, DecodeRequest, GenerationParams
+from model.generation import run_requests
 from tests.builders import WORDS, build_language_tokenizer, build_text_tokenizer
 from tests.builders_t5 import PROMPT_WORDS, build_t5_tokenizer
 
@@ -197,10 +197,11 @@ def test_fifty_images_and_prompts_of_unequal_length_are_answered_together_as_eac
     asked = [
         (image, prompt, params) for params in SEARCHES for image in range(NUM_IMAGES) for prompt in PROMPTS
     ]
-    jobs = [
-        DecodeJob(inputs[image], language_model.tokenize(prompt), params) for image, prompt, params in asked
+    requests = [
+        DecodeRequest(inputs[image], language_model.tokenize(prompt), params)
+        for image, prompt, params in asked
     ]
-    answers = [list(best[0].token_ids) for best in run_jobs(language_model, jobs)]
+    answers = [list(best[0].token_ids) for best in run_requests(language_model, requests)]
     image_tokens = [language_model.image_token_id] * size.num_query_tokens
     expected = [
         reference_answer(reference, pixels[image], [*image_tokens, *language_model.tokenize(prompt)], params)

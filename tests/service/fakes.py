@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model import DecodeJob, Generation, GenerationParams
+from model import DecodeRequest, Generation, GenerationParams
 from model.errors import InvalidPromptError
 from service.jobs import Kind, Tower
 
@@ -56,19 +56,19 @@ class FakeDecoder:
 
     def __init__(self, backend: "FakeBackend") -> None:
         self._backend = backend
-        self._steps: dict[DecodeJob, int] = {}
+        self._steps: dict[DecodeRequest, int] = {}
 
-    def add(self, job: DecodeJob) -> None:
+    def add(self, job: DecodeRequest) -> None:
         self._steps[job] = 0
 
     def has_room(self, num_prefix_tokens: int, params: GenerationParams) -> bool:
         return len(self._steps) < self._backend.room
 
-    def cancel(self, job: DecodeJob) -> None:
+    def cancel(self, job: DecodeRequest) -> None:
         del self._steps[job]
         self._backend.num_cancelled += 1
 
-    def step(self) -> list[tuple[DecodeJob, tuple[Generation, ...]]]:
+    def step(self) -> list[tuple[DecodeRequest, tuple[Generation, ...]]]:
         backend = self._backend
         backend.decode_gate.wait(TIMEOUT_S)
         words = [backend.words_of(job.prompt_ids) for job in self._steps]
@@ -144,7 +144,7 @@ class FakeBackend:
         vocabulary = list(self._vocabulary)
         return [vocabulary[word_id] for word_id in prompt_ids]
 
-    def generations(self, job: DecodeJob) -> tuple[Generation, ...]:
+    def generations(self, job: DecodeRequest) -> tuple[Generation, ...]:
         words = self.words_of(job.prompt_ids)
         red = round(job.language_model_inputs.mean().item() * 255)
         score = float("nan") if NAN_WORD in words else -1.0
@@ -181,8 +181,8 @@ class FakeBackend:
 
     def build_decode_job(
         self, encoded: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams, question: str | None
-    ) -> DecodeJob:
-        return DecodeJob(encoded, prompt_ids, params)
+    ) -> DecodeRequest:
+        return DecodeRequest(encoded, prompt_ids, params)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """A text that is a number is near the images of that red; others lie in the middle."""

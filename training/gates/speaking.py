@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import DecodeJob, Generation, GenerationParams
-from model.generation import run_jobs
+from model import DecodeRequest, Generation, GenerationParams
+from model.generation import run_requests
 from model.language import LanguageModel
 from model.prompts import PromptTemplates
 from training.captions import listing_caption
@@ -61,11 +61,11 @@ class PromptedSpeaker:
             prefixes = self.prefix(scenes[start : start + _BATCH])  # [B, Q, L]
             rows = prompts[start : start + _BATCH]
             jobs = [
-                DecodeJob(prefix, self.language_model.tokenize(prompt), params)
+                DecodeRequest(prefix, self.language_model.tokenize(prompt), params)
                 for prefix, row in zip(prefixes, rows, strict=True)
                 for prompt in row
             ]
-            best = (answers[0] for answers in run_jobs(self.language_model, jobs))
+            best = (answers[0] for answers in run_requests(self.language_model, jobs))
             said += [list(islice(best, len(row))) for row in rows]
         return said
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from model.matching import Matcher
-from model.qformer.layer import KeysValues
+from model.qformer import KeysValues
 from training.captions import listing_caption, sample_text
 from training.losses import IGNORED, itg_labels
 from training.scenes import Scene

@@ -1,4 +1,4 @@
-"""The config.json of an adapter: which frozen parts it was trained on, and what it is."""
+"""The config.json of an adapter: its kind, its sizes and the frozen models it was trained on."""
 
 import dataclasses
 import json
@@ -16,11 +16,11 @@ VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class FrozenPart:
-    """A part that is not in the adapter.
+class FrozenModelRef:
+    """A reference to a frozen model, which is not in the adapter.
 
     path: of its directory, relative to the adapter's; with a revision, a commit, its id on the Hub.
-    sha256: of its weights, as `TensorFiles.sha256` gives it.
+    sha256: of its weights, as `TensorFiles.sha256` returns it.
     """
 
     path: str
@@ -39,22 +39,22 @@ class ImageConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterConfig:
-    """What an adapter's config.json says.
+    """The fields of an adapter's config.json.
 
     kind: "generation" (stage 2: language_projection) or "retrieval" (stage 1: the whole Matcher).
-    prompts: None for those that the language model answers best to.
+    prompts: None for those in which the language model answers best.
     retrieval_model: the directory of a retrieval adapter on the same encoder, relative to this one.
-    question_conditioned: whether the Q-Former of a generation adapter is shown the question, which it then
-    has a text branch, text embeddings and a tokenizer for; `max_text_tokens` bounds it.
-    has_text_head: false for a retrieval adapter made of a checkpoint that lacks it, as the Hub's do.
+    question_conditioned: whether the Q-Former of a generation adapter attends to the question. The adapter
+    then has a text branch, text embeddings and a tokenizer; `max_text_tokens` bounds the question.
+    has_text_head: false for a retrieval adapter of a checkpoint without one, as the Hub's.
     feature_layer: of the vision model, counted from the end; see `model.vision.VisionEncoder`.
     """
 
     kind: Literal["generation", "retrieval"]
-    vision_model: FrozenPart
+    vision_model: FrozenModelRef
     qformer: QFormerConfig
     image: ImageConfig
-    language_model: FrozenPart | None = None
+    language_model: FrozenModelRef | None = None
     prompts: PromptTemplates | None = None
     max_text_tokens: int = 32
     retrieval_model: str | None = None
@@ -64,7 +64,7 @@ class AdapterConfig:
 
     @classmethod
     def read(cls, directory: Path) -> "AdapterConfig":
-        """Reads config.json. Raises CheckpointError naming the key that is unknown, missing or wrong."""
+        """Read config.json. Raises CheckpointError naming the key that is unknown, missing or wrong."""
         path = directory / "config.json"
         fields: dict[str, Any] = read_json(path)
         if (version := fields.pop("version", None)) != VERSION:
@@ -83,8 +83,8 @@ class AdapterConfig:
         path.write_text(text + "\n", encoding="utf-8")
 
     def _check(self, path: Path) -> None:
-        reads_text = self.kind == "retrieval" or self.question_conditioned
-        if reads_text and self.max_text_tokens > self.qformer.max_position_embeddings:
+        has_text_branch = self.kind == "retrieval" or self.question_conditioned
+        if has_text_branch and self.max_text_tokens > self.qformer.max_position_embeddings:
             raise CheckpointError(
                 f"{path}: max_text_tokens is {self.max_text_tokens}, the Q-Former has "
                 f"{self.qformer.max_position_embeddings} positions; lower the former"

@@ -1,4 +1,4 @@
-"""Our own format: an adapter holds what training made and names the frozen parts it was made on.
+"""Loads adapters: the trained tensors, with references to the frozen models they were trained on.
 
 config.json           see `AdapterConfig`
 adapter.safetensors   query_tokens, ln_vision.*, qformer.*, language_projection.*  (generation),
@@ -12,34 +12,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.checkpoints.adapter.config import FORMAT, AdapterConfig, FrozenPart
-from model.checkpoints.frozen.vision_model import (
-    IN_FLOAT32,
-    load_language_model,
-    load_text_tokenizer,
-    load_vision_model,
-)
+from model.checkpoints.adapter.config import FORMAT, AdapterConfig, FrozenModelRef
+from model.checkpoints.frozen import load_language_model, load_text_tokenizer, load_vision_model
 from model.checkpoints.json_records import read_json
-from model.checkpoints.load_options import LoadOptions
-from model.checkpoints.loaded_checkpoint import LoadedParts
-from model.checkpoints.qformer_branch import build_generation_parts, build_retrieval_parts
-from model.checkpoints.resolve import locate
-from model.checkpoints.tensors import TensorFiles, load_strictly
-from model.components import Blip2Parts
+from model.checkpoints.load_options import IN_FLOAT32, LoadOptions
+from model.checkpoints.loaded_checkpoint import LoadedCheckpoint
+from model.checkpoints.qformer_branch import build_generation_components, build_retrieval_components
+from model.checkpoints.resolve import resolve
+from model.checkpoints.strict_loading import load_strictly
+from model.checkpoints.tensors import TensorFiles
+from model.components import Blip2Components
 from model.errors import CheckpointError
 from model.matching import Matcher
 from model.preprocess import ImagePreprocessor
-from model.qformer.questions import QuestionReader
+from model.qformer.text import QuestionEmbedder
 from model.vision import VisionEncoder
 
 ADAPTER = "adapter.safetensors"
 TIED_HEAD = "text_head.decoder.weight"
 
 
-def load_adapter(directory: Path, options: LoadOptions = IN_FLOAT32) -> LoadedParts:
-    """Loads an adapter and the frozen parts it names.
+def load_adapter(directory: Path, options: LoadOptions = IN_FLOAT32) -> LoadedCheckpoint:
+    """Load an adapter and its frozen models.
 
-    Raises CheckpointError where a file is absent or damaged, or where a frozen part is not the one that
+    Raises CheckpointError where a file is absent or damaged, or where a frozen model is not the one that
     the adapter was trained on.
     """
     config = AdapterConfig.read(directory)
@@ -48,46 +44,48 @@ def load_adapter(directory: Path, options: LoadOptions = IN_FLOAT32) -> LoadedPa
         _verify(directory, config.vision_model), options, feature_layer=config.feature_layer
     )
     _check_fit(directory, config, vision_model)
-    load = _load_retrieval_parts if config.kind == "retrieval" else _load_generation_parts
-    parts = load(directory, config, vision_model, options)
-    return LoadedParts(parts, _sources(directory, config))
+    load = _load_retrieval if config.kind == "retrieval" else _load_generation
+    components = load(directory, config, vision_model, options)
+    return LoadedCheckpoint(components, _sources(directory, config))
 
 
 def find_retrieval_model(directory: Path) -> Path:
-    """Gives the retrieval adapter that a generation adapter names, and any other directory as it is."""
+    """Return the retrieval adapter that a generation adapter names, or the directory itself."""
     if read_json(directory / "config.json").get("format") != FORMAT:
         return directory
     return directory / (AdapterConfig.read(directory).retrieval_model or "")
 
 
-def _load_retrieval_parts(
+def _load_retrieval(
     directory: Path, config: AdapterConfig, vision_model: VisionEncoder, options: LoadOptions
-) -> Blip2Parts:
+) -> Blip2Components:
     matcher = _load_matcher(directory, config, vision_model, options)
-    return build_retrieval_parts(matcher, vision_model, _build_preprocessor(config, vision_model))
+    return build_retrieval_components(matcher, vision_model, _build_preprocessor(config, vision_model))
 
 
-def _load_generation_parts(
+def _load_generation(
     directory: Path, config: AdapterConfig, vision_model: VisionEncoder, options: LoadOptions
-) -> Blip2Parts:
+) -> Blip2Components:
     assert config.language_model is not None, "the configuration was checked when it was read"
-    return build_generation_parts(
+    return build_generation_components(
         config.qformer,
         _read_trained(directory, options),
         vision_model,
         load_language_model(_verify(directory, config.language_model), options),
         preprocess=_build_preprocessor(config, vision_model),
         source=directory / ADAPTER,
-        question_reader=_build_question_reader(directory, config) if config.question_conditioned else None,
+        question_embedder=_build_question_embedder(directory, config)
+        if config.question_conditioned
+        else None,
         prompts=config.prompts,
         matcher=_load_named_matcher(directory, config, vision_model, options),
     )
 
 
-def _build_question_reader(directory: Path, config: AdapterConfig) -> QuestionReader:
+def _build_question_embedder(directory: Path, config: AdapterConfig) -> QuestionEmbedder:
     tokenizer = load_text_tokenizer(directory)
     with torch.device("meta"):
-        return QuestionReader(config.qformer, tokenizer, max_text_tokens=config.max_text_tokens)
+        return QuestionEmbedder(config.qformer, tokenizer, max_text_tokens=config.max_text_tokens)
 
 
 def _build_preprocessor(config: AdapterConfig, vision_model: VisionEncoder) -> ImagePreprocessor:
@@ -101,7 +99,7 @@ def _read_trained(directory: Path, options: LoadOptions) -> dict[str, Tensor]:
 def _load_named_matcher(
     directory: Path, config: AdapterConfig, vision_model: VisionEncoder, options: LoadOptions
 ) -> Matcher | None:
-    """Loads the retrieval model a generation adapter names; it must see through the same encoder."""
+    """Load the retrieval model that a generation adapter names; it must have the same encoder."""
     if config.retrieval_model is None:
         return None
     matcher_directory = directory / config.retrieval_model
@@ -140,20 +138,23 @@ def _load_matcher(
     return matcher
 
 
-def _verify(directory: Path, part: FrozenPart) -> Path:
-    """Gives the directory of a frozen part whose weights are those the adapter was trained on."""
-    part_directory = find_part(directory, part)
-    if (found := TensorFiles(part_directory).sha256()) != part.sha256:
+def _verify(directory: Path, reference: FrozenModelRef) -> Path:
+    """Return the directory of a frozen model, after comparing the hash of its weights."""
+    frozen_directory = find_frozen_model(directory, reference)
+    if (found := TensorFiles(frozen_directory).sha256()) != reference.sha256:
         raise CheckpointError(
-            f"the weights in {part_directory} have sha256 {found}, {directory} was trained on {part.sha256}; "
+            f"the weights in {frozen_directory} have sha256 {found}, {directory} was trained on "
+            f"{reference.sha256}; "
             "put the frozen part back, or train the adapter again on this one"
         )
-    return part_directory
+    return frozen_directory
 
 
-def find_part(directory: Path, part: FrozenPart) -> Path:
-    """Gives the directory of a frozen part, named relative to the adapter's, or on the Hub."""
-    return directory / part.path if part.revision is None else locate(part.path, revision=part.revision)
+def find_frozen_model(directory: Path, reference: FrozenModelRef) -> Path:
+    """Return the directory of a frozen model: relative to the adapter's, or a download of the Hub."""
+    if reference.revision is None:
+        return directory / reference.path
+    return resolve(reference.path, revision=reference.revision)
 
 
 def _check_fit(directory: Path, config: AdapterConfig, vision_model: VisionEncoder) -> None:
@@ -166,12 +167,13 @@ def _check_fit(directory: Path, config: AdapterConfig, vision_model: VisionEncod
 
 
 def _sources(directory: Path, config: AdapterConfig) -> tuple[str, ...]:
-    """Gives what identifies an adapter; its config.json holds the verified hashes of the frozen parts."""
-    named = [part for part in (config.vision_model, config.language_model) if part is not None]
+    """Return the fingerprint sources of an adapter; its config.json holds the hashes of the frozen models."""
+    references = [each for each in (config.vision_model, config.language_model) if each is not None]
     texts = [(directory / "config.json").read_text(encoding="utf-8")]
-    texts += [(find_part(directory, part) / "config.json").read_text(encoding="utf-8") for part in named]
-    own = (TensorFiles(directory, ADAPTER).sha256(), *texts)
+    for each in references:
+        texts.append((find_frozen_model(directory, each) / "config.json").read_text(encoding="utf-8"))
+    sources = (TensorFiles(directory, ADAPTER).sha256(), *texts)
     if config.retrieval_model is None:
-        return own
+        return sources
     matcher_directory = directory / config.retrieval_model
-    return (*own, *_sources(matcher_directory, AdapterConfig.read(matcher_directory)))
+    return (*sources, *_sources(matcher_directory, AdapterConfig.read(matcher_directory)))

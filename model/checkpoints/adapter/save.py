@@ -1,4 +1,4 @@
-"""Writes adapters: what stage 1 and stage 2 leave behind."""
+"""Saves adapters: the trained tensors of stage 1 or stage 2."""
 
 import os
 import tempfile
@@ -10,18 +10,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.checkpoints.adapter.config import AdapterConfig, FrozenPart, ImageConfig
+from model.checkpoints.adapter.config import AdapterConfig, FrozenModelRef, ImageConfig
 from model.checkpoints.adapter.load import ADAPTER, TIED_HEAD
-from model.checkpoints.qformer_branch import query_branch_tensors
+from model.checkpoints.qformer_branch import qformer_branch_tensors
 from model.checkpoints.tensors import TensorFiles
-from model.components import Blip2Parts
+from model.components import Blip2Components
 from model.matching import MAX_TEXT_TOKENS, Matcher
 from model.preprocess import ImagePreprocessor
 
 
 def save_generation_adapter(
     directory: Path,
-    parts: Blip2Parts,
+    components: Blip2Components,
     *,
     vision_directory: Path,
     language_directory: Path,
@@ -29,29 +29,29 @@ def save_generation_adapter(
     feature_layer: int = -1,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes what stage 2 trained: config.json and adapter.safetensors, its tensors cast to `dtype`.
+    """Save the trained tensors of stage 2: config.json and adapter.safetensors, cast to `dtype`.
 
-    The other directories hold the frozen parts (`save_pretrained`) and the stage-1 adapter; they are named
-    relative to `directory`, so the tree can be moved as a whole. feature_layer: whose output is read, of the
-    encoder in `vision_directory` (see `model.vision.VisionEncoder`). A reader never sees half a file.
+    The other directories hold the frozen models (`save_pretrained`) and the stage-1 adapter; they are named
+    relative to `directory`, so the tree can be moved as a whole. feature_layer: of the encoder in
+    `vision_directory`, see `model.vision.VisionEncoder`. Files are replaced atomically.
     """
-    reader = parts.question_reader
+    embedder = components.question_embedder
     config = AdapterConfig(
         kind="generation",
-        vision_model=_frozen_part(vision_directory, directory),
-        language_model=_frozen_part(language_directory, directory),
-        qformer=parts.qformer.config,
-        image=_image_config(parts.preprocess),
-        prompts=parts.prompts,
+        vision_model=_reference(vision_directory, directory),
+        language_model=_reference(language_directory, directory),
+        qformer=components.qformer.config,
+        image=_image_config(components.preprocess),
+        prompts=components.prompts,
         retrieval_model=None if retrieval_directory is None else _relative(retrieval_directory, directory),
         feature_layer=feature_layer,
-        question_conditioned=reader is not None,
-        max_text_tokens=MAX_TEXT_TOKENS if reader is None else reader.max_text_tokens,
+        question_conditioned=embedder is not None,
+        max_text_tokens=MAX_TEXT_TOKENS if embedder is None else embedder.max_text_tokens,
     )
-    with _replacing(directory) as staging:
-        if reader is not None:
-            reader.tokenizer.save_pretrained(staging)
-        _save_tensors(query_branch_tensors(parts), staging, dtype)
+    with _staging_directory(directory) as staging:
+        if embedder is not None:
+            embedder.tokenizer.save_pretrained(staging)
+        _save_tensors(qformer_branch_tensors(components), staging, dtype)
         config.write(staging / "config.json")
 
 
@@ -64,13 +64,13 @@ def save_retrieval_adapter(
     feature_layer: int = -1,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes what stage 1 trained: config.json, adapter.safetensors and the text side's tokenizer.
+    """Save the trained tensors of stage 1: config.json, adapter.safetensors and the texts' tokenizer.
 
     feature_layer: as in `save_generation_adapter`.
     """
     config = AdapterConfig(
         kind="retrieval",
-        vision_model=_frozen_part(vision_directory, directory),
+        vision_model=_reference(vision_directory, directory),
         qformer=matcher.config,
         image=_image_config(preprocess),
         max_text_tokens=matcher.max_text_tokens,
@@ -79,14 +79,14 @@ def save_retrieval_adapter(
     )
     tensors = matcher.state_dict()
     tensors.pop(TIED_HEAD, None)
-    with _replacing(directory) as staging:
+    with _staging_directory(directory) as staging:
         matcher.tokenizer.save_pretrained(staging)
         _save_tensors(tensors, staging, dtype)
         config.write(staging / "config.json")
 
 
-def _frozen_part(part_directory: Path, directory: Path) -> FrozenPart:
-    return FrozenPart(_relative(part_directory, directory), TensorFiles(part_directory).sha256())
+def _reference(frozen_directory: Path, directory: Path) -> FrozenModelRef:
+    return FrozenModelRef(_relative(frozen_directory, directory), TensorFiles(frozen_directory).sha256())
 
 
 def _relative(path: Path, directory: Path) -> str:
@@ -106,8 +106,8 @@ def _save_tensors(tensors: Mapping[str, Tensor], directory: Path, dtype: torch.d
 
 
 @contextmanager
-def _replacing(directory: Path) -> Iterator[Path]:
-    """Lends a folder; what was written there then takes its place in `directory`, config.json last."""
+def _staging_directory(directory: Path) -> Iterator[Path]:
+    """Yield a temporary folder, whose files then replace those in `directory`, config.json last."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as folder:
         staging = Path(folder)

@@ -1,7 +1,7 @@
-"""transformers' language models, built around the tensors of a file.
+"""Builds transformers' language models around the tensors of a file.
 
-OPT and T5 are those of the published checkpoints, and are read by the names that releases gave their tensors.
-Any other one that `transformers` can generate with is built by its own loader.
+OPT and T5 are those of the published checkpoints; their tensors are read by the names of all releases. Any
+other model that `transformers` can generate with is built by its own loader.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,10 +23,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from model.checkpoints.frozen.transformers_loading import quiet
-from model.checkpoints.json_records import naming
+from model.checkpoints.frozen.transformers_loading import silence_transformers
 from model.checkpoints.load_options import LoadOptions
-from model.checkpoints.tensors import TensorSource, load_strictly
+from model.checkpoints.strict_loading import load_strictly, report_build_errors
+from model.checkpoints.tensors import TensorSource
 from model.errors import CheckpointError
 
 HEAD = "lm_head.weight"
@@ -35,11 +35,11 @@ _OVERFLOWING = ("t5", "mt5", "umt5", "longt5", "switch_transformers")  # activat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlmFormat:
-    """How the language models of one type are saved.
+    """The file format of one type of language model.
 
-    word_embeddings: the names of the one matrix in a file, which may hold it under any of them.
-    ignored: tensors of old releases that nothing reads. required: keys the configuration must set.
-    half: the type of 16 bits that it is run in.
+    word_embeddings: the names of one matrix, which a file may hold under any of them.
+    ignored: unused tensors of old releases. required: keys that the configuration must set.
+    half: the 16-bit type that its authors ran it in.
     """
 
     config_class: type[PreTrainedConfig]
@@ -69,7 +69,7 @@ FORMATS: Mapping[str, LlmFormat] = {
 
 
 def find_llm_config(model_type: object, path: Path) -> type[PreTrainedConfig]:
-    """Gives the class of the configuration at `path`.
+    """Return the class of the configuration at `path`.
 
     Raises CheckpointError where transformers has no model of that type that generates.
     """
@@ -92,13 +92,13 @@ def load_llm(
     prefix: str = "",
     has_own_head: bool = False,
 ) -> PreTrainedModel:
-    """Builds a language model around those tensors of `files` whose name begins with `prefix`.
+    """Build a language model around those tensors of `files` whose name begins with `prefix`.
 
-    path: of the file that `config` was read from. has_own_head: whether it says that the head is no copy of
-    the word embeddings, so that it must be there. The device of `options` is left to the caller where the
-    model is quantised or spread first.
+    path: of the file that `config` was read from. has_own_head: whether the configuration says that the head
+    is no copy of the word embeddings, so that it is required. Where the model is quantised or spread, the
+    caller moves it to the device of `options`.
     Raises CheckpointError where tensors and configuration are not those of one supported model, or where
-    the model cannot run in the type that is wanted.
+    the model cannot run in the type of `options`.
     """
     llm_format = FORMATS.get(config.model_type)
     dtype = options.pick_dtype(torch.bfloat16 if llm_format is None else llm_format.half)
@@ -109,7 +109,7 @@ def load_llm(
         )
     if llm_format is None:
         return _load_by_transformers(config, files.read(prefix, dtype=dtype), source=files.path)
-    _check(config, llm_format, path=path)
+    _check_required(config, llm_format, path=path)
     tensors = files.read(prefix, dtype=dtype, device=options.first_device)
     return _build(config, llm_format, tensors, source=files.path, has_own_head=has_own_head)
 
@@ -122,15 +122,15 @@ def _build(
     source: Path,
     has_own_head: bool,
 ) -> PreTrainedModel:
-    """Builds an OPT or T5, whose head is the word embeddings unless there is another one."""
+    """Build an OPT or T5, whose head is the word embeddings unless it has its own."""
     for name in llm_format.ignored:
         tensors.pop(name, None)
     _merge_word_embeddings(tensors, llm_format.word_embeddings, source=source)
-    with naming(source), torch.device("meta"):
+    with report_build_errors(source), torch.device("meta"):
         llm = llm_format.llm_class(config)
     copies = llm_format.word_embeddings[1:]
     load_strictly(llm, tensors, source=source, tied=copies if has_own_head else (*copies, HEAD))
-    llm.set_input_embeddings(llm.get_input_embeddings())  # in the places of the copies too
+    llm.set_input_embeddings(llm.get_input_embeddings())  # replaces the copies too
     word_embeddings = llm.get_input_embeddings().weight
     if HEAD not in tensors or torch.equal(llm.lm_head.weight, word_embeddings):
         llm.lm_head.weight = word_embeddings
@@ -143,15 +143,15 @@ def _load_by_transformers(
     llm_class = _find_class(type(config))
     assert llm_class is not None, "the type was checked when the configuration was read"
     dtype = next((each.dtype for each in tensors.values() if each.is_floating_point()), torch.float32)
-    with naming(source), quiet():
-        llm, found = llm_class.from_pretrained(
+    with report_build_errors(source), silence_transformers():
+        llm, loading_info = llm_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(loading_info["missing_keys"]):
         raise CheckpointError(
             f"{source} lacks the tensor {missing[0]!r} ({len(missing)} are missing in all); save it again"
         )
-    if unexpected := sorted(found["unexpected_keys"]):
+    if unexpected := sorted(loading_info["unexpected_keys"]):
         raise CheckpointError(
             f"{source} holds the tensor {unexpected[0]!r}, which this model has no place for "
             f"({len(unexpected)} in all); use the config.json that was saved with it"
@@ -160,7 +160,7 @@ def _load_by_transformers(
 
 
 def _find_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
-    """Gives the class that generates text, decoder-only or encoder-decoder."""
+    """Return the class that generates text, decoder-only or encoder-decoder."""
     for mapping in (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
         if config_class in mapping:
             llm_class: type[PreTrainedModel] = mapping[config_class]
@@ -169,7 +169,7 @@ def _find_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] |
     return None
 
 
-def _check(config: PreTrainedConfig, llm_format: LlmFormat, *, path: Path) -> None:
+def _check_required(config: PreTrainedConfig, llm_format: LlmFormat, *, path: Path) -> None:
     for key in llm_format.required:
         if getattr(config, key, None) is None:
             raise CheckpointError(
@@ -178,7 +178,7 @@ def _check(config: PreTrainedConfig, llm_format: LlmFormat, *, path: Path) -> No
 
 
 def _merge_word_embeddings(tensors: dict[str, Tensor], names: Sequence[str], *, source: Path) -> None:
-    """Leaves the word embeddings under the first of their names alone, whichever the files used."""
+    """Rename the word embeddings to the first of their names, and drop equal copies."""
     found = [tensors.pop(name) for name in names if name in tensors]
     if any(not torch.equal(other, found[0]) for other in found[1:]):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Puts a language model where it runs: in 8 bits, on one device or over several."""
+"""Placement of a language model: quantised, on one device or over several."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -8,9 +8,9 @@ from model.errors import CheckpointError
 
 
 def place_llm(llm: PreTrainedModel, options: LoadOptions) -> PreTrainedModel:
-    """Quantises a language model and moves it as `options` say; else gives it as it is.
+    """Quantise a language model and move it to its devices, as `options` say.
 
-    Raises CheckpointError where a library that this needs is not installed.
+    Raises CheckpointError where a required library is not installed.
     """
     if options.quantize == "int8":
         _quantize(llm)
@@ -18,9 +18,9 @@ def place_llm(llm: PreTrainedModel, options: LoadOptions) -> PreTrainedModel:
 
 
 def _quantize(llm: PreTrainedModel) -> None:
-    """Holds the weights of linear layers as int8 with a scale per row; the head stays as it is.
+    """Store the weights of linear layers as int8 with a scale per row; the head stays as it is.
 
-    Products are computed in the type of the activations, so only the rounding of the weights is lost.
+    Products are computed in the type of the activations, so only the weights are rounded.
     """
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -37,9 +37,9 @@ def _quantize(llm: PreTrainedModel) -> None:
 
 
 def _spread(llm: PreTrainedModel) -> PreTrainedModel:
-    """Lays the layers over all GPUs; what is left over stays on the CPU, and is copied to a GPU to run.
+    """Distribute the layers over all GPUs; the rest stays on the CPU, and is copied to a GPU to run.
 
-    A quarter of each GPU is kept for what grows: caches, activations, other models.
+    A quarter of each GPU is reserved for caches, activations and other models.
     """
     try:
         from accelerate import dispatch_model, infer_auto_device_map
@@ -49,14 +49,14 @@ def _spread(llm: PreTrainedModel) -> PreTrainedModel:
             f"spreading a language model needs accelerate ({error}); pip install 'blip2-server[spread]'"
         ) from error
     free = get_max_memory()
-    room = {device: size if device == "cpu" else size * 3 // 4 for device, size in free.items()}
+    usable = {device: size if device == "cpu" else size * 3 // 4 for device, size in free.items()}
     device_map = infer_auto_device_map(
-        llm, max_memory=room, no_split_module_classes=list(llm._no_split_modules or [])
+        llm, max_memory=usable, no_split_module_classes=list(llm._no_split_modules or [])
     )
     if "disk" in device_map.values():
         raise CheckpointError(
-            "the language model fits neither the GPUs nor the memory beside them; load a smaller one, or "
-            "in 8 bits"
+            "the language model exceeds the memory of the GPUs and of the host together; load a smaller "
+            "one, or in 8 bits"
         )
     skipped = getattr(llm, "_skip_keys_device_placement", None)
     dispatched: PreTrainedModel = dispatch_model(llm, device_map, skip_keys=skipped)

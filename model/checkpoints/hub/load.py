@@ -1,10 +1,10 @@
-"""The Hub's format: what transformers' BLIP-2 classes save, with a language model or none.
+"""Loads the Hub's format, as transformers' BLIP-2 classes save it, with a language model or without.
 
 Both classes hold vision_model.*, qformer.* and query_tokens. Blip2ForConditionalGeneration adds
 language_projection.* and language_model.*, Blip2ForImageTextRetrieval embeddings.* and three heads.
 
-In both, `vision_model.post_layernorm` is what everyone else calls `ln_vision`. The retrieval format dropped
-the text head and the temperature: the one is then unavailable, the other the value training starts from.
+In both, `vision_model.post_layernorm` is the `ln_vision` of all other formats. The retrieval format has no
+text head and no temperature: the former is then unavailable, the latter has its initial value.
 """
 
 from pathlib import Path
@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 from transformers import Blip2Config
 
-from model.checkpoints.frozen.vision_model import (
-    FINAL_NORM,
-    IN_FLOAT32,
-    LANGUAGE,
-    VISION,
-    build_config,
+from model.checkpoints.frozen import (
+    FINAL_NORM_PREFIX,
+    LANGUAGE_PREFIX,
+    VISION_PREFIX,
     load_language_model,
     load_text_tokenizer,
     load_vision_model,
 )
+from model.checkpoints.frozen.transformers_loading import build_config
 from model.checkpoints.hub.preprocessor import load_preprocessor
-from model.checkpoints.json_records import naming, read_json
-from model.checkpoints.load_options import LoadOptions
-from model.checkpoints.loaded_checkpoint import LoadedParts
-from model.checkpoints.qformer_branch import build_generation_parts, build_retrieval_parts
-from model.checkpoints.tensors import TensorFiles, load_strictly
-from model.components import Blip2Parts
+from model.checkpoints.json_records import read_json
+from model.checkpoints.load_options import IN_FLOAT32, LoadOptions
+from model.checkpoints.loaded_checkpoint import LoadedCheckpoint
+from model.checkpoints.qformer_branch import build_generation_components, build_retrieval_components
+from model.checkpoints.strict_loading import load_strictly, report_build_errors
+from model.checkpoints.tensors import TensorFiles
+from model.components import Blip2Components
 from model.config import QFormerConfig
 from model.errors import CheckpointError
 from model.matching import INITIAL_TEMPERATURE, Matcher
@@ -39,8 +39,8 @@ GENERATION = "Blip2ForConditionalGeneration"
 RETRIEVAL = "Blip2ForImageTextRetrieval"
 
 
-def load_hub(directory: Path, options: LoadOptions = IN_FLOAT32) -> LoadedParts:
-    """Loads a directory in the Hub's format.
+def load_hub(directory: Path, options: LoadOptions = IN_FLOAT32) -> LoadedCheckpoint:
+    """Load a directory in the Hub's format.
 
     Raises CheckpointError where a file is absent, damaged or of a model that is not supported.
     """
@@ -57,14 +57,14 @@ def load_hub(directory: Path, options: LoadOptions = IN_FLOAT32) -> LoadedParts:
         raise CheckpointError(
             f"{path} is of architecture {architectures}; {GENERATION} and {RETRIEVAL} can be loaded"
         )
-    return LoadedParts(load(config, files, options), (files.sha256, path.read_text(encoding="utf-8")))
+    return LoadedCheckpoint(load(config, files, options), (files.sha256, path.read_text(encoding="utf-8")))
 
 
-def _load_generation(config: Blip2Config, files: TensorFiles, options: LoadOptions) -> Blip2Parts:
+def _load_generation(config: Blip2Config, files: TensorFiles, options: LoadOptions) -> Blip2Components:
     vision_model = load_vision_model(files.directory, options)
-    return build_generation_parts(
+    return build_generation_components(
         _qformer_config(config, files.path),
-        _others(files, options),
+        _read_trained_tensors(files, options),
         vision_model,
         load_language_model(files.directory, options),
         preprocess=load_preprocessor(files.directory, vision_model.image_size),
@@ -72,7 +72,7 @@ def _load_generation(config: Blip2Config, files: TensorFiles, options: LoadOptio
     )
 
 
-def _load_retrieval(config: Blip2Config, files: TensorFiles, options: LoadOptions) -> Blip2Parts:
+def _load_retrieval(config: Blip2Config, files: TensorFiles, options: LoadOptions) -> Blip2Components:
     vision_model = load_vision_model(files.directory, options)
     tokenizer = load_text_tokenizer(files.directory)
     with torch.device("meta"):
@@ -81,16 +81,18 @@ def _load_retrieval(config: Blip2Config, files: TensorFiles, options: LoadOption
         )
     matcher.text_head = None
     temperature = torch.tensor(INITIAL_TEMPERATURE, device=options.device)
-    load_strictly(matcher, {"temperature": temperature, **_others(files, options)}, source=files.path)
+    load_strictly(
+        matcher, {"temperature": temperature, **_read_trained_tensors(files, options)}, source=files.path
+    )
     preprocess = load_preprocessor(files.directory, vision_model.image_size)
-    return build_retrieval_parts(matcher, vision_model, preprocess)
+    return build_retrieval_components(matcher, vision_model, preprocess)
 
 
-def _others(files: TensorFiles, options: LoadOptions) -> dict[str, Tensor]:
-    """Gives what is neither encoder nor language model, in float32."""
-    norm = files.read(VISION + FINAL_NORM, dtype=torch.float32, device=options.device)
-    others = files.read(skip=(VISION, LANGUAGE), dtype=torch.float32, device=options.device)
-    return others | {f"ln_vision.{name}": tensor for name, tensor in norm.items()}
+def _read_trained_tensors(files: TensorFiles, options: LoadOptions) -> dict[str, Tensor]:
+    """Read all tensors but those of encoder and language model, in float32."""
+    norm = files.read(VISION_PREFIX + FINAL_NORM_PREFIX, dtype=torch.float32, device=options.device)
+    trained = files.read(skip=(VISION_PREFIX, LANGUAGE_PREFIX), dtype=torch.float32, device=options.device)
+    return trained | {f"ln_vision.{name}": tensor for name, tensor in norm.items()}
 
 
 def _qformer_config(config: Blip2Config, path: Path) -> QFormerConfig:
@@ -99,7 +101,7 @@ def _qformer_config(config: Blip2Config, path: Path) -> QFormerConfig:
         raise CheckpointError(
             f"the Q-Former uses the activation {sizes.hidden_act!r}; only 'gelu' is supported"
         )
-    with naming(path):
+    with report_build_errors(path):
         return QFormerConfig(
             hidden_size=sizes.hidden_size,
             num_hidden_layers=sizes.num_hidden_layers,

@@ -1,4 +1,4 @@
-"""Reads how the pixels of a checkpoint in the Hub's format are made, where a file says so."""
+"""Loads the image preprocessor of a checkpoint in the Hub's format."""
 
 import logging
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from model.errors import CheckpointError
 from model.preprocess import CLIP_MEAN, CLIP_STD, ImagePreprocessor
 
 log = logging.getLogger(__name__)
-_FIXED: Mapping[str, object] = {  # what ImagePreprocessor does, and has no switch for
+_FIXED: Mapping[str, object] = {  # fixed in ImagePreprocessor
     "do_resize": True,
     "do_rescale": True,
     "do_normalize": True,
@@ -25,13 +25,14 @@ _Channels = tuple[float, float, float]
 
 
 def load_preprocessor(directory: Path, image_size: int) -> ImagePreprocessor:
-    """Reads mean and deviation of the pixels, from the file of old releases of transformers or of new ones.
+    """Load mean and deviation of the pixels, from the file of old releases of transformers or of new ones.
 
-    Without either they are CLIP's, as in every published checkpoint, and a warning says so. The size is that
-    of the encoder, whatever the file says. Raises CheckpointError for what BLIP-2's processor does not do.
+    Without either they are CLIP's, as in every published checkpoint, and a warning is logged. The size is
+    that of the encoder, whatever the file says. Raises CheckpointError where the file differs from BLIP-2's
+    processor.
     """
-    path, fields = _read(directory)
-    fields = {key: value for key, value in fields.items() if value is not None}  # null says nothing
+    path, fields = _read_fields(directory)
+    fields = {key: value for key, value in fields.items() if value is not None}  # null: unset
     for key, value in _FIXED.items():
         if fields.get(key, value) != value:
             raise CheckpointError(
@@ -54,7 +55,7 @@ def load_preprocessor(directory: Path, image_size: int) -> ImagePreprocessor:
     return ImagePreprocessor(image_size, mean, std)
 
 
-def _read(directory: Path) -> tuple[Path, dict[str, Any]]:
+def _read_fields(directory: Path) -> tuple[Path, dict[str, Any]]:
     path = directory / "preprocessor_config.json"
     if path.is_file():
         return path, read_json(path)

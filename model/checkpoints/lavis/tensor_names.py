@@ -1,7 +1,7 @@
-"""The names of LAVIS' tensors, and ours: a map that is read in both directions.
+"""The tensor names of LAVIS and ours, mapped in both directions.
 
-Ours are the Hub's names, and `ln_vision.*`, `text_head.*` and `temperature` for what the Hub calls otherwise
-or lacks. Two encoders have a map of their own, as LAVIS took their code from different places.
+Ours are the Hub's names, and `ln_vision.*`, `text_head.*` and `temperature`, which the Hub names differently
+or lacks. Each of the two encoders has its own map, because LAVIS took their code from different places.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,12 +68,12 @@ _ENCODERS: Mapping[Encoder, tuple[Pairs, Pairs]] = {
         ),
     ),
 }
-_HEAD_BIAS, _HEAD_BIAS_AGAIN = "Qformer.cls.predictions.bias", "Qformer.cls.predictions.decoder.bias"
+_HEAD_BIAS, _HEAD_BIAS_COPY = "Qformer.cls.predictions.bias", "Qformer.cls.predictions.decoder.bias"
 _BUFFERS = ("Qformer.bert.embeddings.position_ids",)
 
 
 def find_encoder(names: Iterable[str]) -> Encoder | None:
-    """Tells whose image encoder is among LAVIS' tensors; None where the file holds none."""
+    """Return the image encoder among LAVIS' tensors; None where the file holds none."""
     for encoder, (prefixes, _) in _ENCODERS.items():
         if prefixes[0][0] in names:
             return encoder
@@ -81,15 +81,15 @@ def find_encoder(names: Iterable[str]) -> Encoder | None:
 
 
 def from_lavis(tensors: Mapping[str, Tensor], *, source: Path) -> dict[str, Tensor]:
-    """Gives LAVIS' tensors under our names, those that it splits or joins otherwise in our shape.
+    """Return LAVIS' tensors under our names and in our shapes.
 
-    Raises CheckpointError naming a tensor that has no place in our model.
+    Raises CheckpointError naming a tensor that our model does not have.
     """
-    rest = {name: tensor for name, tensor in tensors.items() if name not in _BUFFERS}
-    _drop_second_head_bias(rest, source)
-    ours = _join_eva_biases(rest, source) | _split_clip_projections(rest)
-    prefixes, inner = _pairs(find_encoder(rest), find_family(rest))
-    for name, tensor in rest.items():
+    remaining = {name: tensor for name, tensor in tensors.items() if name not in _BUFFERS}
+    _drop_head_bias_copy(remaining, source)
+    ours = _join_eva_biases(remaining, source) | _split_clip_projections(remaining)
+    prefixes, inner = _name_pairs(find_encoder(remaining), find_language_family(remaining))
+    for name, tensor in remaining.items():
         if not name.startswith(tuple(old for old, _ in prefixes)):
             raise CheckpointError(
                 f"{source} holds the tensor {name!r}, which no BLIP-2 of LAVIS has; give the .pth file that "
@@ -100,33 +100,35 @@ def from_lavis(tensors: Mapping[str, Tensor], *, source: Path) -> dict[str, Tens
 
 
 def to_lavis(
-    tensors: Mapping[str, Tensor], *, encoder: Encoder, family: str, source: Path
+    tensors: Mapping[str, Tensor], *, encoder: Encoder, language_family: str, source: Path
 ) -> dict[str, Tensor]:
-    """Gives tensors of ours under LAVIS' names and in its shapes; the inverse of `from_lavis`.
+    """Return our tensors under LAVIS' names and in its shapes; the inverse of `from_lavis`.
 
-    family: "opt" or "t5", of the language model. Raises CheckpointError for a key bias that is not zero:
-    LAVIS' encoder has none.
+    language_family: "opt" or "t5". Raises CheckpointError for a key bias that is not zero: LAVIS' encoder has
+    none.
     """
-    rest = dict(tensors)
-    theirs = _split_eva_biases(rest, source) if encoder == "eva_clip_g" else _join_clip_projections(rest)
-    prefixes, inner = ([(new, old) for old, new in pairs] for pairs in _pairs(encoder, family))
-    theirs |= {_rename(name, prefixes, inner): tensor for name, tensor in rest.items()}
-    if _HEAD_BIAS in theirs:
-        theirs[_HEAD_BIAS_AGAIN] = theirs[_HEAD_BIAS]
-    return theirs
+    remaining = dict(tensors)
+    lavis_tensors = (
+        _split_eva_biases(remaining, source) if encoder == "eva_clip_g" else _join_clip_projections(remaining)
+    )
+    prefixes, inner = ([(new, old) for old, new in pairs] for pairs in _name_pairs(encoder, language_family))
+    lavis_tensors |= {_rename(name, prefixes, inner): tensor for name, tensor in remaining.items()}
+    if _HEAD_BIAS in lavis_tensors:
+        lavis_tensors[_HEAD_BIAS_COPY] = lavis_tensors[_HEAD_BIAS]
+    return lavis_tensors
 
 
-def _pairs(encoder: Encoder | None, family: str | None) -> tuple[Pairs, Pairs]:
-    of_encoder = _ENCODERS[encoder] if encoder is not None else ((), ())
-    of_language = _LANGUAGE_PREFIXES[family] if family is not None else ()
-    return (*of_encoder[0], *of_language, *_PREFIXES), (*of_encoder[1], *_ATTENTION)
+def _name_pairs(encoder: Encoder | None, language_family: str | None) -> tuple[Pairs, Pairs]:
+    encoder_prefixes, encoder_inner = _ENCODERS[encoder] if encoder is not None else ((), ())
+    language_prefixes = _LANGUAGE_PREFIXES[language_family] if language_family is not None else ()
+    return (*encoder_prefixes, *language_prefixes, *_PREFIXES), (*encoder_inner, *_ATTENTION)
 
 
-def find_family(names: Iterable[str]) -> str | None:
-    """Tells whose language model LAVIS' tensors were trained with; None where it is a stage-1 file."""
-    for family, pairs in _LANGUAGE_PREFIXES.items():
+def find_language_family(names: Iterable[str]) -> str | None:
+    """Return the language model that LAVIS' tensors were trained with; None for a stage-1 file."""
+    for language_family, pairs in _LANGUAGE_PREFIXES.items():
         if any(name.startswith(tuple(old for old, _ in pairs)) for name in names):
-            return family
+            return language_family
     return None
 
 
@@ -140,17 +142,17 @@ def _rename(name: str, prefixes: Pairs, inner: Pairs) -> str:
     return name
 
 
-def _drop_second_head_bias(tensors: dict[str, Tensor], source: Path) -> None:
-    again = tensors.pop(_HEAD_BIAS_AGAIN, None)
-    if again is not None and not torch.equal(again, tensors.get(_HEAD_BIAS, again)):
+def _drop_head_bias_copy(tensors: dict[str, Tensor], source: Path) -> None:
+    copy = tensors.pop(_HEAD_BIAS_COPY, None)
+    if copy is not None and not torch.equal(copy, tensors.get(_HEAD_BIAS, copy)):
         raise CheckpointError(
-            f"{source}: {_HEAD_BIAS} and {_HEAD_BIAS_AGAIN} differ, and the text head has one bias; "
+            f"{source}: {_HEAD_BIAS} and {_HEAD_BIAS_COPY} differ, and the text head has one bias; "
             "save it again"
         )
 
 
 def _join_eva_biases(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """Takes the query and value biases out of `tensors`; gives one bias per layer, zero for the keys."""
+    """Remove the query and value biases from `tensors`; return one bias per layer, zero for the keys."""
     joined = {}
     for name in [name for name in tensors if name.endswith(".attn.q_bias")]:
         stem = name.removesuffix("q_bias")
@@ -185,13 +187,13 @@ def _check_key_bias(key: Tensor, name: str, source: Path) -> None:
 
 
 def _split_clip_projections(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Takes the joint query, key and value projections out of `tensors`; gives the three of each layer."""
+    """Remove the joint query, key and value projections from `tensors`; return the three of each layer."""
     split = {}
     for name in [name for name in tensors if ".attn.in_proj_" in name]:
         kind = name.rpartition("_")[2]  # weight or bias
         layer = name.removeprefix("visual_encoder.transformer.resblocks.").partition(".")[0]
-        for part, tensor in zip("qkv", tensors.pop(name).chunk(3), strict=True):
-            split[f"vision_model.encoder.layers.{layer}.self_attn.{part}_proj.{kind}"] = tensor.clone()
+        for projection, tensor in zip("qkv", tensors.pop(name).chunk(3), strict=True):
+            split[f"vision_model.encoder.layers.{layer}.self_attn.{projection}_proj.{kind}"] = tensor.clone()
     return split
 
 
@@ -200,7 +202,7 @@ def _join_clip_projections(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in [name for name in tensors if ".self_attn.q_proj." in name]:
         kind = name.rpartition(".")[2]
         layer = name.removeprefix("vision_model.encoder.layers.").partition(".")[0]
-        parts = [tensors.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        projections = [tensors.pop(name.replace(".q_proj.", f".{each}_proj.")) for each in "qkv"]
         stem = f"visual_encoder.transformer.resblocks.{layer}"
-        joined[f"{stem}.attn.in_proj_{kind}"] = torch.cat(parts)
+        joined[f"{stem}.attn.in_proj_{kind}"] = torch.cat(projections)
     return joined

@@ -1,4 +1,4 @@
-"""Models of several tempers and of both families, which end their answers early, late and in between."""
+"""Models of both families, which end their answers early, late and in between."""
 
 from functools import partial
 
@@ -6,19 +6,19 @@ import pytest
 import torch
 from transformers import Blip2ForConditionalGeneration
 
-from model import Blip2, DecodeJob
+from model import Blip2, DecodeRequest
 from model.checkpoints import save_hub
-from tests.builders import build_parts, random_pixels
-from tests.builders_t5 import build_t5_parts
-from tests.model.generation.company import PARAMS
+from tests.builders import build_components, random_pixels
+from tests.builders_t5 import build_t5_components
+from tests.model.generation.mixed_requests import PARAMS
 from tests.model.generation.reference import PROMPTS, Pair
 
 BUILDERS = {
-    "even": partial(build_parts, seed=0, eos_pull=1.5),
-    "terse": partial(build_parts, seed=1, eos_pull=1.6),
-    "wordy": partial(build_parts, seed=2, eos_pull=1.6),
-    "tied T5": partial(build_t5_parts, "tied", seed=3),
-    "untied T5": partial(build_t5_parts, "untied", seed=2),
+    "even": partial(build_components, seed=0, eos_pull=1.5),
+    "terse": partial(build_components, seed=1, eos_pull=1.6),
+    "wordy": partial(build_components, seed=2, eos_pull=1.6),
+    "tied T5": partial(build_t5_components, "tied", seed=3),
+    "untied T5": partial(build_t5_components, "untied", seed=2),
 }
 
 
@@ -26,7 +26,7 @@ BUILDERS = {
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     blip2 = Blip2(BUILDERS[request.param]()).eval()
     directory = tmp_path_factory.mktemp("reference")
-    save_hub(directory, blip2.parts)
+    save_hub(directory, blip2.components)
     pixel_values = random_pixels(4)
     with torch.inference_mode():
         query_output = blip2.encode_queries(blip2.encode_images(pixel_values))
@@ -36,10 +36,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def jobs(pair: Pair) -> list[DecodeJob]:
-    """Every parameter set with every prompt, on different images."""
+def requests(pair: Pair) -> list[DecodeRequest]:
+    """Return every parameter set with every prompt, on different images."""
     return [
-        pair.job((number + offset) % 4, prompt, params)
+        pair.request((number + offset) % 4, prompt, params)
         for number, params in enumerate(PARAMS)
         for offset, prompt in enumerate(PROMPTS)
     ]

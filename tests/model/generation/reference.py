@@ -1,4 +1,4 @@
-"""Our model beside transformers' own with the same weights."""
+"""Our model and transformers' own with the same weights."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import Blip2ForConditionalGeneration
 from transformers.utils import ModelOutput
 
-from model import Blip2, DecodeJob, GenerationParams
+from model import Blip2, DecodeRequest, GenerationParams
 from model.language import LanguageModel
 from tests.builders import NUM_QUERY_TOKENS
 
@@ -17,7 +17,7 @@ PROMPTS = ("", "a photo of", "question : what color is the small circle left of 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Our model, the reference, and images both have seen."""
+    """Our model, the reference, and images encoded by both."""
 
     blip2: Blip2
     reference: Blip2ForConditionalGeneration
@@ -33,11 +33,11 @@ class Pair:
     def is_encoder_decoder(self) -> bool:
         return bool(self.reference.language_model.config.is_encoder_decoder)
 
-    def job(self, image: int, prompt: str, params: GenerationParams) -> DecodeJob:
-        return DecodeJob(self.language_model_inputs[image], self.language_model.tokenize(prompt), params)
+    def request(self, image: int, prompt: str, params: GenerationParams) -> DecodeRequest:
+        return DecodeRequest(self.language_model_inputs[image], self.language_model.tokenize(prompt), params)
 
     def reference_generate(self, image: int, prompt: str, params: GenerationParams) -> object:
-        """Runs transformers' `generate` alone, as its BLIP-2 calls it; gives its whole output."""
+        """Run transformers' `generate` alone, as its BLIP-2 calls it; return its whole output."""
         context = [self.language_model.image_token_id] * NUM_QUERY_TOKENS
         input_ids = torch.tensor([[*context, *self.language_model.tokenize(prompt)]])
         sampling = {"temperature": params.temperature, "top_p": params.top_p, "top_k": params.top_k}
@@ -61,14 +61,14 @@ class Pair:
 
     @torch.inference_mode()
     def log_probability(self, image: int, prompt: str, token_ids: tuple[int, ...]) -> float:
-        """Gives the natural log-probability of an answer under the bare reference model."""
+        """Return the natural log-probability of an answer under the bare reference model."""
         context = self.language_model_inputs[image], self.language_model.tokenize(prompt)
         score = self._logits_of_decoded if self.is_encoder_decoder else self._logits_of_continued
         log_probs = score(*context, token_ids).log_softmax(dim=-1)  # [T, N]
         return log_probs[torch.arange(len(token_ids)), list(token_ids)].sum().item()
 
     def new_tokens(self, output: object, prompt: str) -> list[tuple[int, ...]]:
-        """Gives the new tokens of each of the reference's answers, end token included, padding not."""
+        """Return the new tokens of each of the reference's answers, end token included, padding not."""
         prompt_ids = self.language_model.tokenize(prompt)
         start = 1 if self.is_encoder_decoder else NUM_QUERY_TOKENS + len(prompt_ids)
         return [self._until_end(row) for row in output.sequences[:, start:].tolist()]
@@ -76,14 +76,14 @@ class Pair:
     def _logits_of_continued(
         self, soft_tokens: Tensor, prompt_ids: tuple[int, ...], token_ids: tuple[int, ...]
     ) -> Tensor:
-        """Gives the [T, N] logits of an answer that stands behind its prompt."""
+        """Compute the [T, N] logits of an answer behind its prompt."""
         logits = self._run_llm(soft_tokens, (*prompt_ids, *token_ids)).logits[0]
         return logits[-len(token_ids) - 1 : -1]
 
     def _logits_of_decoded(
         self, soft_tokens: Tensor, prompt_ids: tuple[int, ...], token_ids: tuple[int, ...]
     ) -> Tensor:
-        """Gives the [T, N] logits of an answer in the decoder, whose prompt is in the encoder."""
+        """Compute the [T, N] logits of an answer in the decoder, with its prompt in the encoder."""
         return self._run_llm(soft_tokens, prompt_ids, labels=torch.tensor([token_ids])).logits[0]
 
     def _run_llm(self, soft_tokens: Tensor, text: tuple[int, ...], **inputs: Tensor) -> ModelOutput:
@@ -92,12 +92,12 @@ class Pair:
         return llm(inputs_embeds=inputs_embeds[None], **inputs)
 
     def _until_end(self, token_ids: list[int]) -> tuple[int, ...]:
-        ends = [at for at, token in enumerate(token_ids) if token in self.language_model.eos_token_ids]
+        ends = [index for index, token in enumerate(token_ids) if token in self.language_model.eos_token_ids]
         return tuple(token_ids[: ends[0] + 1] if ends else token_ids)
 
 
 def label(params: GenerationParams) -> str:
-    """Names a test case by what differs from the defaults."""
+    """Name a test case by its differences from the defaults."""
     fields = dataclasses.asdict(params).items()
     defaults = dataclasses.asdict(GenerationParams())
     return " ".join(f"{name}={value}" for name, value in fields if value != defaults[name]) or "defaults"

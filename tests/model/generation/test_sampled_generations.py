@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from model import DecodeJob, Decoder, Generation, GenerationParams
+from model import Decoder, DecodeRequest, Generation, GenerationParams
 from tests.model.generation.reference import PROMPTS, Pair, label
 
 GREEDY = GenerationParams(num_beams=1, max_new_tokens=15)
@@ -71,7 +71,7 @@ def test_without_a_seed_every_run_draws_anew(pair: Pair) -> None:
     assert generate_alone(pair, 0, "", params) != generate_alone(pair, 0, "", params)
 
 
-def test_sampled_answers_of_one_job_differ_and_come_best_first(pair: Pair) -> None:
+def test_sampled_answers_of_one_request_differ_and_come_best_first(pair: Pair) -> None:
     params = dataclasses.replace(SAMPLED, num_return_sequences=8, top_p=1.0, min_new_tokens=5)
     answers = generate_alone(pair, 2, "a photo of", params)
     scores = [answer.score for answer in answers]
@@ -83,22 +83,22 @@ def test_sampled_answers_of_one_job_differ_and_come_best_first(pair: Pair) -> No
 
 
 @torch.inference_mode()
-def test_a_seeded_draw_does_not_feel_what_shares_the_batch(pair: Pair) -> None:
+def test_a_seeded_draw_does_not_depend_on_the_batch(pair: Pair) -> None:
     params = dataclasses.replace(SAMPLED, num_return_sequences=3)
-    job = pair.job(0, "a photo of", params)
+    request = pair.request(0, "a photo of", params)
     decoder = Decoder(pair.language_model)
-    decoder.add(pair.job(1, PROMPTS[2], dataclasses.replace(params, seed=1)))
-    decoder.add(job)
-    decoder.add(pair.job(2, "", GenerationParams(num_beams=4, max_new_tokens=15)))
+    decoder.add(pair.request(1, PROMPTS[2], dataclasses.replace(params, seed=1)))
+    decoder.add(request)
+    decoder.add(pair.request(2, "", GenerationParams(num_beams=4, max_new_tokens=15)))
     answers = {}
-    while decoder.num_jobs:
+    while decoder.num_requests:
         answers.update(decoder.step())
     alone = generate_alone(pair, 0, "a photo of", params)
-    assert [answer.token_ids for answer in answers[job]] == [answer.token_ids for answer in alone]
+    assert [answer.token_ids for answer in answers[request]] == [answer.token_ids for answer in alone]
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_an_answer_ends_where_the_rules_leave_no_token_and_its_neighbour_does_not_notice(
+def test_an_answer_ends_where_the_rules_leave_no_token_and_no_other_changes(
     pair: Pair, do_sample: bool
 ) -> None:
     exhausting = GenerationParams(
@@ -107,17 +107,17 @@ def test_an_answer_ends_where_the_rules_leave_no_token_and_its_neighbour_does_no
     language_model = pair.blip2.language_model
     assert language_model is not None
     decoder = Decoder(language_model)
-    jobs = [
-        DecodeJob(pair.language_model_inputs[0], language_model.tokenize(PROMPTS[0]), params)
+    requests = [
+        DecodeRequest(pair.language_model_inputs[0], language_model.tokenize(PROMPTS[0]), params)
         for params in (exhausting, GREEDY)
     ]
-    for job in jobs:
-        decoder.add(job)
-    answers: dict[DecodeJob, tuple[Generation, ...]] = {}
+    for request in requests:
+        decoder.add(request)
+    answers: dict[DecodeRequest, tuple[Generation, ...]] = {}
     with torch.inference_mode():
-        while decoder.num_jobs:
+        while decoder.num_requests:
             answers.update(decoder.step())
-    ((exhausted,), neighbour) = (answers[job] for job in jobs)
+    ((exhausted,), neighbour) = (answers[request] for request in requests)
     assert exhausted.finish_reason == "stop"
     assert len(set(exhausted.token_ids)) == exhausted.num_tokens < 80
     assert neighbour[0].token_ids == generate_alone(pair, 0, PROMPTS[0], GREEDY)[0].token_ids

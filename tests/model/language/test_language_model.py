@@ -1,4 +1,4 @@
-"""The language model: tokens in, tokens out, and rows that do not feel their neighbours."""
+"""The language model: tokens in, tokens out, and independent rows."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +9,14 @@ from torch import Tensor
 
 from model.errors import InvalidPromptError
 from model.language import LanguageModel
-from tests.builders import END, MAX_POSITIONS, advance, build_language_model, build_opt, rows
+from tests.builders import (
+    END,
+    MAX_POSITIONS,
+    build_decode_input,
+    build_language_model,
+    build_opt,
+    decode_step,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +77,15 @@ def test_several_end_tokens_are_all_known(language_model: LanguageModel) -> None
 
 
 @torch.inference_mode()
-def test_unequal_prompts_read_together_continue_as_each_does_alone(language_model: LanguageModel) -> None:
+def test_unequal_prompts_in_one_prefill_continue_as_each_does_alone(language_model: LanguageModel) -> None:
     soft_tokens = [random_soft_tokens(8, seed=seed) for seed in range(3)]
     prompts = [language_model.tokenize(text) for text in ("", "a photo of a big red circle", "what is it ?")]
     steps = [[10, 11, 12], [13, 14, 15]]
     together, state = language_model.prefill(soft_tokens, prompts)
-    rows_together = [together, *(advance(state, tokens) for tokens in steps)]
+    rows_together = [together, *(decode_step(state, tokens) for tokens in steps)]
     for row in range(3):
         alone, state = language_model.prefill([soft_tokens[row]], [prompts[row]])
-        rows_alone = [alone, *(advance(state, [tokens[row]]) for tokens in steps)]
+        rows_alone = [alone, *(decode_step(state, [tokens[row]]) for tokens in steps)]
         for batched, single in zip(rows_together, rows_alone, strict=True):
             torch.testing.assert_close(batched[[row]], single, rtol=0, atol=1e-4)
 
@@ -87,12 +94,12 @@ def test_unequal_prompts_read_together_continue_as_each_does_alone(language_mode
 def test_selected_rows_go_on_from_what_they_were_selected_from(language_model: LanguageModel) -> None:
     soft_tokens = [random_soft_tokens(8, seed=seed) for seed in range(2)]
     prompts = [language_model.tokenize(text) for text in ("a", "what is it ?")]
-    _, state = language_model.prefill(soft_tokens, prompts, widths=[1, 2])
-    state.advance(rows((0, [0], [10]), (1, [0, 0], [11, 9])))
-    first, *second = state.advance(rows((0, [0], [12]), (1, [1, 0], [12, 13])))
+    _, state = language_model.prefill(soft_tokens, prompts, beam_widths=[1, 2])
+    state.decode_step(build_decode_input((0, [0], [10]), (1, [0, 0], [11, 9])))
+    first, *second = state.decode_step(build_decode_input((0, [0], [12]), (1, [1, 0], [12, 13])))
     _, expected = language_model.prefill(soft_tokens[1:], [(*prompts[1], 11)])
-    torch.testing.assert_close(second[1][None], advance(expected, [13]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(second[1][None], decode_step(expected, [13]), rtol=0, atol=1e-4)
     _, expected = language_model.prefill(soft_tokens[1:], [(*prompts[1], 9)])
-    torch.testing.assert_close(second[0][None], advance(expected, [12]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(second[0][None], decode_step(expected, [12]), rtol=0, atol=1e-4)
     _, expected = language_model.prefill(soft_tokens[:1], [(*prompts[0], 10)])
-    torch.testing.assert_close(first[None], advance(expected, [12]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(first[None], decode_step(expected, [12]), rtol=0, atol=1e-4)

@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from model import Blip2, CheckpointError, GenerationParams
-from model.bulk import answer_work
+from model.bulk import build_answering
 from model.checkpoints import load_blip2
 from model.checkpoints.convert import convert
-from model.components import Blip2Parts
+from model.components import Blip2Components
 from model.matching import Matcher
 from model.qformer import QFormer
-from model.qformer.questions import QuestionReader
+from model.qformer.text import QuestionEmbedder
 from service.jobs import GenerateJob, ImageInput, Kind, Ticket
 from service.loading import load_backend
 from service.settings import Settings
 from tests.builders import (
+    build_components,
     build_matcher,
-    build_parts,
     build_qformer_config,
     build_text_tokenizer,
     random_pixels,
@@ -30,16 +30,16 @@ QUESTIONS = ("is there a red circle ?", "what color is the big star ?", "how man
 PARAMS = GenerationParams(num_beams=3, max_new_tokens=8, length_penalty=-1.0)
 
 
-def build_conditioned() -> Blip2Parts:
+def build_conditioned() -> Blip2Components:
     """The parts of a model whose Q-Former has a text branch, which no published stage 2 has."""
     torch.manual_seed(1)
     config = build_qformer_config()
-    reader = QuestionReader(config, build_text_tokenizer(), max_text_tokens=9).eval()
+    reader = QuestionEmbedder(config, build_text_tokenizer(), max_text_tokens=9).eval()
     with torch.no_grad():
         for weight in reader.parameters():
             weight.normal_(std=0.5)
     return replace(
-        build_parts(), qformer=QFormer(config, has_text_branch=True).eval(), question_reader=reader
+        build_components(), qformer=QFormer(config, has_text_branch=True).eval(), question_embedder=reader
     )
 
 
@@ -57,8 +57,8 @@ def test_queries_see_the_question_as_the_matching_pass_has_them_see_a_text() -> 
     matcher.ln_vision, matcher.query_tokens, matcher.qformer = (
         parts.ln_vision, parts.query_tokens, parts.qformer,
     )  # fmt: skip
-    assert parts.question_reader is not None
-    matcher.embeddings, matcher.max_text_tokens = parts.question_reader.embeddings, 9
+    assert parts.question_embedder is not None
+    matcher.embeddings, matcher.max_text_tokens = parts.question_embedder.embeddings, 9
     blip2 = Blip2(parts)
     features = blip2.encode_images(random_pixels(3))
     shown = blip2.encode_queries(features, QUESTIONS)
@@ -82,8 +82,8 @@ def test_a_question_reads_the_same_beside_longer_ones_and_alone() -> None:
 @torch.inference_mode()
 def test_an_adapter_keeps_the_reader_and_its_limit(adapter: Path) -> None:
     expected, loaded = Blip2(build_conditioned()), Blip2.from_pretrained(str(adapter))
-    assert loaded.question_reader is not None
-    assert loaded.question_reader.max_text_tokens == 9
+    assert loaded.question_embedder is not None
+    assert loaded.question_embedder.max_text_tokens == 9
     features = expected.encode_images(random_pixels(3))
     ours = loaded.encode_queries(features, QUESTIONS)
     torch.testing.assert_close(ours, expected.encode_queries(features, QUESTIONS), rtol=0, atol=0)
@@ -94,7 +94,7 @@ def test_formats_without_such_models_are_refused_before_anything_is_written(
     adapter: Path, tmp_path: Path, to: str, name: str
 ) -> None:
     with pytest.raises(CheckpointError, match=r"is shown the question.*convert to an adapter"):
-        convert(load_blip2(str(adapter)).parts, tmp_path / name, to)  # type: ignore[arg-type]
+        convert(load_blip2(str(adapter)).components, tmp_path / name, to)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
@@ -127,6 +127,6 @@ def test_the_service_and_bulk_work_show_each_question_to_the_q_former(adapter: P
     assert jobs[0].needs == {Kind.IMAGE_FEATURES}
     serve(backend, list(jobs))
     served = [[best[0].text for best in job.ticket.future.result().value] for job in jobs]
-    in_bulk = answer_work(blip2, QUESTIONS, PARAMS).run(features)
+    in_bulk = build_answering(blip2, QUESTIONS, PARAMS).run(features)
     assert served == expected
     assert [[answer["answer"] for answer in line["answers"]] for line in in_bulk] == expected

@@ -5,7 +5,7 @@ import torch
 from transformers import Blip2VisionModel, CLIPVisionConfig, CLIPVisionModel
 
 from model.vision import VisionEncoder, build_vision_encoder
-from tests.builders import IMAGE_SIZE, build_tower, build_vision_config, random_pixels
+from tests.builders import IMAGE_SIZE, build_vision_config, build_vit, random_pixels
 
 FAMILIES = ["blip_2_vision_model", "clip_vision_model", "siglip_vision_model", "vit", "dinov2"]
 
@@ -28,8 +28,8 @@ def test_both_kinds_of_attention_give_the_same_features() -> None:
     eager = build_vision_encoder(build_vision_config(), attn_implementation="eager").eval()
     sdpa = build_vision_encoder(build_vision_config()).eval()
     sdpa.load_state_dict(eager.state_dict())
-    assert eager.tower.config._attn_implementation == "eager"
-    assert sdpa.tower.config._attn_implementation == "sdpa"
+    assert eager.vit.config._attn_implementation == "eager"
+    assert sdpa.vit.config._attn_implementation == "sdpa"
     torch.testing.assert_close(eager(random_pixels(2)), sdpa(random_pixels(2)), rtol=0, atol=1e-4)
 
 
@@ -49,7 +49,7 @@ def test_pixels_are_cast_to_the_type_of_the_weights(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_features_are_the_hidden_states_of_their_layer(family: str, layer: int) -> None:
-    tower = build_tower(family)
+    tower = build_vit(family)
     outputs: list[torch.Tensor] = []  # hidden_states[-1] is behind the final norm in some families
     layers = next(part for part in tower.modules() if isinstance(part, torch.nn.ModuleList))
     for each in layers:
@@ -81,7 +81,7 @@ def test_a_clip_vit_l_without_its_last_layer_is_the_second_last_layer_of_transfo
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_a_resized_encoder_reads_larger_images_as_transformers_does(family: str) -> None:
-    tower = build_tower(family)
+    tower = build_vit(family)
     pixels = torch.randn(2, 3, 48, 48)
     options = {} if family == "dinov2" else {"interpolate_pos_encoding": True}
     expected = tower(pixel_values=pixels, output_hidden_states=True, **options).hidden_states[-2]
@@ -97,15 +97,15 @@ def test_a_resized_encoder_reads_larger_images_as_transformers_does(family: str)
 
 
 def test_corners_of_a_clip_grid_stay_what_they_were() -> None:
-    encoder = VisionEncoder(build_tower("clip_vision_model"))
-    before = encoder.tower.state_dict()["embeddings.position_embedding.weight"]
+    encoder = VisionEncoder(build_vit("clip_vision_model"))
+    before = encoder.vit.state_dict()["embeddings.position_embedding.weight"]
     encoder.resize(64)
-    after = encoder.tower.state_dict()["embeddings.position_embedding.weight"]
+    after = encoder.vit.state_dict()["embeddings.position_embedding.weight"]
     for row in (0, 1, -1):  # class token, first and last corner
         torch.testing.assert_close(after[row], before[row])
 
 
 def test_a_size_that_is_no_multiple_of_the_patch_size_is_refused() -> None:
-    encoder = VisionEncoder(build_tower("vit"))
+    encoder = VisionEncoder(build_vit("vit"))
     with pytest.raises(ValueError, match=r"image size 45 is no multiple of the patch size 8; .* 48"):
         encoder.resize(45)

@@ -7,12 +7,12 @@ from safetensors.torch import load_file
 
 from model import Blip2
 from model.checkpoints import LoadOptions, save_generation_adapter, save_retrieval_adapter
-from tests.builders import build_matcher, build_parts, random_pixels
+from tests.builders import build_components, build_matcher, random_pixels
 from tests.model.checkpoints.damage import ADAPTER, edit_config, edit_tensors
 
 
 def test_loaded_weights_are_the_saved_ones(checkpoint: Path) -> None:
-    parts = build_parts()
+    parts = build_components()
     blip2 = Blip2.from_pretrained(str(checkpoint))
     expected = Blip2(parts).state_dict()
     for name, value in expected.items():
@@ -35,7 +35,7 @@ def test_the_tied_matrix_is_stored_once_and_tied_again(checkpoint: Path) -> None
 
 def test_weights_saved_in_half_precision_are_loaded_in_float32(checkpoint: Path) -> None:
     root = checkpoint.parent
-    parts = build_parts()
+    parts = build_components()
     save_generation_adapter(
         checkpoint,
         parts,
@@ -61,13 +61,13 @@ def test_saving_leaves_no_temporary_files_and_replaces_what_was_there(checkpoint
     root = checkpoint.parent
     save_generation_adapter(
         checkpoint,
-        build_parts(seed=1),
+        build_components(seed=1),
         vision_directory=root / "vision_model",
         language_directory=root / "language_model",
     )
     assert sorted(path.name for path in checkpoint.iterdir()) == before
     query_tokens = load_file(checkpoint / ADAPTER)["query_tokens"]
-    assert torch.equal(query_tokens, build_parts(seed=1).query_tokens)
+    assert torch.equal(query_tokens, build_components(seed=1).query_tokens)
 
 
 @torch.inference_mode()
@@ -78,7 +78,7 @@ def test_an_opt_with_a_head_of_its_own_keeps_it(checkpoint: Path) -> None:
     edit_tensors(weights, lambda tensors: tensors.update({"lm_head.weight": head}))
     save_generation_adapter(
         checkpoint,
-        build_parts(),
+        build_components(),
         vision_directory=root / "vision_model",
         language_directory=root / "language_model",
     )
@@ -108,7 +108,7 @@ def test_a_saved_matcher_scores_as_the_one_it_was_saved_from(checkpoint: Path) -
     matcher = build_matcher(seed=5)
     root = checkpoint.parent
     save_retrieval_adapter(
-        root / "other", matcher, build_parts().preprocess, vision_directory=root / "vision_model"
+        root / "other", matcher, build_components().preprocess, vision_directory=root / "vision_model"
     )
     loaded = Blip2.from_pretrained(str(root / "other"))
     features = loaded.encode_images(random_pixels(2))

@@ -15,7 +15,13 @@ from model import Blip2, CheckpointError, GenerationParams
 from model.checkpoints import LoadOptions, load_language_model, save_hub
 from model.language import LanguageModel
 from tests.builders import random_pixels
-from tests.builders_t5 import Kind, build_t5, build_t5_parts, build_t5_tokenizer, save_random_t5_checkpoint
+from tests.builders_t5 import (
+    Kind,
+    build_t5,
+    build_t5_components,
+    build_t5_tokenizer,
+    save_random_t5_checkpoint,
+)
 from tests.model.checkpoints.damage import edit_config, edit_tensors
 
 WEIGHTS = "model.safetensors"
@@ -61,7 +67,7 @@ def refusal(directory: Path) -> str:
 
 
 def test_an_adapter_on_a_t5_is_loaded_as_it_was_saved(t5_checkpoint: Path, kind: Kind) -> None:
-    built, loaded = Blip2(build_t5_parts(kind)).eval(), Blip2.from_pretrained(str(t5_checkpoint))
+    built, loaded = Blip2(build_t5_components(kind)).eval(), Blip2.from_pretrained(str(t5_checkpoint))
     for name, value in built.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     assert loaded.prompts == built.prompts
@@ -71,8 +77,8 @@ def test_an_adapter_on_a_t5_is_loaded_as_it_was_saved(t5_checkpoint: Path, kind:
 
 
 def test_a_t5_saved_for_the_hub_answers_the_same_when_loaded_from_there(kind: Kind, tmp_path: Path) -> None:
-    built = Blip2(build_t5_parts(kind)).eval()
-    save_hub(tmp_path, built.parts)
+    built = Blip2(build_t5_components(kind)).eval()
+    save_hub(tmp_path, built.components)
     loaded = Blip2.from_pretrained(str(tmp_path))
     assert answers(loaded) == answers(built)
     assert loaded.prompts.question == "Question: {} Short answer:"
@@ -80,9 +86,9 @@ def test_a_t5_saved_for_the_hub_answers_the_same_when_loaded_from_there(kind: Ki
 
 
 def test_saving_for_the_hub_leaves_the_model_as_it_was(kind: Kind, tmp_path: Path) -> None:
-    built = Blip2(build_t5_parts(kind)).eval()
+    built = Blip2(build_t5_components(kind)).eval()
     parameters = dict(built.named_parameters())
-    save_hub(tmp_path, built.parts)
+    save_hub(tmp_path, built.components)
     assert {name: id(value) for name, value in built.named_parameters()} == {
         name: id(value) for name, value in parameters.items()
     }
@@ -121,7 +127,7 @@ def test_prompts_an_adapter_does_not_set_are_those_of_its_language_model(tmp_pat
 
 def test_a_t5_is_refused_in_float16_with_the_types_it_runs_in(tmp_path: Path) -> None:
     adapter = save_random_t5_checkpoint(tmp_path / "checkpoint", "tied")
-    save_hub(tmp_path / "hub", build_t5_parts("tied"))
+    save_hub(tmp_path / "hub", build_t5_components("tied"))
     for directory in (adapter, tmp_path / "hub"):
         with pytest.raises(CheckpointError, match="overflows in float16; load it in bfloat16 or float32"):
             Blip2.from_pretrained(str(directory), LoadOptions(dtype=torch.float16))
@@ -216,7 +222,7 @@ def test_a_head_that_was_cut_off_is_missed_where_the_configuration_says_it_is_no
     directory, prefix = t5_directory, ""
     if wrapped:
         directory, prefix = tmp_path / "hub", "language_model."
-        save_hub(directory, build_t5_parts("untied"))
+        save_hub(directory, build_t5_components("untied"))
 
     def say_untied(fields: dict[str, Any]) -> None:
         (fields["text_config"] if wrapped else fields).update(tie_word_embeddings=False)

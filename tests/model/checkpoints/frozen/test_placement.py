@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from model import Blip2, CheckpointError, GenerationParams
-from model.checkpoints import LoadOptions
-from model.checkpoints.load_options import Quantization
+from model.checkpoints import LoadOptions, Quantization
 from model.devices import find_device
 from model.errors import DeviceUnavailableError
 from service.settings import Settings

@@ -13,7 +13,7 @@ from model.checkpoints import LoadOptions, load_blip2, load_vision_model, save_g
 from model.checkpoints.convert import convert
 from model.errors import CheckpointError
 from model.vision import VisionEncoder, build_vision_encoder
-from tests.builders import build_parts, build_tower, random_pixels
+from tests.builders import build_components, build_vit, random_pixels
 from tests.model.checkpoints.damage import edit_config, edit_tensors
 
 FAMILIES = ["blip_2_vision_model", "clip_vision_model", "siglip_vision_model", "vit", "dinov2"]
@@ -21,11 +21,11 @@ FAMILIES = ["blip_2_vision_model", "clip_vision_model", "siglip_vision_model", "
 
 def save_adapter_on(directory: Path, family: str, root: Path) -> Path:
     """An adapter that reads the second-last layer of a new encoder of this family."""
-    build_tower(family).save_pretrained(directory / "encoder")
-    encoder = VisionEncoder(build_tower(family), feature_layer=-2)
+    build_vit(family).save_pretrained(directory / "encoder")
+    encoder = VisionEncoder(build_vit(family), feature_layer=-2)
     save_generation_adapter(
         directory / "adapter",
-        dataclasses.replace(build_parts(), vision_model=encoder),
+        dataclasses.replace(build_components(), vision_model=encoder),
         vision_directory=directory / "encoder",
         language_directory=root / "language_model",
         feature_layer=-2,
@@ -37,7 +37,7 @@ def save_adapter_on(directory: Path, family: str, root: Path) -> Path:
 @torch.inference_mode()
 def test_an_adapter_reads_its_layer_of_any_encoder(family: str, checkpoint: Path, tmp_path: Path) -> None:
     blip2 = Blip2.from_pretrained(str(save_adapter_on(tmp_path, family, checkpoint.parent)))
-    expected = VisionEncoder(build_tower(family), feature_layer=-2)(random_pixels(2))
+    expected = VisionEncoder(build_vit(family), feature_layer=-2)(random_pixels(2))
     torch.testing.assert_close(blip2.encode_images(random_pixels(2)), expected, rtol=0, atol=0)
     assert not any(weight.requires_grad for weight in blip2.vision_model.parameters())
 
@@ -49,7 +49,7 @@ def test_a_checkpoint_is_loaded_for_images_of_another_size(
 ) -> None:
     adapter = str(save_adapter_on(tmp_path, family, checkpoint.parent))
     blip2 = Blip2.from_pretrained(adapter, LoadOptions(image_size=48))
-    encoder = VisionEncoder(build_tower(family), feature_layer=-2)
+    encoder = VisionEncoder(build_vit(family), feature_layer=-2)
     encoder.resize(48)
     pixels = torch.randn(2, 3, 48, 48)
     assert blip2.image_size == blip2.preprocess.image_size == 48
@@ -59,7 +59,7 @@ def test_a_checkpoint_is_loaded_for_images_of_another_size(
 
 @torch.inference_mode()
 def test_of_a_model_with_two_towers_the_image_side_is_read(tmp_path: Path) -> None:
-    tower = build_tower("clip_vision_model")
+    tower = build_vit("clip_vision_model")
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     clip = CLIPModel(CLIPConfig(vision_config=tower.config.to_dict(), text_config=text)).eval()
     clip.save_pretrained(tmp_path)
@@ -69,7 +69,7 @@ def test_of_a_model_with_two_towers_the_image_side_is_read(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_missing_tensor_is_named(family: str, tmp_path: Path) -> None:
-    build_tower(family).save_pretrained(tmp_path)
+    build_vit(family).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     lost = next(name for name in load_file(weights) if "fc1" in name or "intermediate" in name)
     edit_tensors(weights, lambda tensors: tensors.pop(lost))
@@ -79,7 +79,7 @@ def test_a_missing_tensor_is_named(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tensor_of_another_shape_is_refused(family: str, tmp_path: Path) -> None:
-    build_tower(family).save_pretrained(tmp_path)
+    build_vit(family).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     cut = next(name for name in load_file(weights) if "fc1.weight" in name or "intermediate" in name)
     edit_tensors(weights, lambda tensors: tensors.update({cut: tensors[cut][:-1].clone()}))
@@ -89,7 +89,7 @@ def test_a_tensor_of_another_shape_is_refused(family: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", ["clip_vision_model", "siglip_vision_model", "vit"])
 def test_layers_that_the_configuration_forgets_are_refused(family: str, tmp_path: Path) -> None:
-    build_tower(family).save_pretrained(tmp_path)
+    build_vit(family).save_pretrained(tmp_path)
     edit_config(tmp_path, lambda fields: fields.update(num_hidden_layers=2))
     with pytest.raises(CheckpointError, match="which its configuration has no place for"):
         load_vision_model(tmp_path)
@@ -97,20 +97,20 @@ def test_layers_that_the_configuration_forgets_are_refused(family: str, tmp_path
 
 @pytest.mark.parametrize("layer", [0, 1, -4])
 def test_a_feature_layer_that_is_none_is_refused(layer: int, tmp_path: Path) -> None:
-    build_tower("vit").save_pretrained(tmp_path)
+    build_vit("vit").save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=f"feature layer {layer} is not between -3"):
         load_vision_model(tmp_path, feature_layer=layer)
 
 
 def test_a_configuration_that_names_other_weights_is_refused(tmp_path: Path) -> None:
-    build_tower("vit").save_pretrained(tmp_path)
+    build_vit("vit").save_pretrained(tmp_path)
     edit_config(tmp_path, lambda fields: fields.update(transformers_weights="other.safetensors"))
     with pytest.raises(CheckpointError, match="transformers_weights"):
         load_vision_model(tmp_path)
 
 
 def test_leftovers_in_a_configuration_make_no_other_encoder(tmp_path: Path) -> None:
-    tower = build_tower("blip_2_vision_model")
+    tower = build_vit("blip_2_vision_model")
     for name in ("one", "other"):
         tower.save_pretrained(tmp_path / name)
     edit_config(tmp_path / "other", lambda fields: fields.update(projection_dim=512, dropout=0.0))
@@ -128,7 +128,7 @@ def test_a_size_the_patches_do_not_divide_is_refused(checkpoint: Path) -> None:
 @pytest.mark.parametrize(("family", "pooler"), [("vit", "pooler."), ("siglip_vision_model", "head.")])
 @torch.inference_mode()
 def test_poolers_are_neither_needed_nor_kept(family: str, pooler: str, tmp_path: Path) -> None:
-    build_tower(family).save_pretrained(tmp_path)
+    build_vit(family).save_pretrained(tmp_path)
     expected = load_vision_model(tmp_path)
     assert not any(pooler in name for name in expected.state_dict())
     edit_tensors(
@@ -146,14 +146,14 @@ def test_an_encoder_that_was_cut_is_converted_and_loads_again(
     family: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     adapter = save_adapter_on(tmp_path, family, checkpoint.parent)
-    convert(load_blip2(str(adapter)).parts, tmp_path / "copy", "adapter")
+    convert(load_blip2(str(adapter)).components, tmp_path / "copy", "adapter")
     pixels = random_pixels(2)
     ours, copy = (Blip2.from_pretrained(str(path)) for path in (adapter, tmp_path / "copy"))
     assert torch.equal(copy.encode_images(pixels), ours.encode_images(pixels))
 
 
 def test_building_leaves_the_configuration_it_is_given_alone() -> None:
-    config = build_tower("vit").config
+    config = build_vit("vit").config
     before = config.to_dict()
     build_vision_encoder(config).resize(64)
     assert config.to_dict() == before

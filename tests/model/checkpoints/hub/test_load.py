@@ -22,8 +22,8 @@ from model.matching import Matcher
 from model.preprocess import CLIP_MEAN, CLIP_STD
 from model.vision import VisionEncoder
 from tests.builders import (
+    build_components,
     build_matcher,
-    build_parts,
     build_qformer_config,
     build_retrieval_reference,
     build_text_tokenizer,
@@ -165,7 +165,7 @@ def test_the_question_template_is_the_one_its_language_model_answers_best_to(hub
 
 
 def test_an_opt_with_a_head_of_its_own_keeps_it_on_the_way_to_the_hub_and_back(tmp_path: Path) -> None:
-    parts = build_parts()
+    parts = build_components()
     assert parts.language_model is not None
     head = torch.randn_like(parts.language_model.llm.lm_head.weight)
     parts.language_model.llm.lm_head.weight = torch.nn.Parameter(head)

@@ -23,8 +23,8 @@ from tests.builders import (
     build_language_tokenizer,
     build_opt,
     build_text_tokenizer,
-    build_tower,
     build_vision_config,
+    build_vit,
     random_pixels,
 )
 from tests.builders_t5 import build_t5, build_t5_tokenizer
@@ -106,7 +106,7 @@ class Folder:
         build_opt().save_pretrained(path / "opt")
         build_language_tokenizer().save_pretrained(path / "opt")
         build_text_tokenizer().save_pretrained(path / "bert")
-        build_tower("blip_2_vision_model").save_pretrained(path / "encoder")
+        build_vit("blip_2_vision_model").save_pretrained(path / "encoder")
         config = build_vision_config().to_dict()  # whose weights the .pth holds
         (path / "vit").mkdir()
         (path / "vit" / "config.json").write_text(json.dumps(config))
@@ -183,7 +183,7 @@ def test_what_the_hub_format_drops_is_kept(folder: Folder) -> None:
 def test_a_partial_file_takes_its_frozen_parts_from_the_directories_it_names(folder: Folder) -> None:
     partial = {k: v for k, v in of_stage2(build_tensors()).items() if not k.startswith("visual_encoder.")}
     blip2 = Blip2.from_pretrained(folder.save(partial, vision_model="encoder"))
-    expected = build_tower("blip_2_vision_model")(pixel_values=random_pixels(2), output_hidden_states=True)
+    expected = build_vit("blip_2_vision_model")(pixel_values=random_pixels(2), output_hidden_states=True)
     torch.testing.assert_close(blip2.encode_images(random_pixels(2)), expected.hidden_states[-1])
 
 
@@ -213,7 +213,7 @@ def test_a_whole_file_brings_its_language_model_too(folder: Folder) -> None:
 
 @torch.inference_mode()
 def test_clip_vit_l_is_the_second_last_layer_of_transformers(folder: Folder) -> None:
-    tower = build_tower("clip_vision_model")
+    tower = build_vit("clip_vision_model")
     assert isinstance(tower, CLIPVisionModel)
     clip = {
         "visual_encoder.class_embedding": tower.embeddings.class_embedding,

@@ -1,9 +1,9 @@
-"""Jobs of all kinds that share a decoder, and what each answers alone."""
+"""Requests of all kinds for one decoder, and the generations of each alone."""
 
 import pytest
 import torch
 
-from model import DecodeJob, Decoder, Generation, GenerationParams
+from model import Decoder, DecodeRequest, Generation, GenerationParams
 from model.language import LanguageModel
 
 PARAMS = (
@@ -14,17 +14,17 @@ PARAMS = (
     GenerationParams(num_beams=4, max_new_tokens=14, repetition_penalty=1.3, no_repeat_ngram_size=2),
     GenerationParams(num_beams=2, max_new_tokens=1, early_stopping=True),
 )
-Answers = dict[DecodeJob, tuple[Generation, ...]]
+Answers = dict[DecodeRequest, tuple[Generation, ...]]
 
 
 @torch.inference_mode()
-def run_alone(language_model: LanguageModel, job: DecodeJob) -> tuple[Generation, ...]:
+def run_alone(language_model: LanguageModel, request: DecodeRequest) -> tuple[Generation, ...]:
     decoder = Decoder(language_model)
-    decoder.add(job)
+    decoder.add(request)
     answers: Answers = {}
-    while decoder.num_jobs:
+    while decoder.num_requests:
         answers.update(decoder.step())
-    return answers[job]
+    return answers[request]
 
 
 def assert_same_answers(together: tuple[Generation, ...], alone: tuple[Generation, ...]) -> None:
