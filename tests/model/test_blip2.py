@@ -84,7 +84,7 @@ def test_the_matcher_sees_through_the_same_encoder_as_the_rest(blip2: Blip2) -> 
 
 
 @torch.inference_mode()
-def test_half_precision_holds_for_the_frozen_parts_only(random_checkpoint: Path) -> None:
+def test_half_precision_holds_for_the_frozen_models_only(random_checkpoint: Path) -> None:
     blip2 = Blip2.from_pretrained(str(random_checkpoint), LoadOptions(dtype=torch.bfloat16))
     assert blip2.language_model is not None
     image_features = blip2.encode_images(random_pixels(1))
@@ -97,7 +97,7 @@ def test_half_precision_holds_for_the_frozen_parts_only(random_checkpoint: Path)
     assert answer.num_tokens >= 1
 
 
-def test_frozen_parts_are_frozen_and_the_rest_can_be_trained(blip2: Blip2) -> None:
+def test_frozen_models_are_frozen_and_the_rest_can_be_trained(blip2: Blip2) -> None:
     assert blip2.language_model is not None
     frozen = [*blip2.vision_model.parameters(), *blip2.language_model.parameters()]
     assert not any(value.requires_grad for value in frozen)
@@ -106,7 +106,7 @@ def test_frozen_parts_are_frozen_and_the_rest_can_be_trained(blip2: Blip2) -> No
     assert not blip2.training
 
 
-def test_parts_of_a_model_are_those_it_was_built_from() -> None:
-    parts = build_components()
-    assert Blip2(parts).components == parts
-    assert Blip2(parts).image_size == IMAGE_SIZE
+def test_components_of_a_model_are_those_it_was_built_from() -> None:
+    components = build_components()
+    assert Blip2(components).components == components
+    assert Blip2(components).image_size == IMAGE_SIZE

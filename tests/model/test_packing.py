@@ -27,13 +27,13 @@ PARAMS = GenerationParams(num_beams=4, num_return_sequences=4, max_new_tokens=12
 @torch.inference_mode()
 def test_a_packed_layer_gives_what_the_unpacked_one_gives(dtype: torch.dtype, has_bias: bool) -> None:
     linear = nn.Linear(46, 33, bias=has_bias).to(dtype)
-    packed = PackedLinear(linear)
+    packed_layer = PackedLinear(linear)
     atol = 1e-6 if dtype == torch.float32 else 2e-2
     for shape in ((1, 46), (5, 46), (2, 7, 46), (1000, 46), (3, 0, 46)):
         inputs = torch.randn(shape, dtype=dtype)
-        torch.testing.assert_close(packed(inputs), linear(inputs), rtol=0, atol=atol)
+        torch.testing.assert_close(packed_layer(inputs), linear(inputs), rtol=0, atol=atol)
     inputs = torch.randn(8, 92, dtype=dtype)[::2, ::2]  # not side by side in memory
-    torch.testing.assert_close(packed(inputs), linear(inputs), rtol=0, atol=atol)
+    torch.testing.assert_close(packed_layer(inputs), linear(inputs), rtol=0, atol=atol)
 
 
 @torch.inference_mode()
@@ -89,13 +89,13 @@ def test_where_the_cpu_has_no_products_of_a_type_its_layers_stay(monkeypatch: py
 @pytest.mark.parametrize("build", [build_components, lambda: build_t5_components("tied")], ids=["opt", "t5"])
 @torch.inference_mode()
 def test_a_packed_model_gives_the_answers_of_the_unpacked_one(build: Callable[[], Blip2Components]) -> None:
-    unpacked, packed = Blip2(build()).eval(), Blip2(build()).eval()
-    packed.load_state_dict(unpacked.state_dict())
-    assert packed.pack() > 20
-    assert packed.pack() == 0
-    assert not any(type(module) is nn.Linear for module in packed.modules())
+    unpacked, packed_model = Blip2(build()).eval(), Blip2(build()).eval()
+    packed_model.load_state_dict(unpacked.state_dict())
+    assert packed_model.pack() > 20
+    assert packed_model.pack() == 0
+    assert not any(type(module) is nn.Linear for module in packed_model.modules())
     answers = []
-    for blip2 in (unpacked, packed):
+    for blip2 in (unpacked, packed_model):
         inputs = blip2.project_queries(blip2.encode_queries(blip2.encode_images(random_pixels(4))))
         answers.append(blip2.generate(inputs, ["a photo of"] * 4, PARAMS))
     for ours, theirs in zip(*answers, strict=True):
@@ -108,16 +108,16 @@ def test_a_packed_model_gives_the_answers_of_the_unpacked_one(build: Callable[[]
 @pytest.mark.parametrize("kind", FAMILIES)
 @torch.inference_mode()
 def test_image_features_in_bfloat16_are_those_of_the_unpacked_encoder_up_to_rounding(kind: str) -> None:
-    unpacked, packed = (
+    unpacked, packed_model = (
         Blip2(dataclasses.replace(build_components(), vision_model=VisionEncoder(build_vit(kind).bfloat16())))
         for _ in range(2)
     )
-    packed.load_state_dict(unpacked.state_dict())
-    packed.pack()
+    packed_model.load_state_dict(unpacked.state_dict())
+    packed_model.pack()
     pixel_values = torch.randn(5, 3, 32, 32)
     expected = unpacked.encode_images(pixel_values).float()
-    features = packed.encode_images(pixel_values).float()
-    assert packed.vision_model.vit.config._attn_implementation == cpu_attention.NAME
+    features = packed_model.encode_images(pixel_values).float()
+    assert packed_model.vision_model.vit.config._attn_implementation == cpu_attention.NAME
     torch.testing.assert_close(features, expected, rtol=0, atol=0.05 * expected.abs().max().item())
 
 

@@ -70,14 +70,14 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         tie_word_embeddings=False,
     ),
 }
-FRAMES = {"llama": ((BOS,), ()), "mistral": ((BOS,), ()), "qwen2": ((), ()), "mt5": ((), (EOS,))}
+SPECIAL_TOKENS = {"llama": ((BOS,), ()), "mistral": ((BOS,), ()), "qwen2": ((), ()), "mt5": ((), (EOS,))}
 
 
-def build_tokenizer(frame: tuple[tuple[int, ...], tuple[int, ...]]) -> PreTrainedTokenizerFast:
-    """One that puts special tokens around a text by itself, as those of these models do."""
+def build_tokenizer(special_tokens: tuple[tuple[int, ...], tuple[int, ...]]) -> PreTrainedTokenizerFast:
+    """Build a tokenizer that adds special tokens by itself, as those of these models do."""
     tokenizer = build_language_tokenizer()
     names = {BOS: "</s>", EOS: "\n"}
-    first, last = ([names[token] for token in side] for side in frame)
+    first, last = ([names[token] for token in ids] for ids in special_tokens)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=[*first, "$A", *last], special_tokens=[(name, token) for token, name in names.items()]
     )
@@ -94,7 +94,7 @@ def save(directory: Path, name: str) -> Blip2ForConditionalGeneration:
         head = model.language_model.get_output_embeddings().weight
         head[EOS] *= 2
     model.save_pretrained(directory)
-    build_tokenizer(FRAMES[config.model_type]).save_pretrained(directory)
+    build_tokenizer(SPECIAL_TOKENS[config.model_type]).save_pretrained(directory)
     return Blip2ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
 
 
@@ -107,7 +107,7 @@ def test_answers_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         blip2 = Blip2.from_pretrained(str(directory))
         language_model = blip2.language_model
         assert language_model is not None
-        first, last = FRAMES[language_model.llm.config.model_type]
+        first, last = SPECIAL_TOKENS[language_model.llm.config.model_type]
         prompt_ids = language_model.tokenize("a red")
         assert (prompt_ids[: len(first)], prompt_ids[len(first) + 2 :]) == (first, last)
         pixels = random_pixels(3, SIZE)

@@ -1,6 +1,6 @@
-"""Searches with parameters drawn at random: the answers of `generate`, alone and in any company.
+"""Searches with parameters drawn at random: the answers of `generate`, alone and together.
 
-For each kind of language model, under weights with which answers end early, now and then, and never.
+For each kind of language model, with weights whose answers end early, now and then, and never.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from tests.model.generation.reference import PROMPTS, Pair
 NUM_CASES = 60  # for each of nine models
 NUM_IMAGES = 4
 NUM_SAMPLED = 12
-PULLS = {"early": 3.0, "now and then": 0.5, "never": -100.0}  # added to the end tokens' logits
+ENDINGS = {"early": 3.0, "now and then": 0.5, "never": -100.0}  # added to the end tokens' logits
 OTHER_END = 11  # a second token that ends the answers of those that end now and then
 
 
@@ -69,19 +69,19 @@ def pull_towards_ends(head: nn.Module, token_ids: Sequence[int], pull: float) ->
     head.register_forward_hook(shift)
 
 
-@pytest.fixture(scope="module", params=[(kind, temper) for kind in KINDS for temper in PULLS], ids=" ".join)
+@pytest.fixture(scope="module", params=[(kind, ending) for kind in KINDS for ending in ENDINGS], ids=" ".join)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    kind, temper = request.param
+    kind, ending = request.param
     blip2 = Blip2(KINDS[kind]()).eval()
     directory = tmp_path_factory.mktemp("reference")
     save_hub(directory, blip2.components)
     reference = Blip2ForConditionalGeneration.from_pretrained(directory).eval()
     language_model = blip2.require_language_model()
-    if temper == "now and then":
+    if ending == "now and then":
         language_model.eos_token_ids = (*language_model.eos_token_ids, OTHER_END)
         reference.language_model.generation_config.eos_token_id = list(language_model.eos_token_ids)
     for llm in (language_model.llm, reference.language_model):
-        pull_towards_ends(llm.get_output_embeddings(), language_model.eos_token_ids, PULLS[temper])
+        pull_towards_ends(llm.get_output_embeddings(), language_model.eos_token_ids, ENDINGS[ending])
     pixel_values = random_pixels(NUM_IMAGES)
     with torch.inference_mode():
         inputs = blip2.project_queries(blip2.encode_queries(blip2.encode_images(pixel_values)))
@@ -118,10 +118,10 @@ def sampling(seed: int) -> GenerationParams:
 
 
 @torch.inference_mode()
-def run_in_turns(
+def run_staggered(
     pair: Pair, requests: Sequence[DecodeRequest], chance: random.Random
 ) -> dict[DecodeRequest, object]:
-    """Has requests join in the middle of others, in any order."""
+    """Run requests that join in the middle of others, in random order."""
     decoder, waiting = Decoder(pair.language_model), chance.sample(requests, len(requests))
     answers: dict[DecodeRequest, object] = {}
     while waiting or decoder.num_requests:
@@ -132,7 +132,7 @@ def run_in_turns(
 
 
 @torch.inference_mode()
-def test_answers_are_those_of_transformers_alone_together_and_in_turns(pair: Pair) -> None:
+def test_answers_are_those_of_transformers_alone_together_and_staggered(pair: Pair) -> None:
     chance = random.Random(0)
     cases = [
         (chance.randrange(NUM_IMAGES), chance.choice(PROMPTS), random_params(chance))
@@ -141,10 +141,10 @@ def test_answers_are_those_of_transformers_alone_together_and_in_turns(pair: Pai
     requests = [pair.request(*case) for case in cases]
     sampled = [pair.request(seed % NUM_IMAGES, "a photo of", sampling(seed)) for seed in range(NUM_SAMPLED)]
     together = run_requests(pair.language_model, requests)
-    in_turns = run_in_turns(pair, [*requests, *sampled], chance)
+    staggered = run_staggered(pair, [*requests, *sampled], chance)
     for request in sampled:
         (alone,) = run_requests(pair.language_model, [request])
-        assert [answer.token_ids for answer in in_turns[request]] == [answer.token_ids for answer in alone]
+        assert [answer.token_ids for answer in staggered[request]] == [answer.token_ids for answer in alone]
     num_tokens: set[int] = set()
     for case, request, answers in zip(cases, requests, together, strict=True):
         image, prompt, params = case
@@ -152,7 +152,7 @@ def test_answers_are_those_of_transformers_alone_together_and_in_turns(pair: Pai
         token_ids = [answer.token_ids for answer in answers]
         assert token_ids == pair.new_tokens(expected, prompt), params
         (alone,) = run_requests(pair.language_model, [request])
-        for same in (alone, in_turns[request]):
+        for same in (alone, staggered[request]):
             assert [answer.token_ids for answer in same] == token_ids, params
         if params.num_beams > 1:
             scores = torch.tensor([answer.score for answer in answers])

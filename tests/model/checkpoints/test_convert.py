@@ -20,7 +20,7 @@ from model.vision import VisionEncoder
 from tests.builders import build_components, build_matcher, build_vision_model, random_picture
 from tests.builders_t5 import build_t5_components
 from tests.model.checkpoints.damage import edit_tensors
-from tests.model.checkpoints.lavis.test_load import Folder, build_tensors, of_stage1, of_stage2
+from tests.model.checkpoints.lavis.lavis_files import Folder, build_tensors, of_stage1, of_stage2
 
 FORMATS: tuple[Format, ...] = ("hub", "lavis", "adapter")
 

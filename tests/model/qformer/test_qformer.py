@@ -1,4 +1,4 @@
-"""The Q-Former: who sees whom, and equality with the reference implementation."""
+"""The Q-Former: its attention masks, and equality with the reference implementation."""
 
 import copy
 import dataclasses
@@ -29,7 +29,7 @@ def query_tokens(qformer: QFormer) -> Tensor:
 
 
 def random_texts(*, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Gives [2, T, D] embeddings and the mask of a full text and one whose last two tokens are padding."""
+    """Return [2, T, D] embeddings and the mask of a full text and one whose last two tokens are padding."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.ones(2, NUM_TEXT_TOKENS, dtype=torch.long)
     mask[1, -2:] = 0
@@ -47,7 +47,7 @@ def perturbed(embeds: Tensor, position: int) -> Tensor:
 
 
 def changed_positions(before: Tensor, after: Tensor) -> list[int]:
-    """Gives the positions of the first sequence whose states differ, to the bit."""
+    """Return the positions of the first sequence whose states differ, to the bit."""
     return (before[0] != after[0]).any(dim=-1).nonzero().flatten().tolist()
 
 
@@ -140,10 +140,11 @@ def joint_pass(
     qformer: QFormer, query_tokens: Tensor, embeds: Tensor, mask: Tensor, features: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Computes queries and texts together, with the multimodal causal mask written out."""
-    num_queries, num_texts = query_tokens.shape[1], embeds.shape[1]
-    visible = torch.zeros(2, 1, num_queries + num_texts, num_queries + num_texts, dtype=torch.bool)
+    num_queries, num_text_tokens = query_tokens.shape[1], embeds.shape[1]
+    num_tokens = num_queries + num_text_tokens
+    visible = torch.zeros(2, 1, num_tokens, num_tokens, dtype=torch.bool)
     visible[:, :, :, :num_queries] = True
-    visible[:, :, num_queries:, num_queries:] = torch.ones(num_texts, num_texts).tril().bool()
+    visible[:, :, num_queries:, num_queries:] = torch.ones(num_text_tokens, num_text_tokens).tril().bool()
     visible[:, :, :, num_queries:] &= mask.bool()[:, None, None, :]
     hidden_states = qformer.layernorm(torch.cat([query_tokens, embeds], dim=1))
     for layer in qformer.layers:

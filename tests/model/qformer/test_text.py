@@ -1,4 +1,4 @@
-"""A Q-Former that is shown the question: what it sees, what an adapter keeps of it, what is answered."""
+"""A question-conditioned Q-Former: its attention, its adapter and its answers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,15 +31,15 @@ PARAMS = GenerationParams(num_beams=3, max_new_tokens=8, length_penalty=-1.0)
 
 
 def build_conditioned() -> Blip2Components:
-    """The parts of a model whose Q-Former has a text branch, which no published stage 2 has."""
+    """Build a model whose Q-Former has a text branch, as no published stage 2."""
     torch.manual_seed(1)
     config = build_qformer_config()
-    reader = QuestionEmbedder(config, build_text_tokenizer(), max_text_tokens=9).eval()
+    embedder = QuestionEmbedder(config, build_text_tokenizer(), max_text_tokens=9).eval()
     with torch.no_grad():
-        for weight in reader.parameters():
+        for weight in embedder.parameters():
             weight.normal_(std=0.5)
     return replace(
-        build_components(), qformer=QFormer(config, has_text_branch=True).eval(), question_embedder=reader
+        build_components(), qformer=QFormer(config, has_text_branch=True).eval(), question_embedder=embedder
     )
 
 
@@ -52,14 +52,14 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.inference_mode()
 def test_queries_see_the_question_as_the_matching_pass_has_them_see_a_text() -> None:
-    parts = build_conditioned()
+    components = build_conditioned()
     matcher: Matcher = build_matcher()
     matcher.ln_vision, matcher.query_tokens, matcher.qformer = (
-        parts.ln_vision, parts.query_tokens, parts.qformer,
+        components.ln_vision, components.query_tokens, components.qformer,
     )  # fmt: skip
-    assert parts.question_embedder is not None
-    matcher.embeddings, matcher.max_text_tokens = parts.question_embedder.embeddings, 9
-    blip2 = Blip2(parts)
+    assert components.question_embedder is not None
+    matcher.embeddings, matcher.max_text_tokens = components.question_embedder.embeddings, 9
+    blip2 = Blip2(components)
     features = blip2.encode_images(random_pixels(3))
     shown = blip2.encode_queries(features, QUESTIONS)
     states: list[torch.Tensor] = []
@@ -80,12 +80,12 @@ def test_a_question_reads_the_same_beside_longer_ones_and_alone() -> None:
 
 
 @torch.inference_mode()
-def test_an_adapter_keeps_the_reader_and_its_limit(adapter: Path) -> None:
-    expected, loaded = Blip2(build_conditioned()), Blip2.from_pretrained(str(adapter))
-    assert loaded.question_embedder is not None
-    assert loaded.question_embedder.max_text_tokens == 9
+def test_an_adapter_keeps_the_question_embedder_and_its_limit(adapter: Path) -> None:
+    expected, reloaded = Blip2(build_conditioned()), Blip2.from_pretrained(str(adapter))
+    assert reloaded.question_embedder is not None
+    assert reloaded.question_embedder.max_text_tokens == 9
     features = expected.encode_images(random_pixels(3))
-    ours = loaded.encode_queries(features, QUESTIONS)
+    ours = reloaded.encode_queries(features, QUESTIONS)
     torch.testing.assert_close(ours, expected.encode_queries(features, QUESTIONS), rtol=0, atol=0)
 
 

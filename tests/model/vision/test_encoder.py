@@ -7,17 +7,17 @@ from transformers import Blip2VisionModel, CLIPVisionConfig, CLIPVisionModel
 from model.vision import VisionEncoder, build_vision_encoder
 from tests.builders import IMAGE_SIZE, build_vision_config, build_vit, random_pixels
 
-FAMILIES = ["blip_2_vision_model", "clip_vision_model", "siglip_vision_model", "vit", "dinov2"]
+MODEL_TYPES = ["blip_2_vision_model", "clip_vision_model", "siglip_vision_model", "vit", "dinov2"]
 
 
 @torch.inference_mode()
 def test_features_are_those_before_the_final_norm() -> None:
     torch.manual_seed(0)
-    tower = Blip2VisionModel(build_vision_config()).eval()
-    torch.nn.init.normal_(tower.post_layernorm.weight)
-    final_norm = tower.post_layernorm
-    normed = tower(pixel_values=random_pixels(2)).last_hidden_state
-    image_features = VisionEncoder(tower)(random_pixels(2))
+    vit = Blip2VisionModel(build_vision_config()).eval()
+    torch.nn.init.normal_(vit.post_layernorm.weight)
+    final_norm = vit.post_layernorm
+    normed = vit(pixel_values=random_pixels(2)).last_hidden_state
+    image_features = VisionEncoder(vit)(random_pixels(2))
     assert not torch.allclose(image_features, normed, atol=0.1)
     torch.testing.assert_close(final_norm(image_features), normed)
 
@@ -46,17 +46,17 @@ def test_pixels_are_cast_to_the_type_of_the_weights(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("layer", [-1, -2])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 @torch.inference_mode()
-def test_features_are_the_hidden_states_of_their_layer(family: str, layer: int) -> None:
-    tower = build_vit(family)
+def test_features_are_the_hidden_states_of_their_layer(model_type: str, layer: int) -> None:
+    vit = build_vit(model_type)
     outputs: list[torch.Tensor] = []  # hidden_states[-1] is behind the final norm in some families
-    layers = next(part for part in tower.modules() if isinstance(part, torch.nn.ModuleList))
+    layers = next(each for each in vit.modules() if isinstance(each, torch.nn.ModuleList))
     for each in layers:
         each.register_forward_hook(lambda _, __, output: outputs.append(output))
-    tower(pixel_values=random_pixels(2))
+    vit(pixel_values=random_pixels(2))
     expected = outputs[layer][0] if isinstance(outputs[layer], tuple) else outputs[layer]
-    torch.testing.assert_close(VisionEncoder(tower, feature_layer=layer)(random_pixels(2)), expected)
+    torch.testing.assert_close(VisionEncoder(vit, feature_layer=layer)(random_pixels(2)), expected)
 
 
 @torch.inference_mode()
@@ -71,26 +71,26 @@ def test_a_clip_vit_l_without_its_last_layer_is_the_second_last_layer_of_transfo
         patch_size=14,
         initializer_factor=20.0,
     )
-    tower = CLIPVisionModel(config).eval()
-    assert tower.config.hidden_act == "quick_gelu"
+    vit = CLIPVisionModel(config).eval()
+    assert vit.config.hidden_act == "quick_gelu"
     pixels = torch.randn(2, 3, 56, 56)
-    expected = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
-    torch.testing.assert_close(VisionEncoder(tower, feature_layer=-2)(pixels), expected, rtol=0, atol=0)
+    expected = vit(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(VisionEncoder(vit, feature_layer=-2)(pixels), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 @torch.inference_mode()
-def test_a_resized_encoder_reads_larger_images_as_transformers_does(family: str) -> None:
-    tower = build_vit(family)
+def test_a_resized_encoder_reads_larger_images_as_transformers_does(model_type: str) -> None:
+    vit = build_vit(model_type)
     pixels = torch.randn(2, 3, 48, 48)
-    options = {} if family == "dinov2" else {"interpolate_pos_encoding": True}
-    expected = tower(pixel_values=pixels, output_hidden_states=True, **options).hidden_states[-2]
-    encoder = VisionEncoder(tower, feature_layer=-2)
+    options = {} if model_type == "dinov2" else {"interpolate_pos_encoding": True}
+    expected = vit(pixel_values=pixels, output_hidden_states=True, **options).hidden_states[-2]
+    encoder = VisionEncoder(vit, feature_layer=-2)
     num_image_tokens = encoder.num_image_tokens
     encoder.resize(48)
     assert (encoder.image_size, encoder.num_image_tokens) == (48, num_image_tokens + 36 - 16)
     features = encoder(pixels)
-    if family == "clip_vision_model":  # the authors of BLIP-2 align the corners of CLIP's grid
+    if model_type == "clip_vision_model":  # the authors of BLIP-2 align the corners of CLIP's grid
         assert not torch.allclose(features, expected, atol=1e-3)
     else:
         torch.testing.assert_close(features, expected)

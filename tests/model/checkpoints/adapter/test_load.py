@@ -12,12 +12,12 @@ from tests.model.checkpoints.damage import ADAPTER, edit_config, edit_tensors
 
 
 def test_loaded_weights_are_the_saved_ones(checkpoint: Path) -> None:
-    parts = build_components()
+    components = build_components()
     blip2 = Blip2.from_pretrained(str(checkpoint))
-    expected = Blip2(parts).state_dict()
+    expected = Blip2(components).state_dict()
     for name, value in expected.items():
         assert torch.equal(blip2.state_dict()[name], value), name
-    assert blip2.prompts == parts.prompts
+    assert blip2.prompts == components.prompts
     assert blip2.matcher is not None
     for name, value in build_matcher().state_dict().items():
         assert torch.equal(blip2.matcher.state_dict()[name], value), name
@@ -35,10 +35,10 @@ def test_the_tied_matrix_is_stored_once_and_tied_again(checkpoint: Path) -> None
 
 def test_weights_saved_in_half_precision_are_loaded_in_float32(checkpoint: Path) -> None:
     root = checkpoint.parent
-    parts = build_components()
+    components = build_components()
     save_generation_adapter(
         checkpoint,
-        parts,
+        components,
         vision_directory=root / "vision_model",
         language_directory=root / "language_model",
         dtype=torch.bfloat16,
@@ -46,7 +46,7 @@ def test_weights_saved_in_half_precision_are_loaded_in_float32(checkpoint: Path)
     assert {value.dtype for value in load_file(checkpoint / ADAPTER).values()} == {torch.bfloat16}
     blip2 = Blip2.from_pretrained(str(checkpoint))
     assert blip2.query_tokens.dtype == torch.float32
-    assert torch.equal(blip2.query_tokens, parts.query_tokens.bfloat16().float())
+    assert torch.equal(blip2.query_tokens, components.query_tokens.bfloat16().float())
     assert blip2.matcher is None
 
 
@@ -110,11 +110,11 @@ def test_a_saved_matcher_scores_as_the_one_it_was_saved_from(checkpoint: Path) -
     save_retrieval_adapter(
         root / "other", matcher, build_components().preprocess, vision_directory=root / "vision_model"
     )
-    loaded = Blip2.from_pretrained(str(root / "other"))
-    features = loaded.encode_images(random_pixels(2))
+    reloaded = Blip2.from_pretrained(str(root / "other"))
+    features = reloaded.encode_images(random_pixels(2))
     tokens = matcher.tokenize(["a red circle", "there is no star"])
-    assert loaded.matcher is not None
+    assert reloaded.matcher is not None
     torch.testing.assert_close(
-        loaded.matcher.match_logits(features, *tokens), matcher.match_logits(features, *tokens)
+        reloaded.matcher.match_logits(features, *tokens), matcher.match_logits(features, *tokens)
     )
-    assert loaded.matcher.max_text_tokens == matcher.max_text_tokens
+    assert reloaded.matcher.max_text_tokens == matcher.max_text_tokens

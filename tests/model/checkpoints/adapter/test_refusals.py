@@ -1,4 +1,4 @@
-"""Adapters that are not whole: whatever is wrong is named, with its file and the cure."""
+"""Damaged adapters: errors name what is wrong, its file and the cure."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.model.checkpoints.damage import ADAPTER, edit_config, edit_tensors
 
 
 def refusal(directory: Path) -> str:
-    """Gives the message with which a checkpoint is refused."""
+    """Return the message of the error that loading a checkpoint raises."""
     with pytest.raises(CheckpointError) as caught:
         Blip2.from_pretrained(str(directory))
     return str(caught.value)
@@ -58,12 +58,12 @@ def test_a_config_that_is_not_json_is_refused(checkpoint: Path) -> None:
     assert "config.json is not valid JSON" in refusal(checkpoint)
 
 
-@pytest.mark.parametrize("part", ["stage2", "stage1"])
-def test_a_missing_tensor_is_named_with_its_file(checkpoint: Path, part: str) -> None:
-    path = checkpoint.parent / part / ADAPTER
+@pytest.mark.parametrize("directory", ["stage2", "stage1"])
+def test_a_missing_tensor_is_named_with_its_file(checkpoint: Path, directory: str) -> None:
+    path = checkpoint.parent / directory / ADAPTER
     edit_tensors(path, lambda tensors: tensors.pop("qformer.layernorm.weight"))
     message = refusal(checkpoint)
-    assert f"{part}/{ADAPTER} lacks the tensor 'qformer.layernorm.weight' (1 are missing" in message
+    assert f"{directory}/{ADAPTER} lacks the tensor 'qformer.layernorm.weight' (1 are missing" in message
     assert "save the checkpoint again" in message
 
 
@@ -90,21 +90,23 @@ def test_a_truncated_file_is_named(checkpoint: Path, file: str, num_bytes: int) 
     assert f"{file} (" in refusal(checkpoint)
 
 
-@pytest.mark.parametrize("part", ["vision_model", "language_model"])
-def test_another_frozen_part_than_the_adapter_was_trained_on_is_refused(checkpoint: Path, part: str) -> None:
-    weights = checkpoint.parent / part / "model.safetensors"
+@pytest.mark.parametrize("directory", ["vision_model", "language_model"])
+def test_another_frozen_model_than_the_adapter_was_trained_on_is_refused(
+    checkpoint: Path, directory: str
+) -> None:
+    weights = checkpoint.parent / directory / "model.safetensors"
     edit_tensors(weights, lambda tensors: next(iter(tensors.values())).add_(1))
     message = refusal(checkpoint)
-    assert f"{part} have sha256" in message
+    assert f"{directory} have sha256" in message
     assert "put the frozen part back" in message
 
 
-def test_an_absent_frozen_part_is_named(checkpoint: Path) -> None:
+def test_an_absent_frozen_model_is_named(checkpoint: Path) -> None:
     (checkpoint.parent / "language_model" / "model.safetensors").unlink()
     assert "language_model/model.safetensors" in refusal(checkpoint)
 
 
-def test_a_frozen_part_of_another_kind_is_refused(checkpoint: Path) -> None:
+def test_a_frozen_model_of_another_kind_is_refused(checkpoint: Path) -> None:
     edit_config(checkpoint.parent / "vision_model", lambda fields: fields.update(model_type="bert"))
     assert "is of model type 'bert'; image encoders of ['blip-2', " in refusal(checkpoint)
 

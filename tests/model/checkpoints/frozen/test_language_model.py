@@ -1,4 +1,4 @@
-"""Checkpoints with a T5: what was saved is what is loaded, and what is wrong is named."""
+"""Checkpoints with a T5: loading returns the saved weights, and errors name what is wrong."""
 
 import shutil
 from collections.abc import Callable
@@ -60,29 +60,29 @@ def answers(blip2: Blip2) -> object:
 
 
 def refusal(directory: Path) -> str:
-    """Gives the message with which a language model is refused."""
+    """Return the message of the error that loading a language model raises."""
     with pytest.raises(CheckpointError) as caught:
         load_language_model(directory)
     return str(caught.value)
 
 
 def test_an_adapter_on_a_t5_is_loaded_as_it_was_saved(t5_checkpoint: Path, kind: Kind) -> None:
-    built, loaded = Blip2(build_t5_components(kind)).eval(), Blip2.from_pretrained(str(t5_checkpoint))
+    built, reloaded = Blip2(build_t5_components(kind)).eval(), Blip2.from_pretrained(str(t5_checkpoint))
     for name, value in built.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
-    assert loaded.prompts == built.prompts
-    assert loaded.matcher is not None
-    assert answers(loaded) == answers(built)
-    assert not any(value.requires_grad for value in language_model_of(loaded).parameters())
+        assert torch.equal(reloaded.state_dict()[name], value), name
+    assert reloaded.prompts == built.prompts
+    assert reloaded.matcher is not None
+    assert answers(reloaded) == answers(built)
+    assert not any(value.requires_grad for value in language_model_of(reloaded).parameters())
 
 
 def test_a_t5_saved_for_the_hub_answers_the_same_when_loaded_from_there(kind: Kind, tmp_path: Path) -> None:
     built = Blip2(build_t5_components(kind)).eval()
     save_hub(tmp_path, built.components)
-    loaded = Blip2.from_pretrained(str(tmp_path))
-    assert answers(loaded) == answers(built)
-    assert loaded.prompts.question == "Question: {} Short answer:"
-    assert language_model_of(loaded).image_token_id == language_model_of(built).image_token_id
+    reloaded = Blip2.from_pretrained(str(tmp_path))
+    assert answers(reloaded) == answers(built)
+    assert reloaded.prompts.question == "Question: {} Short answer:"
+    assert language_model_of(reloaded).image_token_id == language_model_of(built).image_token_id
 
 
 def test_saving_for_the_hub_leaves_the_model_as_it_was(kind: Kind, tmp_path: Path) -> None:
@@ -131,24 +131,24 @@ def test_a_t5_is_refused_in_float16_with_the_types_it_runs_in(tmp_path: Path) ->
     for directory in (adapter, tmp_path / "hub"):
         with pytest.raises(CheckpointError, match="overflows in float16; load it in bfloat16 or float32"):
             Blip2.from_pretrained(str(directory), LoadOptions(dtype=torch.float16))
-        loaded = Blip2.from_pretrained(str(directory), LoadOptions(dtype=torch.bfloat16))
-        assert {value.dtype for value in language_model_of(loaded).parameters()} == {torch.bfloat16}
-        assert loaded.query_tokens.dtype == torch.float32
+        reloaded = Blip2.from_pretrained(str(directory), LoadOptions(dtype=torch.bfloat16))
+        assert {value.dtype for value in language_model_of(reloaded).parameters()} == {torch.bfloat16}
+        assert reloaded.query_tokens.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kept", COPIES)
 def test_word_embeddings_are_found_under_the_name_of_a_copy(t5_directory: Path, kept: str) -> None:
     expected = load_language_model(t5_directory).state_dict()
     edit_tensors(t5_directory / WEIGHTS, lambda tensors: tensors.update({kept: tensors.pop("shared.weight")}))
-    loaded = load_language_model(t5_directory).state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+    reloaded = load_language_model(t5_directory).state_dict()
+    assert all(torch.equal(reloaded[name], value) for name, value in expected.items())
 
 
 def test_copies_of_the_word_embeddings_may_stand_beside_them(t5_directory: Path) -> None:
     expected = load_language_model(t5_directory).state_dict()
     edit_tensors(t5_directory / WEIGHTS, add_copies)
-    loaded = load_language_model(t5_directory).state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+    reloaded = load_language_model(t5_directory).state_dict()
+    assert all(torch.equal(reloaded[name], value) for name, value in expected.items())
 
 
 def add_copies(tensors: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Types and places of the parts: what is picked for which hardware, 8 bits, several devices."""
+"""Types and devices of the frozen models: automatic types, 8 bits, several devices."""
 
 import sys
 from importlib.util import find_spec
@@ -51,8 +51,8 @@ def test_the_type_is_the_one_its_authors_ran_or_one_that_the_hardware_has(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
     options = LoadOptions(device=torch.device(device), dtype=None)
     assert tuple(options.pick_dtype(half) for half in HALVES) == expected
-    wanted = LoadOptions(device=torch.device(device), dtype=torch.float32)
-    assert [wanted.pick_dtype(half) for half in HALVES] == [torch.float32] * 2
+    explicit = LoadOptions(device=torch.device(device), dtype=torch.float32)
+    assert [explicit.pick_dtype(half) for half in HALVES] == [torch.float32] * 2
 
 
 def test_without_a_type_a_checkpoint_loads_in_the_one_that_is_picked(

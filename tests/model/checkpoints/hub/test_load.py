@@ -51,12 +51,15 @@ def assert_same_answers(one: Blip2, other: Blip2) -> None:
 def test_a_model_saved_for_the_hub_answers_the_same_when_loaded_from_there(
     blip2: Blip2, hub_directory: Path
 ) -> None:
-    loaded = Blip2.from_pretrained(str(hub_directory))
-    assert_same_answers(blip2, loaded)
-    assert loaded.language_model is not None
+    reloaded = Blip2.from_pretrained(str(hub_directory))
+    assert_same_answers(blip2, reloaded)
+    assert reloaded.language_model is not None
     assert blip2.language_model is not None
-    assert loaded.language_model.image_token_id == blip2.language_model.image_token_id
-    assert (loaded.preprocess.mean, loaded.preprocess.std) == (blip2.preprocess.mean, blip2.preprocess.std)
+    assert reloaded.language_model.image_token_id == blip2.language_model.image_token_id
+    assert (reloaded.preprocess.mean, reloaded.preprocess.std) == (
+        blip2.preprocess.mean,
+        blip2.preprocess.std,
+    )
 
 
 def test_shards_are_read_as_one_model(
@@ -115,20 +118,20 @@ def test_a_retrieval_model_of_the_hub_compares_but_neither_speaks_nor_generates(
 ) -> None:
     matcher: Matcher = build_matcher()
     vision_model: VisionEncoder = build_vision_model()
-    loaded = Blip2.from_pretrained(str(retrieval_directory))
-    assert loaded.matcher is not None
-    assert loaded.language_model is None
-    features = loaded.encode_images(random_pixels(2))
+    reloaded = Blip2.from_pretrained(str(retrieval_directory))
+    assert reloaded.matcher is not None
+    assert reloaded.language_model is None
+    features = reloaded.encode_images(random_pixels(2))
     tokens = matcher.tokenize(["a red circle", "no"])
     torch.testing.assert_close(features, vision_model(random_pixels(2)))
     torch.testing.assert_close(
-        loaded.matcher.match_logits(features, *tokens), matcher.match_logits(features, *tokens)
+        reloaded.matcher.match_logits(features, *tokens), matcher.match_logits(features, *tokens)
     )
-    torch.testing.assert_close(loaded.matcher.text_embeds(*tokens), matcher.text_embeds(*tokens))
-    assert loaded.matcher.temperature.item() == pytest.approx(0.07)
-    states = loaded.matcher.encode_image_queries(features)
+    torch.testing.assert_close(reloaded.matcher.text_embeds(*tokens), matcher.text_embeds(*tokens))
+    assert reloaded.matcher.temperature.item() == pytest.approx(0.07)
+    states = reloaded.matcher.encode_image_queries(features)
     with pytest.raises(TaskUnavailableError, match="no text head"):
-        loaded.matcher.generation_logits(*tokens, states.keys_values)
+        reloaded.matcher.generation_logits(*tokens, states.keys_values)
 
 
 def test_a_tensor_the_hub_format_does_not_know_is_named(hub_directory: Path, tmp_path: Path) -> None:
@@ -165,14 +168,14 @@ def test_the_question_template_is_the_one_its_language_model_answers_best_to(hub
 
 
 def test_an_opt_with_a_head_of_its_own_keeps_it_on_the_way_to_the_hub_and_back(tmp_path: Path) -> None:
-    parts = build_components()
-    assert parts.language_model is not None
-    head = torch.randn_like(parts.language_model.llm.lm_head.weight)
-    parts.language_model.llm.lm_head.weight = torch.nn.Parameter(head)
-    save_hub(tmp_path, parts)
-    loaded = Blip2.from_pretrained(str(tmp_path)).language_model
-    assert loaded is not None
-    assert torch.equal(loaded.llm.lm_head.weight, head)
+    components = build_components()
+    assert components.language_model is not None
+    head = torch.randn_like(components.language_model.llm.lm_head.weight)
+    components.language_model.llm.lm_head.weight = torch.nn.Parameter(head)
+    save_hub(tmp_path, components)
+    reloaded = Blip2.from_pretrained(str(tmp_path)).language_model
+    assert reloaded is not None
+    assert torch.equal(reloaded.llm.lm_head.weight, head)
 
 
 def test_an_architecture_of_transformers_that_is_not_served_is_named(
