@@ -3,7 +3,7 @@
 config.json           see `AdapterConfig`
 adapter.safetensors   query_tokens, ln_vision.*, qformer.*, language_projection.*  (generation),
                       or all tensors of the Matcher, the tied one once             (retrieval)
-tokenizer*.json       of the text side                                             (retrieval)
+tokenizer*.json       of the texts                                                 (retrieval)
 """
 
 from dataclasses import replace
