@@ -47,13 +47,11 @@ def build_generation_components(
     preprocess: ImagePreprocessor,
     source: Path,
     question_embedder: QuestionEmbedder | None = None,
-    prompts: PromptTemplates | None = None,
-    matcher: Matcher | None = None,
 ) -> Blip2Components:
     """Build a generation model around the tensors of a `QFormerBranch`.
 
-    question_embedder: of a question-conditioned Q-Former, built on "meta". prompts: None for those in which
-    the language model answers best. Raises CheckpointError where tensors and sizes differ.
+    question_embedder: of a question-conditioned Q-Former, built on "meta". The prompts are those in which the
+    language model answers best. Raises CheckpointError where tensors and sizes differ.
     """
     with torch.device("meta"):
         branch = QFormerBranch(
@@ -72,8 +70,7 @@ def build_generation_components(
         language_projection=branch.language_projection,
         language_model=language_model,
         question_embedder=question_embedder,
-        matcher=matcher,
-        prompts=prompts or PromptTemplates(question=language_model.question_template),
+        prompts=PromptTemplates(question=language_model.question_template),
     )
 
 

@@ -20,6 +20,7 @@ from model.generation.request import (
     DecodeRequest,
     Generation,
     ScheduledSequence,
+    build_generation,
     memory_requirement,
     schedule,
 )
@@ -201,26 +202,14 @@ class Decoder:
         if not finished.is_active[sequence, 0]:  # the model ruled out all tokens, even the end
             return (Generation("", (), math.nan, 0, "stop"),)
         return tuple(
-            self._build_generation(
+            build_generation(
+                self._language_model,
                 tuple(finished.token_ids[sequence, rank, : finished.lengths[sequence, rank]].tolist()),
                 tuple(finished.log_probs[sequence, rank, : finished.lengths[sequence, rank]].tolist()),
                 float(finished.scores[sequence, rank]),
             )
             for rank in range(request.params.num_return_sequences)
             if finished.is_active[sequence, rank]
-        )
-
-    def _build_generation(
-        self, token_ids: tuple[int, ...], log_probs: tuple[float, ...], score: float
-    ) -> Generation:
-        is_ended = token_ids[-1] in self._language_model.eos_token_ids
-        return Generation(
-            text=self._language_model.decode_tokens(token_ids),
-            token_ids=token_ids,
-            score=score,
-            num_tokens=len(token_ids),
-            finish_reason="stop" if is_ended else "length",
-            log_probs=log_probs,
         )
 
 

@@ -70,6 +70,21 @@ def memory_requirement(num_prefix_tokens: int, params: GenerationParams) -> Memo
     return MemoryRequirement(num_prefix_tokens, params.num_rows, params.max_new_tokens)
 
 
+def build_generation(
+    language_model: LanguageModel, token_ids: tuple[int, ...], log_probs: tuple[float, ...], score: float
+) -> Generation:
+    """Build the generation of a finished hypothesis, with its text and its reason to end."""
+    is_ended = token_ids[-1] in language_model.eos_token_ids
+    return Generation(
+        text=language_model.decode_tokens(token_ids),
+        token_ids=token_ids,
+        score=score,
+        num_tokens=len(token_ids),
+        finish_reason="stop" if is_ended else "length",
+        log_probs=log_probs,
+    )
+
+
 def _build_generator(seed: int | None, device: torch.device) -> torch.Generator:
     generator = torch.Generator(device)
     if seed is None:

@@ -4,11 +4,11 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from model.vision import cpu_attention
-from model.vision.families import FAMILIES
-from model.vision.position_embeddings import find_position_embeddings, resize_position_embeddings
+from model.vision.families import FAMILIES, VisionFamily
 
 _STAGES = ("stage_names", "out_features", "out_indices")
 _PROVENANCE = ("_name_or_path", "architectures", "dtype", "initializer_range", "transformers_version")
@@ -49,7 +49,7 @@ class VisionEncoder(nn.Module):
 
     @property
     def num_image_tokens(self) -> int:
-        _, positions = find_position_embeddings(_embeddings(self.vit))
+        _, positions = _find_position_embeddings(_embeddings(self.vit))
         return positions.shape[-2]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ class VisionEncoder(nn.Module):
             return
         embeddings = _embeddings(self.vit)
         tensors = embeddings.state_dict()
-        name, positions = find_position_embeddings(embeddings)
-        tensors[name] = resize_position_embeddings(
+        name, positions = _find_position_embeddings(embeddings)
+        tensors[name] = _resize_position_embeddings(
             positions.detach(), image_size // config.patch_size, FAMILIES[config.model_type]
         )
         config.image_size = self.image_size = image_size
@@ -154,3 +154,24 @@ def _drop_layers(vit: PreTrainedModel, *, behind: int) -> None:
     if hasattr(vit.config, "stage_names"):  # a backbone's, whose stages are made of the number of layers
         kept = {key: value for key, value in vit.config.to_dict().items() if key not in _STAGES}
         vit.config = type(vit.config).from_dict(kept)
+
+
+def _find_position_embeddings(embeddings: nn.Module) -> tuple[str, Tensor]:
+    """Return the position embeddings, [P, V] or [1, P, V], and their name in the embeddings module."""
+    return next((name, table) for name, table in embeddings.named_parameters() if "position_embed" in name)
+
+
+def _resize_position_embeddings(positions: Tensor, num_rows: int, vision_family: VisionFamily) -> Tensor:
+    """Interpolate the grid of position embeddings to `num_rows` rows and columns, bicubically.
+
+    positions: [P, V] or [1, P, V]. Those of class tokens, in front, stay as they are.
+    """
+    class_positions = positions[..., : vision_family.num_class_tokens, :]
+    patch_positions = positions[..., vision_family.num_class_tokens :, :]
+    old_rows = round(patch_positions.shape[-2] ** 0.5)
+    grid = patch_positions.reshape(1, old_rows, old_rows, -1).permute(0, 3, 1, 2).float()
+    grid = F.interpolate(
+        grid, size=(num_rows, num_rows), mode="bicubic", align_corners=vision_family.align_corners
+    )  # [1, V, R, R]
+    resized = grid.permute(0, 2, 3, 1).reshape(*positions.shape[:-2], num_rows**2, -1)
+    return torch.cat([class_positions, resized.to(positions)], dim=-2)

@@ -67,22 +67,22 @@ def _load_generation(
     directory: Path, config: AdapterConfig, vision_model: VisionEncoder, options: LoadOptions
 ) -> Blip2Components:
     assert config.language_model is not None, "the configuration was checked when it was read"
-    return build_generation_components(
+    components = build_generation_components(
         config.qformer,
         _read_trained(directory, options),
         vision_model,
         load_language_model(_verify(directory, config.language_model), options),
         preprocess=_build_preprocessor(config, vision_model),
         source=directory / ADAPTER,
-        question_embedder=_build_question_embedder(directory, config)
-        if config.question_conditioned
-        else None,
-        prompts=config.prompts,
-        matcher=_load_named_matcher(directory, config, vision_model, options),
+        question_embedder=_build_question_embedder(directory, config),
     )
+    matcher = _load_named_matcher(directory, config, vision_model, options)
+    return replace(components, matcher=matcher, prompts=config.prompts or components.prompts)
 
 
-def _build_question_embedder(directory: Path, config: AdapterConfig) -> QuestionEmbedder:
+def _build_question_embedder(directory: Path, config: AdapterConfig) -> QuestionEmbedder | None:
+    if not config.question_conditioned:
+        return None
     tokenizer = load_text_tokenizer(directory)
     with torch.device("meta"):
         return QuestionEmbedder(config.qformer, tokenizer, max_text_tokens=config.max_text_tokens)

@@ -23,24 +23,12 @@ def save_lavis(path: Path, components: Blip2Components) -> None:
     <name>.tokenizer. The matcher of a generation model is left out: LAVIS keeps it in a file of its own.
     Raises CheckpointError where LAVIS does not have the image encoder.
     """
-    model_type = components.vision_model.vit.config.model_type
-    if model_type not in _ENCODERS:
-        raise CheckpointError(
-            f"the image encoder is of type {model_type!r}, and LAVIS has those of {sorted(_ENCODERS)}; "
-            "save an adapter instead"
-        )
-    sizes = components.qformer.config
-    if (sizes.cross_attention_frequency, sizes.layer_norm_eps) != (2, 1e-12):
-        raise CheckpointError(
-            f"the Q-Former attends to the image in every {sizes.cross_attention_frequency}. layer and has "
-            f"the epsilon {sizes.layer_norm_eps}; LAVIS' does so in every 2., with 1e-12: save an adapter"
-        )
+    _check_supported(components)
+    encoder = _ENCODERS[components.vision_model.vit.config.model_type]
     language_family = (
         "opt" if components.language_model is None else components.language_model.llm.config.model_type
     )
-    tensors = to_lavis(
-        _tensors(components), encoder=_ENCODERS[model_type], language_family=language_family, source=path
-    )
+    tensors = to_lavis(_tensors(components), encoder=encoder, language_family=language_family, source=path)
     directories = {
         name: path.with_suffix(f".{name}") for name in ("vision_model", "language_model", "tokenizer")
     }
@@ -61,6 +49,22 @@ def save_lavis(path: Path, components: Blip2Components) -> None:
         components.matcher.tokenizer.save_pretrained(directories["tokenizer"])
     torch.save({"model": tensors}, path)
     path.with_suffix(".json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_supported(components: Blip2Components) -> None:
+    """Raise CheckpointError where LAVIS does not have such an image encoder or Q-Former."""
+    model_type = components.vision_model.vit.config.model_type
+    if model_type not in _ENCODERS:
+        raise CheckpointError(
+            f"the image encoder is of type {model_type!r}, and LAVIS has those of {sorted(_ENCODERS)}; "
+            "save an adapter instead"
+        )
+    sizes = components.qformer.config
+    if (sizes.cross_attention_frequency, sizes.layer_norm_eps) != (2, 1e-12):
+        raise CheckpointError(
+            f"the Q-Former attends to the image in every {sizes.cross_attention_frequency}. layer and has "
+            f"the epsilon {sizes.layer_norm_eps}; LAVIS' does so in every 2., with 1e-12: save an adapter"
+        )
 
 
 def _tensors(components: Blip2Components) -> dict[str, Tensor]:
