@@ -1,4 +1,4 @@
-"""Language models that no published BLIP-2 has answer as in transformers, in its format or an adapter."""
+"""Language models of no published BLIP-2: answers equal transformers', in its format or an adapter."""
 
 import json
 from pathlib import Path

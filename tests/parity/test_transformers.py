@@ -1,4 +1,4 @@
-"""Models that `transformers` made and saved answer here as they answer there, in several sizes.
+"""Models saved by `transformers` have equal answers here and there, in several sizes.
 
 Weights are random but not small, so that answers differ from image to image and end tokens do occur.
 """

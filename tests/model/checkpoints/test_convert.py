@@ -26,7 +26,7 @@ FORMATS: tuple[Format, ...] = ("hub", "lavis", "adapter")
 
 
 def with_eva_biases(components: Blip2Components) -> Blip2Components:
-    """As EVA's encoder is, so that every format can hold it: no bias of the keys, but of all else."""
+    """Set the biases as in EVA's encoder, which every format supports: zero for the keys alone."""
     with torch.no_grad():
         for layer in components.vision_model.vit.encoder.layers:
             layer.self_attn.qkv.bias.normal_()[48:96] = 0
@@ -53,7 +53,7 @@ def build_retrieval() -> Blip2Components:
 
 
 def tensors_of(components: Blip2Components) -> dict[str, Tensor]:
-    """All weights of a model, by our names."""
+    """Return all weights of a model, by our names."""
     tensors = {
         f"vision_model.{name}": each for name, each in components.vision_model.backbone.state_dict().items()
     }

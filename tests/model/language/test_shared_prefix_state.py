@@ -1,4 +1,4 @@
-"""Beams of one sequence share the keys and values of its prefix, with the logits of separate caches."""
+"""Beams share the keys and values of their prefix, and have the logits of separate caches."""
 
 import random
 

@@ -139,7 +139,7 @@ def test_cached_pass_equals_one_joint_pass_under_the_unilm_mask(
 def joint_pass(
     qformer: QFormer, query_tokens: Tensor, embeds: Tensor, mask: Tensor, features: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Computes queries and texts together, with the multimodal causal mask written out."""
+    """Compute queries and texts together, with the multimodal causal mask written out."""
     num_queries, num_text_tokens = query_tokens.shape[1], embeds.shape[1]
     num_tokens = num_queries + num_text_tokens
     visible = torch.zeros(2, 1, num_tokens, num_tokens, dtype=torch.bool)
@@ -182,7 +182,7 @@ def test_training_under_bfloat16_autocast_gives_finite_gradients_everywhere(qfor
 
 
 def build_reference(config: QFormerConfig, qformer: QFormer) -> Blip2QFormerModel:
-    """transformers' Q-Former with the same weights."""
+    """Build transformers' Q-Former with the same weights."""
     fields = dataclasses.asdict(config)
     reference = Blip2QFormerModel(Blip2QFormerConfig(**fields, use_qformer_text_input=True)).eval()
     reference.load_state_dict(qformer.state_dict())

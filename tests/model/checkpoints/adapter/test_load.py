@@ -1,4 +1,4 @@
-"""Adapters: what was saved is what is loaded."""
+"""Adapters: loading returns the saved weights."""
 
 from pathlib import Path
 

@@ -35,13 +35,13 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 @pytest.fixture
 def t5_checkpoint(tmp_path: Path, kind: Kind) -> Path:
-    """The adapter of a random checkpoint with a T5 that a test may damage."""
+    """Save a random checkpoint with a T5, which a test may damage; return its adapter."""
     return save_random_t5_checkpoint(tmp_path / "checkpoint", kind)
 
 
 @pytest.fixture
 def t5_directory(tmp_path: Path) -> Path:
-    """An untied T5 with its tokenizer, as `save_pretrained` leaves it."""
+    """Save an untied T5 with its tokenizer."""
     build_t5("untied").save_pretrained(tmp_path)
     build_t5_tokenizer().save_pretrained(tmp_path)
     return tmp_path
@@ -218,7 +218,7 @@ def test_a_wrong_configuration_is_named(
 def test_a_head_that_was_cut_off_is_missed_where_the_configuration_says_it_is_no_copy(
     t5_directory: Path, tmp_path: Path, wrapped: bool
 ) -> None:
-    """As the releases of transformers before 5 save Flan-T5, and BLIP-2 on it."""
+    """Check files of Flan-T5, and of BLIP-2 on it, as transformers before release 5 saved them."""
     directory, prefix = t5_directory, ""
     if wrapped:
         directory, prefix = tmp_path / "hub", "language_model."

@@ -20,7 +20,7 @@ MODEL_TYPES = ["blip_2_vision_model", "clip_vision_model", "siglip_vision_model"
 
 
 def save_adapter_on(directory: Path, model_type: str, root: Path) -> Path:
-    """An adapter that reads the second-last layer of a new encoder of this family."""
+    """Save an adapter on the second-last layer of a new encoder."""
     build_vit(model_type).save_pretrained(directory / "encoder")
     encoder = VisionEncoder(build_vit(model_type), feature_layer=-2)
     save_generation_adapter(

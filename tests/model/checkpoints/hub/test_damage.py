@@ -1,4 +1,4 @@
-"""Directories in the Hub's format that are not whole: the file, the tensor and the cure are named."""
+"""Damaged directories in the Hub's format: errors name file, tensor and cure."""
 
 import json
 from pathlib import Path
@@ -156,7 +156,7 @@ def _merged(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inside(name: str) -> str:
-    """The name as a message has it: that inside the part it belongs to."""
+    """Return the name as in messages: that inside its component."""
     if name.startswith("vision_model.post_layernorm."):
         return name.replace("vision_model.post_layernorm", "ln_vision")
     return name.removeprefix("vision_model.").removeprefix("language_model.")

@@ -1,4 +1,4 @@
-"""The Hub's format: what transformers saves loads here, and the other way round."""
+"""The Hub's format: files of transformers load here, and files of ours load there."""
 
 import json
 import re
