@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Blip2ForConditionalGeneration
 
-from model import Blip2, GenerationParams, InvalidPromptError, TaskUnavailableError
+from model import Blip2, EmbeddingKind, GenerationParams, InvalidPromptError, TaskUnavailableError
 from model.checkpoints import LoadOptions
 from tests.builders import IMAGE_SIZE, NUM_QUERY_TOKENS, build_components, random_pixels
 
@@ -110,3 +110,21 @@ def test_components_of_a_model_are_those_it_was_built_from() -> None:
     components = build_components()
     assert Blip2(components).components == components
     assert Blip2(components).image_size == IMAGE_SIZE
+
+
+@torch.inference_mode()
+def test_each_kind_of_embedding_is_computed_from_image_features(blip2: Blip2) -> None:
+    image_features = blip2.encode_images(random_pixels(2))
+    matcher = blip2.require_matcher()
+    image_embeds = matcher.image_embeds(matcher.encode_image_queries(image_features).query_output)
+    query_output = blip2.encode(EmbeddingKind.QUERY_OUTPUT, image_features)
+    assert torch.equal(query_output, blip2.encode_queries(image_features))
+    assert torch.equal(blip2.encode(EmbeddingKind.IMAGE_EMBEDS, image_features), image_embeds)
+    assert torch.equal(blip2.encode(EmbeddingKind.IMAGE_FEATURES, image_features), image_features)
+    assert torch.equal(blip2.project(query_output[0]), blip2.project_queries(query_output[:1])[0])
+
+
+def test_embeddings_of_an_absent_matcher_are_refused() -> None:
+    blip2 = Blip2(build_components(), name="no-matcher")
+    with pytest.raises(TaskUnavailableError, match="'no-matcher' has no ITC and ITM heads"):
+        blip2.encode(EmbeddingKind.IMAGE_EMBEDS, torch.zeros(1, 17, 48))
