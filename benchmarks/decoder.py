@@ -25,10 +25,9 @@ from random_checkpoint import IMAGE_TOKEN, NUM_QUERY_TOKENS, make_checkpoint
 from torch import Tensor
 from transformers import Blip2ForConditionalGeneration
 
-from model import Blip2, DecodeJob, GenerationParams
+from model import Blip2, DecodeRequest, GenerationParams, MemoryRequirement
 from model.checkpoints import LoadOptions
-from model.decoding import run_jobs
-from model.language import Extent
+from model.generation import run_requests
 
 PROMPT = "w7 w8 w9"
 NUM_TOGETHER = 16
@@ -75,14 +74,17 @@ class Ours:
     def kv_bytes(self, requests: Sequence[Request]) -> int:
         """Gives the most that keys and values of these requests take together."""
         num_prefix_tokens = NUM_QUERY_TOKENS + len(self.language_model.tokenize(PROMPT))
-        return self.language_model.build_state().num_bytes(
-            [Extent(num_prefix_tokens, request.num_beams, request.num_tokens) for request in requests]
+        return self.language_model.kv_bytes(
+            [
+                MemoryRequirement(num_prefix_tokens, request.num_beams, request.num_tokens)
+                for request in requests
+            ]
         )
 
     def _answer(self, requests: Sequence[Request], inputs: Tensor) -> None:
         prompt_ids = self.language_model.tokenize(PROMPT)
         jobs = [
-            DecodeJob(
+            DecodeRequest(
                 one,
                 prompt_ids,
                 GenerationParams(
@@ -93,7 +95,7 @@ class Ours:
             )
             for one, request in zip(inputs, requests, strict=True)
         ]
-        for request, (answer, *_) in zip(requests, run_jobs(self.language_model, jobs), strict=True):
+        for request, (answer, *_) in zip(requests, run_requests(self.language_model, jobs), strict=True):
             assert answer.num_tokens == request.num_tokens
 
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from model import Blip2
-from model.checkpoints import EMBEDDED, LoadOptions
-from model.checkpoints.options import Quantization
+from model.checkpoints import EMBEDDED, LoadOptions, Quantization
 from training.evaluation.metrics import AnsweredQuestion, caption_figures, vqa_figures
 from training.tiny.gates.generation import PromptedGenerator
 from training.tiny.gates.plan import GatePlan, prepare_pixels

@@ -1,4 +1,4 @@
-"""`python -m model caption|ask|match IMAGES…`: answers on the command line, without a server."""
+"""`python -m model caption|ask|match IMAGES…`: bulk work on the command line, without a server."""
 
 import argparse
 import sys
@@ -9,15 +9,15 @@ from typing import get_args
 import torch
 
 from model.blip2 import Blip2
-from model.bulk import Work, answer_work, caption_work, find_images, match_work, run_bulk
+from model.bulk import BulkTask, build_answering, build_captioning, build_matching, find_images, run_bulk
 from model.checkpoints import LoadOptions, Quantization
-from model.decoding import GenerationParams
 from model.devices import find_device
 from model.errors import ModelError
+from model.generation import GenerationParams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Gives the exit status: 0, 1 where an image could not be read, 2 for an error, told in one line."""
+    """Return the exit status: 0; 1 where an image is unreadable; 2 for an error, printed in one line."""
     arguments = _parse(argv)
     try:
         images = find_images(arguments.images)
@@ -28,13 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         blip2 = Blip2.from_pretrained(arguments.model, options, revision=arguments.revision)
         blip2.pack()
-        work = _work_of(arguments, blip2)
-        written, failed = run_bulk(blip2, images, work, arguments.out, batch_size=arguments.batch_size)
+        task = _build_task(arguments, blip2)
+        written, failed = run_bulk(blip2, images, task, arguments.out, batch_size=arguments.batch_size)
     except (ModelError, OSError) as error:
         print(f"{arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on where {arguments.out} ends", file=sys.stderr)
+        print(f"stopped; run the same command again to continue {arguments.out}", file=sys.stderr)
         return 130
     print(
         f"{arguments.out}: {written} images written, {len(images) - written} were there, {failed} unreadable",
@@ -43,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _work_of(arguments: argparse.Namespace, blip2: Blip2) -> Work:
+def _build_task(arguments: argparse.Namespace, blip2: Blip2) -> BulkTask:
     if arguments.command == "match":
-        return match_work(blip2, arguments.text)
+        return build_matching(blip2, arguments.text)
     if arguments.command == "ask":
         params = GenerationParams(num_beams=arguments.beams, max_new_tokens=10, length_penalty=-1.0)
-        return answer_work(blip2, arguments.question, params)
+        return build_answering(blip2, arguments.question, params)
     params = GenerationParams(num_beams=arguments.beams, max_new_tokens=30)
-    return caption_work(blip2, arguments.prompt, params)
+    return build_captioning(blip2, arguments.prompt, params)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -59,7 +59,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     shared.add_argument("images", type=Path, nargs="+", help="files, or directories of them")
     shared.add_argument("--model", default="tiny", help="as BLIP2_MODEL (default: tiny)")
     shared.add_argument(
-        "--out", type=Path, required=True, help="JSON lines; images that have one are left out"
+        "--out", type=Path, required=True, help="JSON lines; images that have one are skipped"
     )
     shared.add_argument("--revision", help="branch, tag or commit of a model of the Hub")
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
@@ -73,11 +73,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     captioning.add_argument("--beams", type=int, default=5)
 
     asking = commands.add_parser("ask", parents=[shared], help="answers to questions about each image")
-    asking.add_argument("--question", action="append", required=True, help="may be given several times")
+    asking.add_argument("--question", action="append", required=True, help="may be repeated")
     asking.add_argument("--beams", type=int, default=5)
 
     matching = commands.add_parser("match", parents=[shared], help="how well texts fit each image")
-    matching.add_argument("--text", action="append", required=True, help="may be given several times")
+    matching.add_argument("--text", action="append", required=True, help="may be repeated")
     return parser.parse_args(argv)
 
 

@@ -5,45 +5,61 @@ pixel_values → vision_model → image_features → ln_vision → (query_tokens
 """
 
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from model.checkpoints import IN_FLOAT32, LoadOptions, load_blip2
-from model.decoding import DecodeJob, Generation, GenerationParams, run_jobs
+from model.components import Blip2Components
 from model.errors import TaskUnavailableError
+from model.generation import DecodeRequest, Generation, GenerationParams, run_requests
 from model.language import LanguageModel
+from model.matching import Matcher
 from model.packing import pack_linears
-from model.parts import Blip2Parts
 from model.qformer import QFormer
 
 
+class EmbeddingKind(StrEnum):
+    """A representation of an image that is worth caching."""
+
+    QUERY_OUTPUT = "query_output"  # [Q, D], of the Q-Former in front of the language model
+    IMAGE_EMBEDS = "image_embeds"  # [Q, E], normalised, of the matcher's Q-Former
+    IMAGE_FEATURES = "image_features"  # [P, V], before ln_vision; the others are computed from them
+
+
 class Blip2(nn.Module):
-    """BLIP-2 composed of its parts (paper, section 3).
+    """BLIP-2 composed of its components (paper, section 3).
 
-    The frozen parts, vision and language model, run each in its own type; what stands between them
-    (ln_vision, Q-Former, projection, matcher) in float32. The casts happen where they meet.
+    The frozen components, vision and language model, each run in their own type; those between them
+    (ln_vision, Q-Former, projection, matcher) in float32. Tensors are cast where they meet.
 
-    name: what it was loaded as. identify: gives the fingerprint. language_model and language_projection are
-    None in a retrieval-only model, matcher where no retrieval model was named, question_reader where the
-    Q-Former reads images alone.
+    name: what it was loaded as. compute_fingerprint: for `fingerprint`. language_model and
+    language_projection are None in a retrieval-only model, matcher where no retrieval model was named,
+    question_embedder where the Q-Former attends to images alone.
     """
 
-    def __init__(self, parts: Blip2Parts, *, name: str = "", identify: Callable[[], str] = str) -> None:
+    def __init__(
+        self,
+        components: Blip2Components,
+        *,
+        name: str = "",
+        compute_fingerprint: Callable[[], str] = str,
+    ) -> None:
         super().__init__()
         self.name = name
-        self._identify = identify
-        self.vision_model = parts.vision_model
-        self.preprocess = parts.preprocess
-        self.ln_vision = parts.ln_vision
-        self.query_tokens = parts.query_tokens
-        self.qformer = parts.qformer
-        self.language_projection = parts.language_projection
-        self.language_model = parts.language_model
-        self.question_reader = parts.question_reader
-        self.matcher = parts.matcher
-        self.prompts = parts.prompts
+        self._compute_fingerprint = compute_fingerprint
+        self.vision_model = components.vision_model
+        self.preprocess = components.preprocess
+        self.ln_vision = components.ln_vision
+        self.query_tokens = components.query_tokens
+        self.qformer = components.qformer
+        self.language_projection = components.language_projection
+        self.language_model = components.language_model
+        self.question_embedder = components.question_embedder
+        self.matcher = components.matcher
+        self.prompts = components.prompts
 
     @classmethod
     def from_pretrained(
@@ -53,37 +69,38 @@ class Blip2(nn.Module):
         *,
         revision: str | None = None,
     ) -> "Blip2":
-        """Loads a checkpoint, ready to answer.
+        """Load a checkpoint, ready for inference.
 
         name_or_path: "tiny", the embedded default, or "tiny-t5", the same with a T5; the directory of an
         adapter or of a model in the Hub's format; a .pth file of LAVIS; or an id on the Hub, "owner/name",
-        of which `revision` picks a branch, tag or commit. Raises CheckpointError where it cannot be loaded,
-        which goes for a T5 in float16 too.
+        of which `revision` selects a branch, tag or commit. Raises CheckpointError where it cannot be
+        loaded; a T5 cannot be in float16.
         """
-        loaded = load_blip2(name_or_path, options, revision=revision)
-        return cls(loaded.parts, name=name_or_path, identify=loaded.identify()).eval()
+        checkpoint = load_blip2(name_or_path, options, revision=revision)
+        compute_fingerprint = checkpoint.fingerprint_function()
+        return cls(checkpoint.components, name=name_or_path, compute_fingerprint=compute_fingerprint).eval()
 
     def share_vision_model(self, other: "Blip2") -> bool:
-        """Has both models use one image encoder where theirs are equal, so that one is held and run once.
+        """Make both models use one image encoder where theirs are equal, so that it is held and run once.
 
-        Each keeps its own `ln_vision`, which is trained with the Q-Former. Gives whether image features of
-        the one serve the other: their encoders are equal, and so are the pixels that they are given.
+        Each keeps its own `ln_vision`, which is trained with the Q-Former. Returns whether image features of
+        one serve the other: their encoders are equal, and so are their pixels.
         """
         if self.vision_model is not other.vision_model:
-            if not self.vision_model.computes_as(other.vision_model):
+            if not self.vision_model.is_equal(other.vision_model):
                 return False
             other.vision_model = self.vision_model
-        return self.preprocess.makes_same_pixels(other.preprocess)
+        return self.preprocess.has_equal_output(other.preprocess)
 
     def pack(self, qformer_dtype: torch.dtype = torch.float32) -> int:
-        """Readies a model that only computes from now on for its CPU; gives the number of layers changed.
+        """Prepare the model for inference on a CPU; return the number of layers changed.
 
-        The weights of linear layers are laid out for a CPU's products, see `model.packing`. What the model
-        gives is the same up to rounding, and what lies on another device stays as it is. qformer_dtype: of
-        the Q-Formers' products; bfloat16 halves their time.
+        The weights of linear layers are packed, see `model.packing`. Results are equal up to rounding, and
+        what is on another device stays as it is. qformer_dtype: of the Q-Formers' products; bfloat16 halves
+        their time.
         """
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
-            self.vision_model.attend_by_products()
+            self.vision_model.use_cpu_attention()
         qformers = [module for module in self.modules() if isinstance(module, QFormer)]
         return sum(pack_linears(qformer, qformer_dtype) for qformer in qformers) + pack_linears(self)
 
@@ -91,9 +108,9 @@ class Blip2(nn.Module):
     def fingerprint(self) -> str:
         """A sha256 over weights, configuration and types; "" for a model that was not loaded.
 
-        The first time, it may read the weight files once more, at a gigabyte a second or so.
+        The first time, it may read the weight files again, at about a gigabyte a second.
         """
-        return self._identify()
+        return self._compute_fingerprint()
 
     @property
     def image_size(self) -> int:
@@ -108,9 +125,9 @@ class Blip2(nn.Module):
         return self.vision_model.dtype
 
     @property
-    def parts(self) -> Blip2Parts:
-        """The parts as they are now, to save them."""
-        return Blip2Parts(
+    def components(self) -> Blip2Components:
+        """The present components, to save them."""
+        return Blip2Components(
             vision_model=self.vision_model,
             preprocess=self.preprocess,
             ln_vision=self.ln_vision,
@@ -118,37 +135,50 @@ class Blip2(nn.Module):
             qformer=self.qformer,
             language_projection=self.language_projection,
             language_model=self.language_model,
-            question_reader=self.question_reader,
+            question_embedder=self.question_embedder,
             matcher=self.matcher,
             prompts=self.prompts,
         )
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """Turns [B, 3, S, S] normalised images into [B, P, V] image features, before `ln_vision`."""
+        """Encode [B, 3, S, S] normalised images into [B, P, V] image features, before `ln_vision`."""
         return self.vision_model(pixel_values.to(self.device))
 
     def encode_queries(self, image_features: Tensor, questions: Sequence[str] | None = None) -> Tensor:
-        """Reads [B, P, V] image features with the queries; gives [B, Q, D] query outputs, float32.
+        """Attend with the queries to [B, P, V] image features; return [B, Q, D] query outputs, float32.
 
-        questions: B texts that a question-conditioned Q-Former is shown; no other one looks at them.
+        questions: B texts for a question-conditioned Q-Former; any other ignores them.
         """
         normed = self.ln_vision(image_features.float())
         query_tokens = self.query_tokens.expand(len(image_features), -1, -1)
-        if self.question_reader is None:
+        if self.question_embedder is None:
             return self.qformer.encode_queries(query_tokens, normed).query_output
-        text_embeds, mask = self.question_reader(questions or [""] * len(image_features))
+        text_embeds, mask = self.question_embedder(questions or [""] * len(image_features))
         states = self.qformer.encode_pairs(query_tokens, text_embeds, mask, normed)
         return states[:, : query_tokens.shape[1]]
 
-    def encode_for_each(self, image_features: Tensor, questions: Sequence[str]) -> list[Tensor]:
-        """Gives what `encode_queries` does for each question, in one pass if it can be."""
-        if self.question_reader is None:
+    def encode_questions(self, image_features: Tensor, questions: Sequence[str]) -> list[Tensor]:
+        """Compute the query outputs of all images for each question; one pass where they do not differ."""
+        if self.question_embedder is None:
             return [self.encode_queries(image_features)] * len(questions)
         count = len(image_features)
         return [self.encode_queries(image_features, [question] * count) for question in questions]
 
+    def encode(self, kind: EmbeddingKind, image_features: Tensor) -> Tensor:
+        """Compute one kind of embedding of [B, P, V] image features, [B, ...].
+
+        Raises TaskUnavailableError where IMAGE_EMBEDS need a matcher and the checkpoint has none.
+        """
+        match kind:
+            case EmbeddingKind.QUERY_OUTPUT:
+                return self.encode_queries(image_features)
+            case EmbeddingKind.IMAGE_EMBEDS:
+                return self.require_matcher().embed_images(image_features)
+            case EmbeddingKind.IMAGE_FEATURES:
+                return image_features
+
     def project_queries(self, query_output: Tensor) -> Tensor:
-        """Turns [B, Q, D] query outputs into [B, Q, L] soft tokens for the language model, float32.
+        """Project [B, Q, D] query outputs to [B, Q, L] soft tokens for the language model, float32.
 
         Raises TaskUnavailableError in a retrieval-only model.
         """
@@ -156,27 +186,45 @@ class Blip2(nn.Module):
             raise _no_language_model(self.name)
         return self.language_projection(query_output)
 
+    def project(self, embedding: Tensor, question: str | None = None) -> Tensor:
+        """Project the embedding of one image to its [Q, L] soft tokens.
+
+        embedding: [Q, D] query output; with a question, for a question-conditioned Q-Former, [P, V] image
+        features. Raises TaskUnavailableError in a retrieval-only model.
+        """
+        batch = embedding[None]
+        query_output = batch if question is None else self.encode_queries(batch, [question])
+        return self.project_queries(query_output)[0]
+
     def require_language_model(self) -> LanguageModel:
-        """Gives the language model. Raises TaskUnavailableError in a retrieval-only model."""
+        """Return the language model. Raises TaskUnavailableError in a retrieval-only model."""
         if self.language_model is None:
             raise _no_language_model(self.name)
         return self.language_model
+
+    def require_matcher(self) -> Matcher:
+        """Return the matcher. Raises TaskUnavailableError where the checkpoint has none."""
+        if self.matcher is None:
+            raise TaskUnavailableError(
+                f"the checkpoint {self.name!r} has no ITC and ITM heads; load one with them"
+            )
+        return self.matcher
 
     @torch.inference_mode()
     def generate(
         self, language_model_inputs: Tensor, prompts: Sequence[str], params: GenerationParams
     ) -> list[tuple[Generation, ...]]:
-        """Answers B images, [B, Q, L] soft tokens, each with its own prompt; the best answer first.
+        """Answer B images, [B, Q, L] soft tokens, each with its own prompt; the best answer first.
 
         Raises TaskUnavailableError in a retrieval-only model, InvalidPromptError where a prompt is too long
         and InvalidParamsError where a parameter is out of its bounds.
         """
         language_model = self.require_language_model()
-        jobs = [
-            DecodeJob(soft_tokens, language_model.tokenize(prompt), params)
+        requests = [
+            DecodeRequest(soft_tokens, language_model.tokenize(prompt), params)
             for soft_tokens, prompt in zip(language_model_inputs, prompts, strict=True)
         ]
-        return run_jobs(language_model, jobs)
+        return run_requests(language_model, requests)
 
 
 def _no_language_model(name: str) -> TaskUnavailableError:

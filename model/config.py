@@ -1,11 +1,11 @@
-"""The sizes of the parts this package builds itself; the frozen parts bring their own configuration."""
+"""The configuration of the Q-Former; the frozen models bring their own."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class QFormerConfig:
-    """Sizes of a Q-Former and of the text side and heads around it (paper, section 3.1).
+    """The sizes of a Q-Former, its text branch and its heads (paper, section 3.1).
 
     The trunk is a BERT encoder; the defaults are BERT's own. The fields are named as the published
     checkpoints name them, but for `joint_size`, which they call `image_text_hidden_size`.

@@ -1,4 +1,4 @@
-"""Finds the device that a model runs on."""
+"""Devices: selection, uploads, out-of-memory errors."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from torch import Tensor
 from model.errors import DeviceUnavailableError
 
 CPU = torch.device("cpu")
-# torch has a class for its own allocator on the GPU alone; pinned memory and libraries tell otherwise.
+# torch has an error class for its own GPU allocator alone; these are other allocators' messages.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",  # said where there is no memory for its workspace
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # raised where its workspace cannot be allocated
 )
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Gives an array as a tensor on a device. It does not wait for what the device is doing."""
+    """Copy an array to a device, without waiting for the device."""
     tensor = torch.from_numpy(array)
     if device.type != "cuda":
         return tensor.to(device)
@@ -27,27 +27,27 @@ def upload(array: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an operation failed because the device, or the host, had no memory for it."""
+    """Return whether an operation failed for lack of memory, on the device or the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
 
 
-def find_device(wanted: str) -> torch.device:
-    """Gives the device of "auto", "cpu", "cuda", "cuda:N" or "mps"; "auto" is a GPU of CUDA, else the CPU.
+def find_device(name: str) -> torch.device:
+    """Return the device "auto", "cpu", "cuda", "cuda:N" or "mps"; "auto" is a CUDA GPU, else the CPU.
 
-    Raises DeviceUnavailableError where torch does not see it.
+    Raises DeviceUnavailableError where torch does not find it.
     """
-    if wanted == "auto":
+    if name == "auto":
         return torch.device("cuda") if torch.cuda.is_available() else CPU
-    kind, _, index = wanted.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or not (index.isdecimal() or wanted == kind):
-        raise DeviceUnavailableError(f"the device is {wanted!r}; it must be auto, cpu, cuda, cuda:N or mps")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or not (index.isdecimal() or name == kind):
+        raise DeviceUnavailableError(f"the device is {name!r}; it must be auto, cpu, cuda, cuda:N or mps")
     count = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= count:
         raise DeviceUnavailableError(
-            f"the device is {wanted!r}, and torch sees {count} CUDA devices; set it to auto"
+            f"the device is {name!r}, and torch sees {count} CUDA devices; set it to auto"
         )
     if kind == "mps" and not torch.backends.mps.is_available():
         raise DeviceUnavailableError("the device is 'mps', and torch sees no such device; set it to auto")
-    return torch.device(wanted)
+    return torch.device(name)

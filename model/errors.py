@@ -1,4 +1,4 @@
-"""What `model` raises on purpose; every message names the value, the limit and the cure."""
+"""The errors that `model` raises; every message names the value, the limit and the cure."""
 
 
 class ModelError(Exception):
@@ -6,23 +6,23 @@ class ModelError(Exception):
 
 
 class CheckpointError(ModelError):
-    """A checkpoint is absent, incomplete, damaged, or of a kind that is not read."""
+    """A checkpoint is absent, incomplete, damaged or of an unsupported kind."""
 
 
 class UnfitLanguageModelError(ModelError):
-    """A language model lacks what generating with it needs; the message goes on behind its name."""
+    """A language model lacks something that generation needs; the message continues its name."""
 
 
 class DeviceUnavailableError(ModelError):
-    """The device that is wanted is not there."""
+    """The requested device is absent."""
 
 
 class InvalidPixelsError(ModelError):
-    """An image holds samples of which nothing says what they mean."""
+    """An image holds samples of unknown range."""
 
 
 class InvalidPromptError(ModelError):
-    """A prompt cannot be given to the language model, for instance because it is too long."""
+    """A prompt does not fit the language model, for instance because it is too long."""
 
 
 class InvalidParamsError(ModelError):
@@ -30,4 +30,4 @@ class InvalidParamsError(ModelError):
 
 
 class TaskUnavailableError(ModelError):
-    """The loaded checkpoint lacks the part that this task needs."""
+    """The loaded checkpoint lacks the component that a task needs."""

@@ -1,4 +1,4 @@
-"""Scores texts against images: the stage-1 model (paper, section 3.2).
+"""The stage-1 model: scores texts against images (paper, section 3.2).
 
 image_features → ln_vision → (query_tokens, qformer) → query_output → image_embeds, [N, Q, E]
 input_ids → embeddings → qformer → text_embeds, [M, E]
@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from model.config import QFormerConfig
 from model.errors import TaskUnavailableError
 from model.qformer import QFormer, QueryStates, build_query_tokens, init_weights
-from model.qformer_layer import KeysValues
-from model.text import TextEmbeddings, tokenize_texts
+from model.qformer.layer import KeysValues
+from model.qformer.text import TextEmbeddings, tokenize_texts
 
 INITIAL_TEMPERATURE = 0.07
 MAX_TEXT_TOKENS = 32
@@ -50,13 +50,13 @@ class Matcher(nn.Module):
     """The stage-1 model: contrastive similarity (ITC), matching (ITM) and grounded generation (ITG).
 
     Built with fresh weights: those of BERT inside the Q-Former, its embeddings and its text head, torch's
-    own in the projections and `itm_head`. Runs in float32, or under autocast. Token ids may lie on any
-    device; they are moved to the weights.
+    own in the projections and `itm_head`. Runs in float32, or under autocast. Token ids may be on any
+    device; they are moved to that of the weights.
 
     tokenizer: a BERT-like tokenizer with cls, sep, pad and bos ("[DEC]") tokens.
-    max_text_tokens: the longest text it reads, [CLS] and [SEP] included.
+    max_text_tokens: of a text, [CLS] and [SEP] included.
     text_head: None where the checkpoint holds none (the Hub's retrieval format drops it).
-    temperature: learned; divides cosine similarities where a distribution over candidates is wanted.
+    temperature: learned; divides cosine similarities to form a distribution over candidates.
     """
 
     def __init__(
@@ -85,43 +85,51 @@ class Matcher(nn.Module):
         self.tie_text_head()
 
     def tie_text_head(self) -> None:
-        """Makes the output matrix of the text head the word embeddings themselves; needed after a load."""
+        """Tie the output matrix of the text head to the word embeddings; needed after loading."""
         if self.text_head is not None:
             self.text_head.decoder.weight = self.embeddings.word_embeddings.weight
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Gives the input_ids and attention_mask, [M, T] each; see `model.text.tokenize_texts`."""
+        """Return the input_ids and attention_mask, [M, T] each; see `tokenize_texts`."""
         return tokenize_texts(self.tokenizer, texts, max_text_tokens=self.max_text_tokens)
 
     def encode_image_queries(self, image_features: Tensor) -> QueryStates:
-        """Reads [B, P, V] image features (as the vision encoder gives them) with the queries."""
+        """Attend with the queries to [B, P, V] image features, as the vision encoder returns them."""
         normed, query_tokens = self._image_inputs(image_features)
         return self.qformer.encode_queries(query_tokens, normed)
 
+    def embed_images(self, image_features: Tensor) -> Tensor:
+        """Compute the [B, Q, E] unit vectors of [B, P, V] image features."""
+        return self.image_embeds(self.encode_image_queries(image_features).query_output)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Compute the [M, E] unit vectors of texts."""
+        return self.text_embeds(*self.tokenize(texts))
+
     def image_embeds(self, query_output: Tensor) -> Tensor:
-        """Projects [B, Q, D] query outputs to [B, Q, E] unit vectors, one per query."""
+        """Project [B, Q, D] query outputs to [B, Q, E] unit vectors, one per query."""
         return F.normalize(self.vision_projection(query_output).float(), dim=-1)
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Projects texts, [M, T] ids, to [M, E] unit vectors, taken at [CLS]."""
+        """Project texts, [M, T] ids, to [M, E] unit vectors, taken at [CLS]."""
         embeds, attention_mask = self._text_inputs(input_ids, attention_mask)
         hidden_states = self.qformer.encode_texts(embeds, attention_mask)
         return F.normalize(self.text_projection(hidden_states[:, 0]).float(), dim=-1)
 
     def itc_scores(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
-        """Gives the [N, M] similarities, in [-1, 1], of [N, Q, E] images and [M, E] texts.
+        """Compute the [N, M] similarities, in [-1, 1], of [N, Q, E] images and [M, E] texts.
 
         The cosine with the query that matches best (paper, section 3.2, ITC), not divided by the temperature.
         """
-        # Out of autocast: bfloat16 cosines differ by steps of 1/256, too coarse to rank with.
+        # Outside of autocast: bfloat16 cosines differ by steps of 1/256, too coarse to rank by.
         with torch.autocast(image_embeds.device.type, enabled=False):
             return (image_embeds @ text_embeds.T).amax(dim=1)  # [N, Q, M] → [N, M]
 
     def match_logits(self, image_features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Gives the [K, 2] matching logits of K pairs; index 1 says that text and image belong together.
+        """Compute the [K, 2] matching logits of K pairs; index 1 is that of a match.
 
         The mean over the queries' logits (paper, section 3.2, ITM). image_features: [K, P, V], as the
-        vision encoder gives them. input_ids, attention_mask: [K, T].
+        vision encoder returns them. input_ids, attention_mask: [K, T].
         """
         normed, query_tokens = self._image_inputs(image_features)
         embeds, attention_mask = self._text_inputs(input_ids, attention_mask)
@@ -131,9 +139,9 @@ class Matcher(nn.Module):
     def generation_logits(
         self, input_ids: Tensor, attention_mask: Tensor, keys_values: Sequence[KeysValues]
     ) -> Tensor:
-        """Gives the [B, T, N] logits of the token after each position (paper, section 3.2, ITG).
+        """Compute the [B, T, N] logits of the token after each position (paper, section 3.2, ITG).
 
-        input_ids: [B, T], where [DEC] has taken the place of [CLS]. keys_values: of the images' queries.
+        input_ids: [B, T], with [DEC] in place of [CLS]. keys_values: of the images' queries.
         Raises TaskUnavailableError where the checkpoint held no text head.
         """
         if self.text_head is None:
@@ -145,7 +153,7 @@ class Matcher(nn.Module):
         return self.text_head(self.qformer.decode_texts(embeds, attention_mask, keys_values))
 
     def _image_inputs(self, image_features: Tensor) -> tuple[Tensor, Tensor]:
-        # Image features may come in half precision; ln_vision and all behind it run in float32.
+        # Image features may be in half precision; ln_vision and all after it run in float32.
         normed = self.ln_vision(image_features.float())
         return normed, self.query_tokens.expand(len(image_features), -1, -1)
 

@@ -1,7 +1,7 @@
-"""Weights laid out for a CPU's matrix products, as oneDNN reads them fastest.
+"""Packed weights: linear layers in the memory layout that oneDNN's products read fastest on a CPU.
 
-A product with few rows is bound by the reading of its weights, and the order of a checkpoint is a poor one
-for that. What is packed computes only: it is neither trained nor moved.
+A product with few rows is bound by reading its weights, and the layout of a checkpoint is slow to read. A
+packed layer is for inference only: it is neither trained nor moved.
 """
 
 from typing import Any
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with packed weights; gives what the layer it was made of gives, up to rounding.
+    """A linear layer with packed weights; equal to the original layer up to rounding.
 
-    weight: [out, in], opaque to all but oneDNN. dtype: of the product; inputs and outputs keep their own.
+    weight: [out, in], in a layout only oneDNN reads. dtype: of the product; the output has the input's.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype | None = None) -> None:
@@ -24,7 +24,7 @@ class PackedLinear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Turns [.., in] into [.., out]."""
+        """Map [.., in] to [.., out]."""
         output: Tensor = torch.ops.mkldnn._linear_pointwise(
             inputs.to(self.weight.dtype), self.weight, self.bias, "none", [], ""
         )
@@ -37,7 +37,7 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this build of torch has oneDNN's products, and this CPU those of a type."""
+    """Return whether this build of torch has oneDNN, and this CPU products of a type."""
     if not (torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     return dtype == torch.float32 or (
@@ -46,9 +46,9 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def pack_linears(module: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Packs all linear layers below a module that lie on a CPU in float32 or bfloat16; gives their number.
+    """Pack all linear layers of a module that lie on a CPU in float32 or bfloat16; return their number.
 
-    One weight after the other, so that no more than one is there twice; one that is an embedding too stays.
+    One weight after the other, so that at most one is there twice. Weights shared with an embedding stay.
     dtype: of the products, None for that of each weight.
     """
     found = [
@@ -57,7 +57,7 @@ def pack_linears(module: nn.Module, dtype: torch.dtype | None = None) -> int:
         for name, child in parent.named_children()
         if type(child) is nn.Linear and _is_packable(child.weight, dtype)
     ]
-    for parent, name in found:  # not the layers themselves: each is let go of when it is replaced
+    for parent, name in found:  # by name: each layer is freed when it is replaced
         setattr(parent, name, PackedLinear(getattr(parent, name), dtype))
     return len(found)
 

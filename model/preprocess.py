@@ -1,4 +1,4 @@
-"""Turns an image into the pixels a vision encoder was trained on."""
+"""Image preprocessing: from an image to the pixel values that a vision encoder was trained on."""
 
 import contextlib
 import struct
@@ -15,7 +15,7 @@ from model.errors import InvalidPixelsError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# What Pillow's readers raise on damaged files, in their own words.
+# What Pillow's readers raise on damaged files.
 DAMAGE: Final = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError,
     AttributeError, NotImplementedError, MemoryError, struct.error, zlib.error,
@@ -24,10 +24,9 @@ _32_BIT_MODES: Final = ("I", "F")
 
 
 class ImagePreprocessor:
-    """Resizes straight to a square, whatever the aspect ratio, and normalises.
+    """Resizes images to a square, whatever their aspect ratio, and normalises them.
 
-    Bit for bit what `transformers`' BlipImageProcessor gives on its PIL backend. Holds no state, so it
-    may be called from several threads.
+    Equal to `transformers`' BlipImageProcessor on its PIL backend, bit for bit. Thread-safe: no state.
 
     image_size: S. mean, std: of the red, green and blue channel, in units of the full range.
     """
@@ -38,19 +37,19 @@ class ImagePreprocessor:
         self.image_size = image_size
         self.mean = tuple(mean)
         self.std = tuple(std)
-        # A channel has 256 levels, so normalising is a look-up; the table is made in the reference's
-        # steps and precisions, for the last bit depends on them.
+        # A channel has 256 levels, so normalising is a look-up. The table is computed in the reference's
+        # steps and precisions, because the last bit depends on them.
         levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
         means, stds = (np.array(values, dtype=np.float32)[:, None] for values in (self.mean, self.std))
         self._normalised = (levels - means) / stds  # [3, 256]
 
-    def makes_same_pixels(self, other: "ImagePreprocessor") -> bool:
-        """Whether every image comes out the same."""
+    def has_equal_output(self, other: "ImagePreprocessor") -> bool:
+        """Return whether both produce the same pixels of every image."""
         ours, theirs = ((each.image_size, each.mean, each.std) for each in (self, other))
         return ours == theirs
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Gives the [3, S, S] float32 pixel values of an image of any mode; transparency turns white."""
+        """Return the [3, S, S] float32 pixel values of an image of any mode; transparency becomes white."""
         size = (self.image_size, self.image_size)
         pixels = np.asarray(_to_rgb(image).resize(size, Image.Resampling.BICUBIC))  # [S, S, 3]
         channels = [table[pixels[..., index]] for index, table in enumerate(self._normalised)]
@@ -58,9 +57,9 @@ class ImagePreprocessor:
 
 
 def make_upright(image: Image.Image) -> Image.Image:
-    """Turns an opened image as its EXIF says, with at most 8 bits per channel, in whatever mode it then has.
+    """Rotate an opened image as its EXIF says and reduce it to 8 bits per channel; its mode may change.
 
-    Raises InvalidPixelsError for samples of 32 bits, and what Pillow raises on a damaged file.
+    Raises InvalidPixelsError for samples of 32 bits, and one of DAMAGE on a damaged file.
     """
     image.load()
     if image.mode in _32_BIT_MODES:

@@ -1,4 +1,4 @@
-"""The words put around a caption request or a question; they belong to the checkpoint."""
+"""Prompt templates of captions and questions; they belong to the checkpoint."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from model.errors import InvalidPromptError
 
 @dataclass(frozen=True, slots=True)
 class PromptTemplates:
-    """The prompts a language model answers best to.
+    """The prompts in which a language model answers best.
 
     caption: the beginning of a caption, for instance "a photo of"; may be empty.
-    question: holds one `{}`, which the question replaces, for instance "Question: {} Answer:".
+    question: with one `{}`, which the question replaces, for instance "Question: {} Answer:".
 
     Raises InvalidPromptError where `question` does not hold exactly one `{}`.
     """
@@ -30,13 +30,13 @@ class PromptTemplates:
         return self.caption
 
     def question_prompt(self, question: str, history: Iterable[tuple[str, str]] = ()) -> str:
-        """Gives the prompt of a question that follows a dialogue of (question, answer) turns.
+        """Return the prompt of a question after a dialogue of (question, answer) turns.
 
-        Each turn reads as the template, its answer and a full stop, joined by spaces, as the authors of
-        BLIP-2 prompt for visual conversation (paper, section 4.1).
+        Each turn is the template, its answer and a full stop, joined by spaces, as the authors of BLIP-2
+        prompt for visual conversation (paper, section 4.1).
         """
-        turns = [f"{self._ask(asked)} {answer}." for asked, answer in history]
-        return " ".join([*turns, self._ask(question)])
+        turns = [f"{self._fill_in(former)} {answer}." for former, answer in history]
+        return " ".join([*turns, self._fill_in(question)])
 
-    def _ask(self, question: str) -> str:
+    def _fill_in(self, question: str) -> str:
         return self.question.replace("{}", question)

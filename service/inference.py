@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from model import GenerationParams
+from model import EmbeddingKind, GenerationParams
 from service.cache.embedding_cache import EmbeddingCache
 from service.engine.image_pool import ImageInput
 from service.engine.request import (
@@ -30,7 +30,7 @@ from service.engine.request import (
 from service.engine.request_queue import RequestQueue, Reservation
 from service.errors import FieldError, InferenceFailedError, RequestError, ServiceError
 from service.image_decoding import ImageDecoder, ImageFile
-from service.model_backend import Backend, EmbeddingKind, EncoderId
+from service.model_backend import Backend, EncoderId
 
 T = TypeVar("T")
 

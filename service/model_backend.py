@@ -10,18 +10,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model import Blip2, DecodeJob, Decoder, DecoderLimits, Generation, GenerationParams
-from model.language import Extent as MemoryRequirement
-from model.language import LanguageModel
+from model import (
+    Blip2,
+    Decoder,
+    DecodeRequest,
+    DecoderLimits,
+    EmbeddingKind,
+    Generation,
+    GenerationParams,
+    LanguageModel,
+    MemoryRequirement,
+    check_fits,
+)
 from model.matching import Matcher
-
-
-class EmbeddingKind(StrEnum):
-    """What can be computed of an image, each worth caching."""
-
-    QUERY_OUTPUT = "query_output"  # [Q, D], of the generating Q-Former
-    IMAGE_EMBEDS = "image_embeds"  # [Q, E], normalised, of the matching Q-Former
-    IMAGE_FEATURES = "image_features"  # [P, V], before ln_vision; the others are computed from them
 
 
 class EncoderId(StrEnum):
@@ -32,13 +33,13 @@ class EncoderId(StrEnum):
 
 
 class StepDecoder(Protocol):
-    """The batched decoder, which jobs join and leave between steps."""
+    """The batched decoder, which requests join and leave between steps."""
 
-    def add(self, job: DecodeJob) -> None: ...
+    def add(self, request: DecodeRequest) -> None: ...
 
-    def step(self) -> Sequence[tuple[DecodeJob, tuple[Generation, ...]]]: ...
+    def step(self) -> Sequence[tuple[DecodeRequest, tuple[Generation, ...]]]: ...
 
-    def cancel(self, job: DecodeJob) -> None: ...
+    def cancel(self, request: DecodeRequest) -> None: ...
 
 
 class Backend(Protocol):
@@ -113,10 +114,10 @@ class Backend(Protocol):
 
     def build_decoder(self) -> StepDecoder: ...
 
-    def build_decode_job(
+    def build_decode_request(
         self, encoded: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams, question: str | None
-    ) -> DecodeJob:
-        """Build a job from the [Q, D] query_output, or with a question from the [P, V] image_features."""
+    ) -> DecodeRequest:
+        """Build a request from the [Q, D] query_output, or with a question from the [P, V] image_features."""
 
     def kv_bytes(self, requirements: Sequence[MemoryRequirement]) -> int:
         """Compute the most bytes that the keys and values of such sequences take together."""
@@ -178,7 +179,7 @@ class Blip2Backend:
 
     @property
     def is_question_conditioned(self) -> bool:
-        return self.generating_model.question_reader is not None
+        return self.generating_model.question_embedder is not None
 
     @property
     def can_match(self) -> bool:
@@ -204,7 +205,13 @@ class Blip2Backend:
 
     def tokenize_prompt(self, prompt: str, params: GenerationParams) -> tuple[int, ...]:
         prompt_ids = self._language_model.tokenize(prompt)
-        Decoder(self._language_model, self._limits).check(len(prompt_ids), self.num_query_tokens, params)
+        check_fits(
+            self._language_model,
+            self._limits,
+            num_prompt_tokens=len(prompt_ids),
+            num_soft_tokens=self.num_query_tokens,
+            params=params,
+        )
         return prompt_ids
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
@@ -225,24 +232,19 @@ class Blip2Backend:
         return self._model_of(encoder).encode_images(pixel_values)
 
     def encode(self, kind: EmbeddingKind, image_features: Tensor) -> Tensor:
-        if kind is EmbeddingKind.QUERY_OUTPUT:
-            return self.generating_model.encode_queries(image_features)
-        return self._matcher.image_embeds(self._matcher.encode_image_queries(image_features).query_output)
+        is_matching = kind is EmbeddingKind.IMAGE_EMBEDS
+        return (self.matching_model if is_matching else self.generating_model).encode(kind, image_features)
 
     def build_decoder(self) -> StepDecoder:
         return Decoder(self._language_model, self._limits)
 
-    def build_decode_job(
+    def build_decode_request(
         self, encoded: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams, question: str | None
-    ) -> DecodeJob:
-        query_output = encoded
-        if question is not None:
-            query_output = self.generating_model.encode_queries(encoded[None], [question])[0]
-        language_model_inputs = self.generating_model.project_queries(query_output[None])[0]  # [Q, L]
-        return DecodeJob(language_model_inputs, prompt_ids, params)
+    ) -> DecodeRequest:
+        return DecodeRequest(self.generating_model.project(encoded, question), prompt_ids, params)
 
     def kv_bytes(self, requirements: Sequence[MemoryRequirement]) -> int:
-        return self._language_model.build_state().num_bytes(requirements)
+        return self._language_model.kv_bytes(requirements)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         return self._matcher.text_embeds(*self._matcher.tokenize(texts))
@@ -258,13 +260,11 @@ class Blip2Backend:
 
     @property
     def _language_model(self) -> LanguageModel:
-        assert self.generating_model.language_model is not None, "asked to generate without a language model"
-        return self.generating_model.language_model
+        return self.generating_model.require_language_model()
 
     @property
     def _matcher(self) -> Matcher:
-        assert self.matching_model.matcher is not None, "asked to match without a matcher"
-        return self.matching_model.matcher
+        return self.matching_model.require_matcher()
 
 
 def _sha256(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Small random checkpoints: whole in every part, quick to run on a CPU."""
+"""Small random checkpoints: complete, and quick to run on a CPU."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from model.checkpoints import save_generation_adapter, save_retrieval_adapter
+from model.components import Blip2Components
 from model.config import QFormerConfig
-from model.language import DecodingState, LanguageModel, Rows
+from model.language import DecodeInput, DecodingState, LanguageModel
 from model.matching import Matcher
-from model.parts import Blip2Parts
 from model.preprocess import ImagePreprocessor
 from model.prompts import PromptTemplates
 from model.qformer import QFormer, build_query_tokens
@@ -46,7 +46,7 @@ WORDS = (
 
 
 def build_language_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word; as with OPT, padding is 1, a text begins with 2 and a newline ends an answer."""
+    """Build a tokenizer of words; as with OPT, padding is 1, texts begin with 2, a newline ends an answer."""
     vocabulary = ["<unk>", "<pad>", "</s>", "\n", "<image>", *WORDS]
     return build_word_tokenizer(
         vocabulary, bos_token="</s>", eos_token="</s>", additional_special_tokens=["<image>"]
@@ -54,7 +54,7 @@ def build_language_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_text_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, with the special tokens of the Q-Former's text side."""
+    """Build a tokenizer of words, with the special tokens of the Q-Former's texts."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]", *WORDS]
     return build_word_tokenizer(
         vocabulary,
@@ -74,7 +74,7 @@ def build_vision_config() -> Blip2VisionConfig:
         num_attention_heads=3,
         image_size=IMAGE_SIZE,
         patch_size=8,
-        initializer_range=0.3,  # the default, 1e-10, makes all images look the same
+        initializer_range=0.3,  # the default, 1e-10, makes all features equal
     )
 
 
@@ -94,9 +94,9 @@ def build_qformer_config(*, num_hidden_layers: int = 4) -> QFormerConfig:
 
 
 def build_opt(*, seed: int = 0, eos_pull: float = 1.5) -> OPTForCausalLM:
-    """A random OPT whose next token is neither certain nor anybody's guess, and sometimes ends the answer.
+    """Build a random OPT whose next token is neither certain nor uniform, and sometimes ends the answer.
 
-    eos_pull: how far the final norm is shifted towards the end token; answers get shorter with it.
+    eos_pull: the shift of the final norm towards the end token; larger ones give shorter answers.
     """
     torch.manual_seed(seed)
     config = OPTConfig(
@@ -123,17 +123,18 @@ def build_language_model(*, seed: int = 0, eos_pull: float = 1.5) -> LanguageMod
     return LanguageModel(build_opt(seed=seed, eos_pull=eos_pull), build_language_tokenizer()).eval()
 
 
-def advance(state: DecodingState, tokens: Sequence[int]) -> torch.Tensor:
-    """Goes on with one row of each sequence that `LanguageModel.prefill` read; gives [J, N] logits."""
-    return state.advance(rows(*((number, [0], [token]) for number, token in enumerate(tokens)))).float()
+def decode_step(state: DecodingState, token_ids: Sequence[int]) -> torch.Tensor:
+    """Append one token to each sequence, of one row each; return [J, N] logits."""
+    beams = [(sequence, [0], [token_id]) for sequence, token_id in enumerate(token_ids)]
+    return state.decode_step(build_decode_input(*beams)).float()
 
 
-def rows(*growths: tuple[int, Sequence[int], Sequence[int]]) -> Rows:
-    """Gives the rows of (sequence, parents, tokens), sequences ascending."""
-    return Rows(
-        np.concatenate([np.full(len(tokens), sequence) for sequence, _, tokens in growths]),
-        np.concatenate([np.array(parents) for _, parents, _ in growths]),
-        np.concatenate([np.array(tokens) for _, _, tokens in growths]),
+def build_decode_input(*beams: tuple[int, Sequence[int], Sequence[int]]) -> DecodeInput:
+    """Build the input of (sequence, parents, token_ids), sequences ascending."""
+    return DecodeInput(
+        np.concatenate([np.full(len(token_ids), sequence) for sequence, _, token_ids in beams]),
+        np.concatenate([np.array(parents) for _, parents, _ in beams]),
+        np.concatenate([np.array(token_ids) for _, _, token_ids in beams]),
     )
 
 
@@ -143,10 +144,10 @@ def build_matcher(*, seed: int = 0, num_hidden_layers: int = 4) -> Matcher:
     return Matcher(config, build_text_tokenizer(), max_text_tokens=MAX_TEXT_TOKENS).eval()
 
 
-def build_tower(model_type: str, *, seed: int = 0) -> PreTrainedModel:
-    """A random image encoder of one of transformers' kinds, three layers deep, for images of 32 px."""
-    tower_class = FAMILIES[model_type].tower_class
-    config = tower_class.config_class(
+def build_vit(model_type: str, *, seed: int = 0) -> PreTrainedModel:
+    """Build a random image encoder of transformers, with three layers, for images of 32 px."""
+    vit_class = FAMILIES[model_type].vit_class
+    config = vit_class.config_class(
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=3,
@@ -154,12 +155,12 @@ def build_tower(model_type: str, *, seed: int = 0) -> PreTrainedModel:
         image_size=IMAGE_SIZE,
         patch_size=8,
     )
-    tower = tower_class(config).eval()
+    vit = vit_class(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight in tower.parameters():
+        for weight in vit.parameters():
             weight.normal_(std=0.3, generator=generator)
-    return tower
+    return vit
 
 
 def build_vision_model(*, seed: int = 0) -> VisionEncoder:
@@ -167,12 +168,12 @@ def build_vision_model(*, seed: int = 0) -> VisionEncoder:
     return VisionEncoder(Blip2VisionModel(build_vision_config()).eval())
 
 
-def build_parts(*, seed: int = 0, eos_pull: float = 1.5) -> Blip2Parts:
-    """A whole generation model, built in memory, without a matcher."""
+def build_components(*, seed: int = 0, eos_pull: float = 1.5) -> Blip2Components:
+    """Build a whole generation model in memory, without a matcher."""
     vision_model = build_vision_model(seed=seed)
     config = build_qformer_config()
     language_model = build_language_model(seed=seed, eos_pull=eos_pull)
-    return Blip2Parts(
+    return Blip2Components(
         vision_model=vision_model,
         preprocess=ImagePreprocessor(IMAGE_SIZE),
         ln_vision=nn.LayerNorm(config.encoder_hidden_size, eps=vision_model.layer_norm_eps),
@@ -185,18 +186,21 @@ def build_parts(*, seed: int = 0, eos_pull: float = 1.5) -> Blip2Parts:
 
 
 def save_random_checkpoint(root: Path, *, seed: int = 0) -> Path:
-    """Writes {vision_model, language_model, stage1, stage2} under `root`; gives the directory of stage2."""
-    parts = build_parts(seed=seed)
-    assert parts.language_model is not None
-    parts.vision_model.tower.save_pretrained(root / "vision_model")
-    parts.language_model.llm.save_pretrained(root / "language_model")
-    parts.language_model.tokenizer.save_pretrained(root / "language_model")
+    """Save {vision_model, language_model, stage1, stage2} under `root`; return the directory of stage2."""
+    components = build_components(seed=seed)
+    assert components.language_model is not None
+    components.vision_model.vit.save_pretrained(root / "vision_model")
+    components.language_model.llm.save_pretrained(root / "language_model")
+    components.language_model.tokenizer.save_pretrained(root / "language_model")
     save_retrieval_adapter(
-        root / "stage1", build_matcher(seed=seed), parts.preprocess, vision_directory=root / "vision_model"
+        root / "stage1",
+        build_matcher(seed=seed),
+        components.preprocess,
+        vision_directory=root / "vision_model",
     )
     save_generation_adapter(
         root / "stage2",
-        parts,
+        components,
         vision_directory=root / "vision_model",
         language_directory=root / "language_model",
         retrieval_directory=root / "stage1",
@@ -205,17 +209,17 @@ def save_random_checkpoint(root: Path, *, seed: int = 0) -> Path:
 
 
 def build_retrieval_reference(matcher: Matcher, vision_model: VisionEncoder) -> Blip2ForImageTextRetrieval:
-    """transformers' retrieval model with the same weights; it has no place for text head and temperature."""
+    """Build transformers' retrieval model with the same weights; it has no text head and no temperature."""
     fields = dataclasses.asdict(matcher.config)
     num_query_tokens, joint_size = fields.pop("num_query_tokens"), fields.pop("joint_size")
     config = Blip2Config(
-        vision_config=vision_model.tower.config.to_dict(),
+        vision_config=vision_model.vit.config.to_dict(),
         qformer_config=Blip2QFormerConfig(**fields, use_qformer_text_input=True).to_dict(),
         num_query_tokens=num_query_tokens,
         image_text_hidden_size=joint_size,
     )
     reference = Blip2ForImageTextRetrieval(config)
-    tensors = {f"vision_model.{name}": value for name, value in vision_model.tower.state_dict().items()}
+    tensors = {f"vision_model.{name}": value for name, value in vision_model.vit.state_dict().items()}
     for name, value in matcher.state_dict().items():
         if not name.startswith(("text_head.", "temperature")):
             tensors[name.replace("ln_vision.", "vision_model.post_layernorm.")] = value
@@ -224,19 +228,19 @@ def build_retrieval_reference(matcher: Matcher, vision_model: VisionEncoder) -> 
 
 
 def random_picture(seed: int, *, width: int = 40, height: int = 30) -> Image.Image:
-    """Gives an RGB image of noise."""
+    """Return an RGB image of noise."""
     levels = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
     return Image.fromarray(levels)
 
 
 def random_pixels(num_images: int, *, seed: int = 0) -> torch.Tensor:
-    """Gives [B, 3, S, S] noise that differs from image to image."""
+    """Return [B, 3, S, S] noise that differs from image to image."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(num_images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
 
 
 def build_word_tokenizer(vocabulary: list[str], **special_tokens: object) -> PreTrainedTokenizerFast:
-    """One token per word of the vocabulary, which names its own padding and unknown tokens."""
+    """Build a tokenizer with one token per word; the vocabulary holds the padding and unknown tokens."""
     ids = {word: index for index, word in enumerate(vocabulary)}
     unknown = next(word for word in vocabulary if "unk" in word.lower())
     tokenizer = Tokenizer(WordLevel(ids, unk_token=unknown))

@@ -9,10 +9,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from model.checkpoints import save_generation_adapter
+from model.components import Blip2Components
 from model.language import LanguageModel
-from model.parts import Blip2Parts
 from model.prompts import PromptTemplates
-from tests.builders import MAX_POSITIONS, WORDS, build_parts, build_word_tokenizer, save_random_checkpoint
+from tests.builders import (
+    MAX_POSITIONS,
+    WORDS,
+    build_components,
+    build_word_tokenizer,
+    save_random_checkpoint,
+)
 
 Kind = Literal["tied", "untied"]
 END = 1  # the id of </s>
@@ -20,16 +26,16 @@ PROMPT_WORDS = ("Question:", "Short", "answer:", "Answer:")
 
 
 def build_t5_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word; as with T5, padding is 0 and </s>, 1, ends a prompt and an answer."""
+    """Build a tokenizer of words; as with T5, padding is 0 and </s>, 1, ends a prompt and an answer."""
     vocabulary = ["<pad>", "</s>", "<unk>", "<image>", *PROMPT_WORDS, *WORDS]
     return build_word_tokenizer(vocabulary, eos_token="</s>", additional_special_tokens=["<image>"])
 
 
 def build_t5(kind: Kind, *, seed: int = 3) -> T5ForConditionalGeneration:
-    """A random T5 whose next token is neither certain nor anybody's guess, and sometimes ends the answer.
+    """Build a random T5 whose next token is neither certain nor uniform, and sometimes ends the answer.
 
-    kind: "tied" is the first T5: ReLU, and its head the word embeddings. "untied" is Flan-T5 as BLIP-2 has
-    it: gated, with the exact GELU and a head of its own.
+    kind: "tied" is the first T5: ReLU, and its head is the word embeddings. "untied" is Flan-T5 as in BLIP-2:
+    gated, with the exact GELU and a head of its own.
     """
     torch.manual_seed(seed)
     shape = {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu"} if kind == "untied" else {}
@@ -63,26 +69,26 @@ def build_t5_language_model(kind: Kind, *, seed: int = 3) -> LanguageModel:
     return LanguageModel(build_t5(kind, seed=seed), build_t5_tokenizer()).eval()
 
 
-def build_t5_parts(kind: Kind, *, seed: int = 3) -> Blip2Parts:
-    """The parts that `build_parts` gives, but with a T5."""
+def build_t5_components(kind: Kind, *, seed: int = 3) -> Blip2Components:
+    """Build the model of `build_components` with a T5."""
     language_model = build_t5_language_model(kind, seed=seed)
     return dataclasses.replace(
-        build_parts(),
+        build_components(),
         language_model=language_model,
         prompts=PromptTemplates(question=language_model.question_template),
     )
 
 
 def save_random_t5_checkpoint(root: Path, kind: Kind) -> Path:
-    """Adds {language_model_t5, stage2_t5} to a random checkpoint under `root`; gives the latter."""
+    """Add {language_model_t5, stage2_t5} to a random checkpoint under `root`; return the latter."""
     save_random_checkpoint(root)
-    parts = build_t5_parts(kind)
-    assert parts.language_model is not None
-    parts.language_model.llm.save_pretrained(root / "language_model_t5")
-    parts.language_model.tokenizer.save_pretrained(root / "language_model_t5")
+    components = build_t5_components(kind)
+    assert components.language_model is not None
+    components.language_model.llm.save_pretrained(root / "language_model_t5")
+    components.language_model.tokenizer.save_pretrained(root / "language_model_t5")
     save_generation_adapter(
         root / "stage2_t5",
-        parts,
+        components,
         vision_directory=root / "vision_model",
         language_directory=root / "language_model_t5",
         retrieval_directory=root / "stage1",

@@ -1,46 +1,50 @@
-"""Checkpoints: our adapters, the Hub's format and LAVIS', read strictly, never by running code of theirs."""
+"""Checkpoints: adapters, the Hub's format and LAVIS', read strictly, without running code in them."""
 
 from dataclasses import replace
 from pathlib import Path
 
-from model.checkpoints.adapter import find_retrieval_model, load_adapter
-from model.checkpoints.adapter_config import FORMAT
-from model.checkpoints.frozen import IN_FLOAT32, load_language_model, load_vision_model
-from model.checkpoints.hub import load_hub
+from model.checkpoints.adapter import (
+    FORMAT,
+    find_retrieval_model,
+    load_adapter,
+    save_generation_adapter,
+    save_retrieval_adapter,
+)
+from model.checkpoints.frozen import load_language_model, load_vision_model
+from model.checkpoints.hub import load_hub, save_hub
+from model.checkpoints.json_records import read_json
 from model.checkpoints.lavis import load_lavis
-from model.checkpoints.loaded import LoadedParts
-from model.checkpoints.locate import ACCEPTED, EMBEDDED, locate
-from model.checkpoints.options import LoadOptions, Quantization
-from model.checkpoints.records import read_json
-from model.checkpoints.save import save_generation_adapter, save_retrieval_adapter
-from model.checkpoints.save_hub import save_hub
+from model.checkpoints.load_options import IN_FLOAT32, LoadOptions, Quantization
+from model.checkpoints.loaded_checkpoint import LoadedCheckpoint
+from model.checkpoints.qformer_branch import QFormerBranch
+from model.checkpoints.resolve import ACCEPTED, EMBEDDED, resolve
 from model.errors import CheckpointError
 
 
 def load_blip2(
     name_or_path: str, options: LoadOptions = IN_FLOAT32, *, revision: str | None = None
-) -> LoadedParts:
-    """Loads a checkpoint of whichever format it is, found as `locate` does.
+) -> LoadedCheckpoint:
+    """Load a checkpoint of any format; its name is resolved by `resolve`.
 
-    Raises CheckpointError where there is none, or it is damaged or of a kind that is not supported.
+    Raises CheckpointError where there is none, or it is damaged or of an unsupported kind.
     """
-    path = locate(name_or_path, revision=revision)
+    path = resolve(name_or_path, revision=revision)
     if path.suffix == ".pth":
-        loaded = load_lavis(path, options)
+        checkpoint = load_lavis(path, options)
     else:
         fields = read_json(path / "config.json")
         if fields.get("format") == FORMAT:
-            loaded = load_adapter(path, options)
+            checkpoint = load_adapter(path, options)
         elif fields.get("model_type") == "blip-2":
-            loaded = load_hub(path, options)
+            checkpoint = load_hub(path, options)
         else:
             raise CheckpointError(f"{path / 'config.json'} describes no BLIP-2 checkpoint; give {ACCEPTED}")
-    return replace(loaded, sources=(*loaded.sources, options.quantize))
+    return replace(checkpoint, sources=(*checkpoint.sources, options.quantize))
 
 
-def locate_retrieval_model(name_or_path: str, *, revision: str | None = None) -> Path:
-    """Finds what compares: the retrieval adapter that a generation adapter names, else the checkpoint."""
-    path = locate(name_or_path, revision=revision)
+def resolve_retrieval_model(name_or_path: str, *, revision: str | None = None) -> Path:
+    """Return the path of a retrieval model: the adapter that a generation adapter names, else its own."""
+    path = resolve(name_or_path, revision=revision)
     return path if path.suffix == ".pth" else find_retrieval_model(path)
 
 
@@ -48,7 +52,8 @@ __all__ = [
     "EMBEDDED",
     "IN_FLOAT32",
     "LoadOptions",
-    "LoadedParts",
+    "LoadedCheckpoint",
+    "QFormerBranch",
     "Quantization",
     "load_adapter",
     "load_blip2",
@@ -56,8 +61,8 @@ __all__ = [
     "load_language_model",
     "load_lavis",
     "load_vision_model",
-    "locate",
-    "locate_retrieval_model",
+    "resolve",
+    "resolve_retrieval_model",
     "save_generation_adapter",
     "save_hub",
     "save_retrieval_adapter",

@@ -1,4 +1,4 @@
-"""`python -m model.checkpoints inspect|convert|verify|fetch`: looks at checkpoints, turns and brings them."""
+"""`python -m model.checkpoints inspect|convert|verify|fetch`: commands for checkpoints."""
 
 import argparse
 import sys
@@ -12,11 +12,11 @@ from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
 
 from model.blip2 import Blip2
-from model.checkpoints import LoadOptions, load_blip2, locate
+from model.checkpoints import LoadOptions, load_blip2, resolve
 from model.checkpoints.convert import Format, convert
-from model.checkpoints.fetch import fetch
 from model.checkpoints.inspect import inspect
-from model.checkpoints.records import read_json
+from model.checkpoints.json_records import read_json
+from model.checkpoints.resolve import fetch
 from model.checkpoints.verify import verify
 from model.errors import ModelError
 
@@ -25,7 +25,7 @@ _TEXTS = ("a photo of", "Question: what is this? Answer:")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Gives the exit status: 0, 1 where `verify` finds a difference, 2 for an error, told in one line."""
+    """Return the exit status: 0; 1 where `verify` finds a difference; 2 for an error, printed in one line."""
     arguments = _parse(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -38,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    summary = inspect(locate(arguments.checkpoint, revision=arguments.revision))
+    summary = inspect(resolve(arguments.checkpoint, revision=arguments.revision))
     print(f"{arguments.checkpoint}: {summary.kind}\n")
     print(f"{'part':24}{'tensors':>8}{'parameters':>16}  dtype")
-    for part in summary.parts:
-        print(f"{part.name:24}{part.num_tensors:8}{part.num_parameters:16,}  {', '.join(part.dtypes)}")
-    print(f"{'in all':24}{'':8}{sum(part.num_parameters for part in summary.parts):16,}")
+    for each in summary.components:
+        print(f"{each.name:24}{each.num_tensors:8}{each.num_parameters:16,}  {', '.join(each.dtypes)}")
+    print(f"{'in all':24}{'':8}{sum(each.num_parameters for each in summary.components):16,}")
     if not summary.missing:
         print("\nnothing is missing")
     for task, lacking in summary.missing.items():
@@ -52,12 +52,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    source = locate(arguments.checkpoint, revision=arguments.revision)
-    frozen = [part for part in inspect(source).parts if part.name in ("image encoder", "language model")]
-    dtypes = {_DTYPES.get(dtype, torch.float32) for part in frozen for dtype in part.dtypes}
+    source = resolve(arguments.checkpoint, revision=arguments.revision)
+    components = inspect(source).components
+    frozen = [each for each in components if each.name in ("image encoder", "language model")]
+    dtypes = {_DTYPES.get(dtype, torch.float32) for each in frozen for dtype in each.dtypes}
     dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32  # the one that loses nothing
-    parts = load_blip2(str(source), LoadOptions(dtype=dtype, runs=False)).parts
-    left_out = convert(parts, arguments.target, arguments.to)
+    checkpoint = load_blip2(str(source), LoadOptions(dtype=dtype, runs=False))
+    left_out = convert(checkpoint.components, arguments.target, arguments.to)
     print(f"wrote {arguments.target}")
     for line in left_out:
         print(f"left out, for the format has no place for it: {line}")
@@ -69,20 +70,20 @@ def _verify(arguments: argparse.Namespace) -> int:
     for path in arguments.images:
         with Image.open(path) as image:
             images.append(image.convert("RGB"))
-    source = locate(arguments.checkpoint, revision=arguments.revision)
+    source = resolve(arguments.checkpoint, revision=arguments.revision)
     blip2 = Blip2.from_pretrained(str(source))
     differences = verify(blip2, images, arguments.text or _TEXTS, hub_directory=_hub_directory(source))
     print(f"{'part':44}{'largest difference':>20}{'allowed':>10}")
-    for found in differences:
-        verdict = "" if found.is_within else "  TOO LARGE"
-        print(f"{found.part:44}{found.largest:20.2e}{found.tolerance:10.0e}{verdict}")
-    return 0 if all(found.is_within for found in differences) else 1
+    for difference in differences:
+        verdict = "" if difference.is_within else "  TOO LARGE"
+        print(f"{difference.component:44}{difference.largest:20.2e}{difference.tolerance:10.0e}{verdict}")
+    return 0 if all(difference.is_within for difference in differences) else 1
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
-    fetched = fetch(arguments.checkpoint, revision=arguments.revision)
-    print(f"{arguments.checkpoint}, commit {fetched.commit}, in {fetched.directory}")
-    print(f"{fetched.num_files} files are what the Hub has")
+    downloaded = fetch(arguments.checkpoint, revision=arguments.revision)
+    print(f"{arguments.checkpoint}, commit {downloaded.commit}, in {downloaded.directory}")
+    print(f"{downloaded.num_files} files are what the Hub has")
     return 0
 
 
@@ -101,10 +102,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     checkpoint.add_argument("--revision", help="branch, tag or commit of a model of the Hub")
 
-    looking = commands.add_parser(
-        "inspect", parents=[checkpoint], help="what a checkpoint holds, part by part; reads headers only"
+    inspecting = commands.add_parser(
+        "inspect", parents=[checkpoint], help="lists the components of a checkpoint; reads headers only"
     )
-    looking.set_defaults(run=_inspect)
+    inspecting.set_defaults(run=_inspect)
 
     converting = commands.add_parser(
         "convert", parents=[checkpoint], help="writes a checkpoint in another format"
@@ -117,7 +118,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "verify", parents=[checkpoint], help="compares a checkpoint with transformers on images"
     )
     comparing.add_argument("images", type=Path, nargs="+")
-    comparing.add_argument("--text", action="append", help="a prompt or caption; may be given several times")
+    comparing.add_argument("--text", action="append", help="a prompt or caption; may be repeated")
     comparing.set_defaults(run=_verify)
 
     fetching = commands.add_parser(

@@ -1,84 +1,84 @@
-"""Turns a checkpoint of any kind into another kind, and says what that has no place for."""
+"""Converts checkpoints between formats, and lists what the target format does not have."""
 
 from pathlib import Path
 from typing import Literal
 
-from model.checkpoints.save import save_generation_adapter, save_retrieval_adapter
-from model.checkpoints.save_hub import DROPPED, save_hub
-from model.checkpoints.save_lavis import save_lavis
+from model.checkpoints.adapter import save_generation_adapter, save_retrieval_adapter
+from model.checkpoints.hub import DROPPED, save_hub
+from model.checkpoints.lavis import save_lavis
+from model.components import Blip2Components
 from model.errors import CheckpointError
 from model.matching import MAX_TEXT_TOKENS
-from model.parts import Blip2Parts
 from model.preprocess import CLIP_MEAN, CLIP_STD
 
 Format = Literal["hub", "lavis", "adapter"]
 
 
-def convert(parts: Blip2Parts, target: Path, target_format: Format) -> list[str]:
-    """Writes a loaded model in a format; gives a line for everything that the format cannot hold.
+def convert(components: Blip2Components, target: Path, target_format: Format) -> list[str]:
+    """Save a loaded model in a format; return a line for everything that the format does not have.
 
-    target: a directory, or for LAVIS a .pth file. Weights are written in the types they are held in.
-    Raises CheckpointError where the target exists, or cannot hold such a model.
+    target: a directory, or for LAVIS a .pth file. Weights are saved in their present types. Raises
+    CheckpointError where the target exists, or the format does not support the model.
     """
-    beside = target.parent.glob(f"{target.stem}.*") if target_format == "lavis" else [target]
-    for there in beside:
-        if there.is_file() or (there.is_dir() and any(there.iterdir())):
-            raise CheckpointError(f"{there} exists; name a new one, for nothing is overwritten")
+    paths = target.parent.glob(f"{target.stem}.*") if target_format == "lavis" else [target]
+    for path in paths:
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise CheckpointError(f"{path} exists; name a new one, for nothing is overwritten")
     if target_format == "lavis" and target.suffix != ".pth":
         raise CheckpointError(f"a file of LAVIS ends in .pth, {target} does not; name it so")
-    if parts.question_reader is not None and target_format != "adapter":
+    if components.question_embedder is not None and target_format != "adapter":
         raise CheckpointError(
             f"the Q-Former is shown the question, and the format {target_format!r} has no such model; "
             "convert to an adapter"
         )
     if target_format == "hub":
-        save_hub(target, parts)
+        save_hub(target, components)
     elif target_format == "lavis":
-        save_lavis(target, parts)
+        save_lavis(target, components)
     else:
-        _save_adapter(target, parts)
-    return _left_out(parts, target_format)
+        _save_adapter(target, components)
+    return _left_out(components, target_format)
 
 
-def _save_adapter(target: Path, parts: Blip2Parts) -> None:
-    """Writes an adapter with its frozen parts, and a retrieval adapter, in directories below it."""
+def _save_adapter(target: Path, components: Blip2Components) -> None:
+    """Save an adapter with its frozen models, and a retrieval adapter, in directories below it."""
     vision_directory, retrieval_directory = target / "vision_model", target / "retrieval"
-    parts.vision_model.tower.save_pretrained(vision_directory)
-    if parts.matcher is not None:
+    components.vision_model.vit.save_pretrained(vision_directory)
+    if components.matcher is not None:
         save_retrieval_adapter(
-            target if parts.language_model is None else retrieval_directory,
-            parts.matcher,
-            parts.preprocess,
+            target if components.language_model is None else retrieval_directory,
+            components.matcher,
+            components.preprocess,
             vision_directory=vision_directory,
         )
-    if parts.language_model is not None:
+    if components.language_model is not None:
         language_directory = target / "language_model"
-        parts.language_model.llm.save_pretrained(language_directory)
-        parts.language_model.tokenizer.save_pretrained(language_directory)
+        components.language_model.llm.save_pretrained(language_directory)
+        components.language_model.tokenizer.save_pretrained(language_directory)
         save_generation_adapter(
             target,
-            parts,
+            components,
             vision_directory=vision_directory,
             language_directory=language_directory,
-            retrieval_directory=None if parts.matcher is None else retrieval_directory,
+            retrieval_directory=None if components.matcher is None else retrieval_directory,
         )
 
 
-def _left_out(parts: Blip2Parts, target_format: Format) -> list[str]:
+def _left_out(components: Blip2Components, target_format: Format) -> list[str]:
     if target_format == "adapter":
         return []
     lines = []
-    if parts.language_model is not None:
-        if parts.matcher is not None:
+    if components.language_model is not None:
+        if components.matcher is not None:
             lines.append("the retrieval model (text branch, heads): convert its own checkpoint")
-        lines.append(f"the prompts {parts.prompts.caption!r} and {parts.prompts.question!r}")
-    elif parts.matcher is not None:
+        lines.append(f"the prompts {components.prompts.caption!r} and {components.prompts.question!r}")
+    elif components.matcher is not None:
         if target_format == "hub":
-            held = [name for name in parts.matcher.state_dict() if name.startswith(DROPPED)]
-            lines += [f"the tensor {name}" for name in held]
-        if (length := parts.matcher.max_text_tokens) != MAX_TEXT_TOKENS:
+            dropped = [name for name in components.matcher.state_dict() if name.startswith(DROPPED)]
+            lines += [f"the tensor {name}" for name in dropped]
+        if (length := components.matcher.max_text_tokens) != MAX_TEXT_TOKENS:
             lines.append(f"that texts have up to {length} tokens: it is {MAX_TEXT_TOKENS} there")
-    mean_and_std = (parts.preprocess.mean, parts.preprocess.std)
+    mean_and_std = (components.preprocess.mean, components.preprocess.std)
     if target_format == "lavis" and mean_and_std != (CLIP_MEAN, CLIP_STD):
         lines.append(f"mean and deviation of the pixels, {mean_and_std}: LAVIS' are CLIP's")
     return lines

@@ -1,6 +1,6 @@
-"""The frozen language model: soft tokens and a prompt in, text out; what tells the families apart."""
+"""The frozen language model: soft tokens and a prompt in, tokens out."""
 
-from model.language.family import DecodingState, Extent, Rows
+from model.language.decoding_state import DecodeInput, DecodingState, IntArray, MemoryRequirement
 from model.language.language_model import LanguageModel
 
-__all__ = ["DecodingState", "Extent", "LanguageModel", "Rows"]
+__all__ = ["DecodeInput", "DecodingState", "IntArray", "LanguageModel", "MemoryRequirement"]

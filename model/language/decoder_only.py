@@ -8,17 +8,17 @@ from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 
 from model.errors import InvalidPromptError
-from model.language.family import Frame, Reading
-from model.language.lines import parts
+from model.language.kv_cache import split_cache
+from model.language.model_family import PrefillOutput, SpecialTokenTemplate
 
-UNLIMITED_POSITIONS = 2048  # where a model has no table of them and says no number
+DEFAULT_POSITIONS = 2048  # for a configuration that sets no limit
 
 
 class DecoderOnlyBatch:
-    """A batch of R sequences that were padded on the left.
+    """A batch of R sequences, padded on the left.
 
-    cache: keys and values of all tokens so far. attention_mask: [R, S], 0 at the padding, or None where
-    no row is padded. next_positions: [R], the position of each row's next token.
+    cache: keys and values of all tokens so far. attention_mask: [R, S], 0 at padding; None where no row is
+    padded. next_positions: [R], of each row's next token.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class DecoderOnlyBatch:
         self.next_positions = next_positions
         self._llm = llm
 
-    def select(self, rows: Sequence[int]) -> None:
+    def reorder(self, rows: Sequence[int]) -> None:
         if list(rows) == list(range(len(self.next_positions))):
             return
         index = torch.tensor(rows, device=self.next_positions.device)
@@ -38,11 +38,11 @@ class DecoderOnlyBatch:
         if self.attention_mask is not None:
             self.attention_mask = self.attention_mask[index]
 
-    def advance(self, tokens: Sequence[int]) -> Tensor:
+    def decode_step(self, token_ids: Sequence[int]) -> Tensor:
         if self.attention_mask is not None:
             self.attention_mask = F.pad(self.attention_mask, (0, 1), value=1)
         output = self._llm(
-            input_ids=torch.tensor(tokens, device=self.next_positions.device)[:, None],
+            input_ids=torch.tensor(token_ids, device=self.next_positions.device)[:, None],
             attention_mask=self.attention_mask,
             position_ids=self.next_positions[:, None],
             past_key_values=self.cache,
@@ -53,20 +53,20 @@ class DecoderOnlyBatch:
 
 
 class DecoderOnly:
-    """The family of OPT and Llama: soft tokens, prompt and answer are one text."""
+    """The family of OPT and Llama: soft tokens, prompt and answer are one sequence."""
 
     question_template = "Question: {} Answer:"
 
-    def __init__(self, llm: PreTrainedModel, frame: Frame) -> None:
+    def __init__(self, llm: PreTrainedModel, special_tokens: SpecialTokenTemplate) -> None:
         self._llm = llm
-        self.frame = frame
-        self.max_positions: int = getattr(llm.config, "max_position_embeddings", None) or UNLIMITED_POSITIONS
+        self.special_tokens = special_tokens
+        self.max_positions: int = getattr(llm.config, "max_position_embeddings", None) or DEFAULT_POSITIONS
 
     def answer_context(self, prefix_ids: Sequence[int]) -> tuple[int, ...]:
         return tuple(prefix_ids)
 
     def check_length(self, *, num_prompt_tokens: int, num_soft_tokens: int, max_new_tokens: int) -> None:
-        """Raises InvalidPromptError where soft tokens, prompt and answer together exceed the positions."""
+        """Raise InvalidPromptError where soft tokens, prompt and answer together exceed the positions."""
         total = num_soft_tokens + num_prompt_tokens + max_new_tokens
         if total > self.max_positions:
             raise InvalidPromptError(
@@ -75,23 +75,24 @@ class DecoderOnly:
                 "shorten the prompt or lower max_new_tokens"
             )
 
-    def read(self, prefixes: Sequence[Tensor]) -> Reading:
-        logits, batch = self.prefill(prefixes)
+    def prefill(self, prefixes: Sequence[Tensor]) -> PrefillOutput:
+        logits, batch = self.prefill_batch(prefixes)
         size = max(map(len, prefixes))
-        return Reading(logits, parts(batch.cache, [slice(size - len(prefix), size) for prefix in prefixes]))
+        spans = [slice(size - len(prefix), size) for prefix in prefixes]
+        return PrefillOutput(logits, split_cache(batch.cache, spans))
 
-    def step(self, input_ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def decode_step(self, input_ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         output = self._llm(
             input_ids=input_ids,
-            attention_mask=torch.zeros(1, 1, 1, 1, device=input_ids.device),  # of 4 dimensions: none is made
+            attention_mask=torch.zeros(1, 1, 1, 1, device=input_ids.device),  # 4 dimensions: used as it is
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
         )
         return output.logits[:, -1]
 
-    def prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, DecoderOnlyBatch]:
-        """Pads on the left, where no other token looks; every sequence keeps its own positions."""
+    def prefill_batch(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, DecoderOnlyBatch]:
+        """Compute prefixes padded on the left; every sequence keeps its own positions."""
         device = prefixes[0].device
         lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)  # [J]
         size = max(map(len, prefixes))
@@ -103,8 +104,8 @@ class DecoderOnly:
             attention_mask=attention_mask,
             position_ids=positions.clamp(min=0),
             use_cache=True,
-            # No slice: that of a batch is slow. On the CPU, as the last layer may lie on another device.
+            # An index, not a slice, which is slow in a batch. On the CPU: the last layer may be elsewhere.
             logits_to_keep=torch.tensor([size - 1]),
         )
-        state = DecoderOnlyBatch(self._llm, output.past_key_values, attention_mask, lengths)
-        return output.logits[:, -1], state
+        batch = DecoderOnlyBatch(self._llm, output.past_key_values, attention_mask, lengths)
+        return output.logits[:, -1], batch

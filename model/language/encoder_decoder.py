@@ -8,18 +8,18 @@ from torch.nn import functional as F
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from model.errors import InvalidParamsError, InvalidPromptError, UnfitLanguageModelError
-from model.language.family import Frame, Reading
-from model.language.lines import parts
+from model.language.kv_cache import split_cache
+from model.language.model_family import PrefillOutput, SpecialTokenTemplate
 
-TRAINED_POSITIONS = 512  # of every released T5; its relative positions would allow any number
+TRAINED_POSITIONS = 512  # of every released T5; relative positions set no limit themselves
 
 
 class EncoderDecoderBatch:
-    """A batch of R answers, each beside the encoded prefix it is about.
+    """A batch of R answers, each with its encoded prefix.
 
-    cache: keys and values of the answers' tokens, and those of the prefixes, which no step computes anew.
-    encoder_hidden_states: [R, S, L]. attention_mask: [R, S], 0 at the padding on the right, or None where
-    no prefix is padded. sources: [R], the prefix each row reads, as it was numbered when it was encoded.
+    cache: keys and values of the answers' tokens and of the prefixes, which no step computes again.
+    encoder_hidden_states: [R, S, L]. attention_mask: [R, S], 0 at the padding on the right; None where no
+    prefix is padded. sources: [R], the prefix that each row attends to, counted as they were encoded.
     """
 
     def __init__(
@@ -35,27 +35,29 @@ class EncoderDecoderBatch:
         self.sources = list(range(len(encoder_hidden_states)))
         self._llm = llm
 
-    def select(self, rows: Sequence[int]) -> None:
+    def reorder(self, rows: Sequence[int]) -> None:
         if list(rows) == list(range(len(self.sources))):
             return
         index = torch.tensor(rows, device=self.encoder_hidden_states.device)
         self.cache.self_attention_cache.reorder_cache(index)
         sources = [self.sources[row] for row in rows]
-        if sources != self.sources:  # else beams changed places within their jobs, which read one prefix
+        if (
+            sources != self.sources
+        ):  # else beams were reordered within their sequences, which share one prefix
             self.sources = sources
-            self._select_prefixes(index)
+            self._reorder_prefixes(index)
 
-    def advance(self, tokens: Sequence[int]) -> Tensor:
+    def decode_step(self, token_ids: Sequence[int]) -> Tensor:
         output = self._llm(
             encoder_outputs=(self.encoder_hidden_states,),
             attention_mask=self.attention_mask,
-            decoder_input_ids=torch.tensor(tokens, device=self.encoder_hidden_states.device)[:, None],
+            decoder_input_ids=torch.tensor(token_ids, device=self.encoder_hidden_states.device)[:, None],
             past_key_values=self.cache,
             use_cache=True,
         )
         return output.logits[:, -1]
 
-    def _select_prefixes(self, index: Tensor) -> None:
+    def _reorder_prefixes(self, index: Tensor) -> None:
         self.cache.cross_attention_cache.reorder_cache(index)
         self.encoder_hidden_states = self.encoder_hidden_states[index]
         if self.attention_mask is not None:
@@ -63,13 +65,13 @@ class EncoderDecoderBatch:
 
 
 class EncoderDecoder:
-    """The family of T5: the prompt is encoded, and an answer begins with a start token."""
+    """The family of T5: the prefix is encoded, and an answer begins with a start token."""
 
     question_template = "Question: {} Short answer:"
 
-    def __init__(self, llm: PreTrainedModel, frame: Frame) -> None:
+    def __init__(self, llm: PreTrainedModel, special_tokens: SpecialTokenTemplate) -> None:
         self._llm = llm
-        self.frame = frame
+        self.special_tokens = special_tokens
         if llm.config.decoder_start_token_id is None:
             raise UnfitLanguageModelError(
                 "names no token that an answer begins with; set 'decoder_start_token_id' in its config.json"
@@ -85,7 +87,7 @@ class EncoderDecoder:
         return (self._start_token_id,)
 
     def check_length(self, *, num_prompt_tokens: int, num_soft_tokens: int, max_new_tokens: int) -> None:
-        """Raises InvalidPromptError where soft tokens and prompt exceed the positions of the encoder.
+        """Raise InvalidPromptError where soft tokens and prompt exceed the positions of the encoder.
 
         Raises InvalidParamsError where the answer may exceed those of the decoder.
         """
@@ -101,16 +103,20 @@ class EncoderDecoder:
                 f"{self.max_positions} tokens; lower max_new_tokens"
             )
 
-    def read(self, prefixes: Sequence[Tensor]) -> Reading:
-        logits, batch = self.prefill(prefixes)
-        own = parts(batch.cache.self_attention_cache, [slice(1)] * len(prefixes))  # of the start token
+    def prefill(self, prefixes: Sequence[Tensor]) -> PrefillOutput:
+        logits, batch = self.prefill_batch(prefixes)
+        start_token = [slice(1)] * len(prefixes)
         spans = [slice(len(prefix)) for prefix in prefixes]
-        return Reading(logits, own, parts(batch.cache.cross_attention_cache, spans))
+        return PrefillOutput(
+            logits,
+            split_cache(batch.cache.self_attention_cache, start_token),
+            split_cache(batch.cache.cross_attention_cache, spans),
+        )
 
-    def step(self, input_ids: Tensor, _positions: Tensor, cache: Cache) -> Tensor:
-        no_mask = torch.zeros(1, 1, 1, 1, device=input_ids.device)  # of 4 dimensions: none is made
+    def decode_step(self, input_ids: Tensor, _positions: Tensor, cache: Cache) -> Tensor:
+        no_mask = torch.zeros(1, 1, 1, 1, device=input_ids.device)  # 4 dimensions: used as it is
         output = self._llm(
-            encoder_outputs=(no_mask[0],),  # there, and never looked at
+            encoder_outputs=(no_mask[0],),  # required, and never read
             attention_mask=no_mask,
             decoder_input_ids=input_ids,
             decoder_attention_mask=no_mask,
@@ -119,8 +125,8 @@ class EncoderDecoder:
         )
         return output.logits[:, -1]
 
-    def prefill(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, EncoderDecoderBatch]:
-        """Pads on the right, where no token looks; the positions of T5 are relative."""
+    def prefill_batch(self, prefixes: Sequence[Tensor]) -> tuple[Tensor, EncoderDecoderBatch]:
+        """Encode prefixes padded on the right; the positions of T5 are relative."""
         size = max(map(len, prefixes))
         device = prefixes[0].device
         lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)  # [J]
@@ -132,7 +138,7 @@ class EncoderDecoder:
             decoder_input_ids=torch.full((len(prefixes), 1), self._start_token_id, device=device),
             use_cache=True,
         )
-        state = EncoderDecoderBatch(
+        batch = EncoderDecoderBatch(
             self._llm, output.past_key_values, output.encoder_last_hidden_state, attention_mask
         )
-        return output.logits[:, -1], state
+        return output.logits[:, -1], batch

@@ -19,8 +19,8 @@ from pydantic import (
 )
 
 from model import GenerationParams
-from model.decoding.params import MAX_BEAMS
 from model.errors import InvalidParamsError as ModelParamsError
+from model.generation import MAX_BEAMS
 from service.engine.request import Mode
 from service.errors import InvalidParamsError, InvalidRequestError, TooManyItemsError
 from service.runtime.settings import Settings

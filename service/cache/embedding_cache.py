@@ -7,11 +7,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from model import EmbeddingKind
 from service.cache.lru import LruTier
 from service.cache.redis_tier import RedisTier
 from service.cache.wire import redis_key
 from service.engine.image_pool import ComputedEmbedding
-from service.model_backend import EmbeddingKind
 
 _BUDGET_S = 1.0  # that a request spends on Redis at most
 

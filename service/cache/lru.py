@@ -6,7 +6,7 @@ from typing import Final
 from cachetools import LRUCache
 from torch import Tensor
 
-from service.model_backend import EmbeddingKind
+from model import EmbeddingKind
 
 _OVERHEAD_BYTES: Final = 512  # of one entry beside its numbers: key, tensor object, table slot
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from model import EmbeddingKind
 from service.cache.breaker import CircuitBreaker
 from service.cache.read_batcher import FAILED, CacheRead, ReadBatcher
 from service.cache.redis_store import ByteStore, RefusedError, StoreError
 from service.cache.wire import WireError, pack, unpack
-from service.model_backend import EmbeddingKind
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from service.model_backend import EmbeddingKind
+from model import EmbeddingKind
 
 _MAGIC: Final = b"BL2E"
 _VERSION: Final = 2

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from model import EmbeddingKind
 from service.engine.request import Match, Matches, MatchInput, Mode, Request
 from service.errors import InferenceFailedError
-from service.model_backend import EmbeddingKind
 
 
 @dataclass(slots=True, eq=False)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from model import EmbeddingKind
 from service.engine.image_pool import ComputedEmbedding, EncodeBatch, EncodedImage, ImagePool
 from service.engine.protocols import EngineMetrics
-from service.model_backend import Backend, EmbeddingKind
+from service.model_backend import Backend
 
 
 class EncoderRunner:

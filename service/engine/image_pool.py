@@ -6,8 +6,9 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
+from model import EmbeddingKind
 from service.engine.protocols import EmbeddingMemory
-from service.model_backend import Backend, EmbeddingKind, EncoderId
+from service.model_backend import Backend, EncoderId
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,10 +7,11 @@ import torch
 from cachetools import LRUCache
 from torch import Tensor
 
+from model import EmbeddingKind
 from service.engine.candidate_scores import CandidateScores, Pair
 from service.engine.protocols import EngineMetrics
 from service.engine.step import MatchStep
-from service.model_backend import Backend, EmbeddingKind
+from service.model_backend import Backend
 
 MAX_TEXTS_KEPT: Final = 8192  # a kilobyte each
 

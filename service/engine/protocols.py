@@ -4,7 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from service.model_backend import EmbeddingKind
+from model import EmbeddingKind
 
 
 class EngineMetrics(Protocol):

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Generic, TypeVar
 
-from model import Generation, GenerationParams
+from model import EmbeddingKind, Generation, GenerationParams
 from service.engine.image_pool import ComputedEmbedding, EncodedImage, ImageInput
 from service.errors import for_caller
-from service.model_backend import EmbeddingKind
 
 MAX_SHORT_TOKENS: Final = 32
 

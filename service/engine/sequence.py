@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from model import Generation, GenerationParams
-from model.language import Extent as MemoryRequirement
+from model import Generation, GenerationParams, MemoryRequirement, memory_requirement
 from service.engine.request import AdmissionClass, GenerateInput, Generations, Request
 from service.errors import InferenceFailedError
 
@@ -59,7 +58,7 @@ class Sequence:
 
     @property
     def memory_requirement(self) -> MemoryRequirement:
-        return MemoryRequirement(self.num_prefix_tokens, self.num_rows, self.params.max_new_tokens)
+        return memory_requirement(self.num_prefix_tokens, self.params)
 
     def fail(self, error: Exception) -> None:
         self.request.fail(error)

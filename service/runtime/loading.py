@@ -3,7 +3,7 @@
 import torch
 
 from model import Blip2, DecoderLimits
-from model.checkpoints import LoadOptions, locate_retrieval_model
+from model.checkpoints import LoadOptions, resolve_retrieval_model
 from model.devices import find_device
 from model.errors import DeviceUnavailableError
 from model.packing import can_pack
@@ -63,7 +63,7 @@ def _qformer_dtype(settings: Settings, device: torch.device) -> torch.dtype:
 
 
 def _load_matching(name: str, revision: str | None, options: LoadOptions) -> Blip2:
-    path = locate_retrieval_model(name, revision=revision)
+    path = resolve_retrieval_model(name, revision=revision)
     matching = Blip2.from_pretrained(str(path), options)
     if matching.matcher is None:
         raise SettingsError(

@@ -12,7 +12,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from service.model_backend import EmbeddingKind
+from model import EmbeddingKind
 
 ROUTES: Final = ("/caption", "/vqa", "/retrieve")
 OTHER_ROUTE: Final = "other"  # unknown paths are one series, or a scanner would make thousands

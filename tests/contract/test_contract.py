@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from model import EmbeddingKind
 from service.api.app import create_app
 from service.cache.wire import pack, redis_key
 from service.errors import ServiceError
-from service.model_backend import EmbeddingKind
 from service.runtime.logs import JsonFormatter
 from service.runtime.metrics import Metrics
 from service.runtime.settings import PREFIX, Settings

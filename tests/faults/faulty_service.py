@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
-from model import DecodeJob, Generation
+from model import DecodeRequest, Generation
 from service.model_backend import Backend, Blip2Backend, EncoderId, StepDecoder
 from service.runtime.lifecycle import FatalError
 from service.runtime.listener import open_listener
@@ -36,17 +36,17 @@ class FaultyDecoder:
     def __init__(self, decoder: StepDecoder, device: "FaultyDevice") -> None:
         self._decoder = decoder
         self._device = device
-        self._jobs: list[DecodeJob] = []
+        self._jobs: list[DecodeRequest] = []
 
-    def add(self, job: DecodeJob) -> None:
+    def add(self, job: DecodeRequest) -> None:
         self._jobs.append(job)
         self._decoder.add(job)
 
-    def cancel(self, job: DecodeJob) -> None:
+    def cancel(self, job: DecodeRequest) -> None:
         self._jobs.remove(job)
         self._decoder.cancel(job)
 
-    def step(self) -> Sequence[tuple[DecodeJob, tuple[Generation, ...]]]:
+    def step(self) -> Sequence[tuple[DecodeRequest, tuple[Generation, ...]]]:
         orders = {job.params.temperature for job in self._jobs}
         if LOSE in orders:
             raise torch.AcceleratorError("the device is lost, as was asked for")

@@ -11,7 +11,7 @@ from model import Blip2
 from model.checkpoints import save_hub
 from model.checkpoints.__main__ import main
 from model.checkpoints.convert import convert
-from tests.builders import build_parts
+from tests.builders import build_components
 from tests.integration.hub_server import REVISIONS, hub_server
 
 NAME = "someone/blip2-small"
@@ -31,7 +31,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for seed, branch in enumerate(("main", "v2")):
         directory = tmp_path_factory.mktemp(branch)
-        save_hub(directory, build_parts(seed=seed))
+        save_hub(directory, build_components(seed=seed))
         (directory / "pytorch_model.bin").write_bytes(b"a pickle, never fetched")
         found[f"{NAME}@{branch}"] = directory
     return found
@@ -120,9 +120,9 @@ def test_a_gated_model_needs_the_token(repositories: dict[str, Path], tmp_path: 
 @pytest.mark.slow
 def test_pickles_are_refused_and_an_adapter_brings_its_parts(tmp_path: Path) -> None:
     pickled, adapter = tmp_path / "pickled", tmp_path / "adapter"
-    save_hub(pickled, build_parts())
+    save_hub(pickled, build_components())
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    convert(build_parts(), adapter, "adapter")
+    convert(build_components(), adapter, "adapter")
     with hub_server({"a/pickled@main": pickled, "a/adapter@main": adapter}) as endpoint:
         refused = load(tmp_path / "cache", endpoint, name="a/pickled")
         assert "a/pickled has no safetensors; pickles (*.bin) are not read" in refused.stderr

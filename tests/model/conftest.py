@@ -16,13 +16,13 @@ def blip2(random_checkpoint: Path) -> Blip2:
 
 @pytest.fixture(scope="session")
 def hub_directory(blip2: Blip2, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The generation side of `blip2`, as a directory in the Hub's format."""
+    """Save the generation model of `blip2` in the Hub's format."""
     directory = tmp_path_factory.mktemp("hub")
-    save_hub(directory, blip2.parts)
+    save_hub(directory, blip2.components)
     return directory
 
 
 @pytest.fixture(scope="session")
 def reference(hub_directory: Path) -> Blip2ForConditionalGeneration:
-    """transformers' own model with the weights of `blip2`."""
+    """Load transformers' own model with the weights of `blip2`."""
     return Blip2ForConditionalGeneration.from_pretrained(hub_directory).eval()

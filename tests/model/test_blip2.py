@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import Blip2ForConditionalGeneration
 
-from model import Blip2, GenerationParams, InvalidPromptError, TaskUnavailableError
+from model import Blip2, EmbeddingKind, GenerationParams, InvalidPromptError, TaskUnavailableError
 from model.checkpoints import LoadOptions
-from tests.builders import IMAGE_SIZE, NUM_QUERY_TOKENS, build_parts, random_pixels
+from tests.builders import IMAGE_SIZE, NUM_QUERY_TOKENS, build_components, random_pixels
 
 PARAMS = GenerationParams(num_beams=2, max_new_tokens=6)
 
@@ -79,12 +79,12 @@ def test_a_retrieval_checkpoint_compares_but_does_not_speak(random_checkpoint: P
 
 def test_the_matcher_sees_through_the_same_encoder_as_the_rest(blip2: Blip2) -> None:
     assert blip2.matcher is not None
-    names = [name for name, _ in blip2.named_modules() if name.endswith("tower")]
-    assert names == ["vision_model.tower"]
+    names = [name for name, _ in blip2.named_modules() if name.endswith("vit")]
+    assert names == ["vision_model.vit"]
 
 
 @torch.inference_mode()
-def test_half_precision_holds_for_the_frozen_parts_only(random_checkpoint: Path) -> None:
+def test_half_precision_holds_for_the_frozen_models_only(random_checkpoint: Path) -> None:
     blip2 = Blip2.from_pretrained(str(random_checkpoint), LoadOptions(dtype=torch.bfloat16))
     assert blip2.language_model is not None
     image_features = blip2.encode_images(random_pixels(1))
@@ -97,7 +97,7 @@ def test_half_precision_holds_for_the_frozen_parts_only(random_checkpoint: Path)
     assert answer.num_tokens >= 1
 
 
-def test_frozen_parts_are_frozen_and_the_rest_can_be_trained(blip2: Blip2) -> None:
+def test_frozen_models_are_frozen_and_the_rest_can_be_trained(blip2: Blip2) -> None:
     assert blip2.language_model is not None
     frozen = [*blip2.vision_model.parameters(), *blip2.language_model.parameters()]
     assert not any(value.requires_grad for value in frozen)
@@ -106,7 +106,25 @@ def test_frozen_parts_are_frozen_and_the_rest_can_be_trained(blip2: Blip2) -> No
     assert not blip2.training
 
 
-def test_parts_of_a_model_are_those_it_was_built_from() -> None:
-    parts = build_parts()
-    assert Blip2(parts).parts == parts
-    assert Blip2(parts).image_size == IMAGE_SIZE
+def test_components_of_a_model_are_those_it_was_built_from() -> None:
+    components = build_components()
+    assert Blip2(components).components == components
+    assert Blip2(components).image_size == IMAGE_SIZE
+
+
+@torch.inference_mode()
+def test_each_kind_of_embedding_is_computed_from_image_features(blip2: Blip2) -> None:
+    image_features = blip2.encode_images(random_pixels(2))
+    matcher = blip2.require_matcher()
+    image_embeds = matcher.image_embeds(matcher.encode_image_queries(image_features).query_output)
+    query_output = blip2.encode(EmbeddingKind.QUERY_OUTPUT, image_features)
+    assert torch.equal(query_output, blip2.encode_queries(image_features))
+    assert torch.equal(blip2.encode(EmbeddingKind.IMAGE_EMBEDS, image_features), image_embeds)
+    assert torch.equal(blip2.encode(EmbeddingKind.IMAGE_FEATURES, image_features), image_features)
+    assert torch.equal(blip2.project(query_output[0]), blip2.project_queries(query_output[:1])[0])
+
+
+def test_embeddings_of_an_absent_matcher_are_refused() -> None:
+    blip2 = Blip2(build_components(), name="no-matcher")
+    with pytest.raises(TaskUnavailableError, match="'no-matcher' has no ITC and ITM heads"):
+        blip2.encode(EmbeddingKind.IMAGE_EMBEDS, torch.zeros(1, 17, 48))

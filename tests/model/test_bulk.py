@@ -1,4 +1,4 @@
-"""Bulk work without a server: right, line by line, and able to go on."""
+"""Bulk tasks without a server: correct records, and runs that can be continued."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,19 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from model import Blip2, GenerationParams, bulk
+from model import Blip2, GenerationParams, TaskUnavailableError
 from model.__main__ import main
+from model.bulk import build_captioning
+from model.vision import VisionEncoder
 from tests.builders import random_picture
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Five pictures in a directory and one below it; the third is damaged, one is turned by its EXIF."""
+    """Save five pictures in a directory and one below it; one is damaged, one is rotated by its EXIF."""
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
     for index in range(5):
@@ -62,8 +66,8 @@ def test_every_image_gets_its_own_caption_and_a_damaged_one_an_error(
         assert caption["score"] == pytest.approx(expected[0].score, abs=1e-5)
 
 
-def test_a_run_that_was_cut_off_goes_on_where_it_stopped(
-    random_checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_run_is_continued_where_it_stopped(
+    random_checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:
     command = ["caption", str(pictures), "--model", str(random_checkpoint), "--batch-size", "1"]
     assert main([*command, "--out", str(tmp_path / "whole.jsonl")]) == 1
@@ -71,14 +75,13 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(
     cut = tmp_path / "cut.jsonl"
     cut.write_bytes(whole[: len(whole) - 30])  # in the middle of the last line
     encoded: list[int] = []
-    original = Blip2.encode_images
 
-    def count(self: Blip2, pixel_values: torch.Tensor) -> torch.Tensor:
-        encoded.append(len(pixel_values))
-        return original(self, pixel_values)
+    def count(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, VisionEncoder):
+            encoded.append(len(args[0]))
 
-    monkeypatch.setattr(Blip2, "encode_images", count)
-    assert main([*command, "--out", str(cut)]) == 1  # for one picture cannot be read
+    with register_module_forward_pre_hook(count):
+        assert main([*command, "--out", str(cut)]) == 1  # one picture is unreadable
     assert cut.read_bytes() == whole
     assert encoded == [1]
     assert main([*command, "--out", str(cut)]) == 1
@@ -89,18 +92,18 @@ def test_questions_are_answered_in_their_order(
     random_checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "answers.jsonl"
-    asked = ["how many stars", "what color is the circle"]
-    questions = [each for question in asked for each in ("--question", question)]
+    questions = ["how many stars", "what color is the circle"]
+    options = [each for question in questions for each in ("--question", question)]
     image = str(pictures / "0.png")
-    assert main(["ask", image, *questions, "--model", str(random_checkpoint), "--out", str(out)]) == 0
+    assert main(["ask", image, *options, "--model", str(random_checkpoint), "--out", str(out)]) == 0
     (line,) = lines(out)
     blip2 = Blip2.from_pretrained(str(random_checkpoint))
     params = GenerationParams(num_beams=5, max_new_tokens=10, length_penalty=-1.0)
-    for answer, question in zip(line["answers"], asked, strict=True):
+    for answer, question in zip(line["answers"], questions, strict=True):
         inputs = inputs_of(blip2, pictures / "0.png")
         (expected,) = blip2.generate(inputs, [blip2.prompts.question_prompt(question)], params)
         assert answer["answer"] == expected[0].text
-    assert line["questions"] == asked
+    assert line["questions"] == questions
 
 
 @torch.inference_mode()
@@ -155,18 +158,18 @@ def test_a_file_of_another_kind_is_not_written_to(
     ("arguments", "complaint"),
     [
         (["caption", "nowhere"], "nowhere is not there"),
-        (["caption", str(Path(__file__).parent / "decoding")], "holds no images"),
+        (["caption", str(Path(__file__).parent / "generation")], "holds no images"),
         (["caption", ".", "--model", "no-such-model"], "there is no checkpoint 'no-such-model'"),
     ],
 )
-def test_errors_are_told_in_one_line(
+def test_errors_are_printed_in_one_line(
     arguments: list[str], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments, "--out", str(tmp_path / "out.jsonl")]) == 2
     assert complaint in capsys.readouterr().err
 
 
-def test_a_checkpoint_without_the_part_is_refused(random_checkpoint: Path) -> None:
+def test_a_checkpoint_without_the_component_is_refused(random_checkpoint: Path) -> None:
     blip2 = Blip2.from_pretrained(str(random_checkpoint.parent / "stage1"))
-    with pytest.raises(bulk.TaskUnavailableError, match="has no language model"):
-        bulk.caption_work(blip2, None, GenerationParams())
+    with pytest.raises(TaskUnavailableError, match="has no language model"):
+        build_captioning(blip2, None, GenerationParams())

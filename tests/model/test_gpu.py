@@ -1,4 +1,4 @@
-"""What only a CUDA device can show; runs with `pytest -m gpu` where there is one."""
+"""Tests that need a CUDA device; run with `pytest -m gpu` where there is one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,8 +73,8 @@ def test_laid_over_a_gpu_and_the_cpu_it_answers_as_on_one_device(
     def lay_out(llm: nn.Module, **_: object) -> dict[str, str]:
         ends = {name: "cuda:0" for name, _ in llm.model.decoder.named_children() if name != "layers"}
         layers = {f"layers.{at}": ("cuda:0", "cpu")[at % 2] for at in range(len(llm.model.decoder.layers))}
-        places = {f"model.decoder.{name}": place for name, place in (ends | layers).items()}
-        return places | {"lm_head": "cuda:0"}
+        device_map = {f"model.decoder.{name}": device for name, device in (ends | layers).items()}
+        return device_map | {"lm_head": "cuda:0"}
 
     monkeypatch.setattr(accelerate, "infer_auto_device_map", lay_out)
     expected = answers(load(random_checkpoint, "cpu"))

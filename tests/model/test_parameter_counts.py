@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from model.checkpoints import QFormerBranch
 from model.checkpoints.lavis import ENCODERS
-from model.checkpoints.query_branch import QueryBranch
 from model.config import QFormerConfig
 from model.matching import Matcher
 from model.vision import build_vision_encoder
@@ -76,5 +76,7 @@ def test_stage_1(encoder: str, expected: int) -> None:
 )
 def test_stage_2(encoder: str, language_model_size: int, expected: int) -> None:
     with torch.device("meta"):
-        branch = QueryBranch(bert_base(encoder), language_model_size=language_model_size, layer_norm_eps=1e-6)
+        branch = QFormerBranch(
+            bert_base(encoder), language_model_size=language_model_size, layer_norm_eps=1e-6
+        )
     assert count(branch) == expected

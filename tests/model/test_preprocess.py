@@ -1,4 +1,4 @@
-"""Pixels: bit for bit those of the reference."""
+"""Preprocessing: pixels equal those of the reference, bit for bit."""
 
 import io
 import struct
@@ -16,7 +16,7 @@ from model.preprocess import ImagePreprocessor, make_upright
 
 
 def random_image(mode: str, size: tuple[int, int]) -> Image.Image:
-    """Noise in any mode; with transparent places where the mode has an alpha channel."""
+    """Return noise in any mode; partly transparent where the mode has an alpha channel."""
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
     image = Image.fromarray(pixels, "RGBA") if mode == "RGBA" else Image.fromarray(pixels[..., :3], "RGB")
     return image if mode == "RGBA" else image.convert(mode)
@@ -54,7 +54,7 @@ def test_16_bits_of_each_color_and_scaled_grey_are_those_of_transformers(tmp_pat
 
 
 def png_of_48_bits(levels: np.ndarray) -> bytes:
-    """A PNG with 16 bits for each of red, green and blue, which Pillow reads but does not write."""
+    """Build a PNG with 16 bits for each of red, green and blue, which Pillow reads but does not write."""
     height, width = levels.shape
     rows = np.repeat(levels[..., None], 3, axis=2).astype(">u2").reshape(height, -1)
     raw = b"".join(b"\0" + row.tobytes() for row in rows)

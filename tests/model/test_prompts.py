@@ -1,4 +1,4 @@
-"""The words around captions and questions."""
+"""Prompt templates of captions and questions."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Language models that no published BLIP-2 has answer as in transformers, in its format or an adapter."""
+"""Language models of no published BLIP-2: answers equal transformers', in its format or an adapter."""
 
 import json
 from pathlib import Path
@@ -20,10 +20,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from model import Blip2, CheckpointError, DecodeJob
+from model import Blip2, CheckpointError, DecodeRequest
 from model.checkpoints import LoadOptions, load_blip2, load_language_model
 from model.checkpoints.convert import convert
-from model.decoding import run_jobs
+from model.generation import run_requests
 from tests.builders import WORDS, build_language_tokenizer
 from tests.parity.test_transformers import (
     PROMPTS,
@@ -70,14 +70,14 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         tie_word_embeddings=False,
     ),
 }
-FRAMES = {"llama": ((BOS,), ()), "mistral": ((BOS,), ()), "qwen2": ((), ()), "mt5": ((), (EOS,))}
+SPECIAL_TOKENS = {"llama": ((BOS,), ()), "mistral": ((BOS,), ()), "qwen2": ((), ()), "mt5": ((), (EOS,))}
 
 
-def build_tokenizer(frame: tuple[tuple[int, ...], tuple[int, ...]]) -> PreTrainedTokenizerFast:
-    """One that puts special tokens around a text by itself, as those of these models do."""
+def build_tokenizer(special_tokens: tuple[tuple[int, ...], tuple[int, ...]]) -> PreTrainedTokenizerFast:
+    """Build a tokenizer that adds special tokens by itself, as those of these models do."""
     tokenizer = build_language_tokenizer()
     names = {BOS: "</s>", EOS: "\n"}
-    first, last = ([names[token] for token in side] for side in frame)
+    first, last = ([names[token] for token in ids] for ids in special_tokens)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=[*first, "$A", *last], special_tokens=[(name, token) for token, name in names.items()]
     )
@@ -94,7 +94,7 @@ def save(directory: Path, name: str) -> Blip2ForConditionalGeneration:
         head = model.language_model.get_output_embeddings().weight
         head[EOS] *= 2
     model.save_pretrained(directory)
-    build_tokenizer(FRAMES[config.model_type]).save_pretrained(directory)
+    build_tokenizer(SPECIAL_TOKENS[config.model_type]).save_pretrained(directory)
     return Blip2ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
 
 
@@ -102,12 +102,12 @@ def save(directory: Path, name: str) -> Blip2ForConditionalGeneration:
 @torch.inference_mode()
 def test_answers_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     reference = save(tmp_path / "hub", name)
-    convert(load_blip2(str(tmp_path / "hub")).parts, tmp_path / "adapter", "adapter")
+    convert(load_blip2(str(tmp_path / "hub")).components, tmp_path / "adapter", "adapter")
     for directory in (tmp_path / "hub", tmp_path / "adapter"):
         blip2 = Blip2.from_pretrained(str(directory))
         language_model = blip2.language_model
         assert language_model is not None
-        first, last = FRAMES[language_model.llm.config.model_type]
+        first, last = SPECIAL_TOKENS[language_model.llm.config.model_type]
         prompt_ids = language_model.tokenize("a red")
         assert (prompt_ids[: len(first)], prompt_ids[len(first) + 2 :]) == (first, last)
         pixels = random_pixels(3, SIZE)
@@ -118,8 +118,8 @@ def test_answers_are_those_of_transformers(name: str, tmp_path: Path) -> None:
             for image in range(3)
             for prompt in PROMPTS
         ]
-        jobs = [DecodeJob(inputs[image], prompt_ids, params) for image, prompt_ids, params in asked]
-        answers = [list(best[0].token_ids) for best in run_jobs(language_model, jobs)]
+        requests = [DecodeRequest(inputs[image], prompt_ids, params) for image, prompt_ids, params in asked]
+        answers = [list(best[0].token_ids) for best in run_requests(language_model, requests)]
         image_tokens = [IMAGE] * SIZE.num_query_tokens
         expected = [
             reference_answer(reference, pixels[image], [*image_tokens, *prompt_ids], params)
@@ -157,7 +157,7 @@ def test_end_tokens_that_are_none_are_refused(
     fields: dict[str, object], complaint: str, tmp_path: Path
 ) -> None:
     save(tmp_path / "hub", "llama")
-    convert(load_blip2(str(tmp_path / "hub")).parts, tmp_path / "adapter", "adapter")
+    convert(load_blip2(str(tmp_path / "hub")).components, tmp_path / "adapter", "adapter")
     (tmp_path / "adapter" / "language_model" / "generation_config.json").write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match=complaint):
         Blip2.from_pretrained(str(tmp_path / "adapter"))

@@ -1,6 +1,6 @@
-"""Searches with parameters drawn at random: the answers of `generate`, alone and in any company.
+"""Searches with parameters drawn at random: the answers of `generate`, alone and together.
 
-For each kind of language model, under weights with which answers end early, now and then, and never.
+For each kind of language model, with weights whose answers end early, now and then, and never.
 """
 
 import dataclasses
@@ -13,30 +13,30 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
-from model import Blip2, DecodeJob, Decoder, GenerationParams
+from model import Blip2, Decoder, DecodeRequest, GenerationParams
 from model.checkpoints import save_hub
-from model.decoding import run_jobs
+from model.components import Blip2Components
+from model.generation import run_requests
 from model.language import LanguageModel
-from model.parts import Blip2Parts
 from tests.builders import (
     MAX_POSITIONS,
     WORDS,
+    build_components,
     build_language_model,
     build_language_tokenizer,
-    build_parts,
     random_pixels,
 )
-from tests.builders_t5 import build_t5_parts
-from tests.model.decoding.reference import PROMPTS, Pair
+from tests.builders_t5 import build_t5_components
+from tests.model.generation.reference import PROMPTS, Pair
 
 NUM_CASES = 60  # for each of nine models
 NUM_IMAGES = 4
 NUM_SAMPLED = 12
-PULLS = {"early": 3.0, "now and then": 0.5, "never": -100.0}  # added to the end tokens' logits
+ENDINGS = {"early": 3.0, "now and then": 0.5, "never": -100.0}  # added to the end tokens' logits
 OTHER_END = 11  # a second token that ends the answers of those that end now and then
 
 
-def build_llama_parts() -> Blip2Parts:
+def build_llama_parts() -> Blip2Components:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS) + 8,
@@ -50,13 +50,13 @@ def build_llama_parts() -> Blip2Parts:
         eos_token_id=build_language_model().eos_token_ids[0],
     )
     language_model = LanguageModel(LlamaForCausalLM(config), build_language_tokenizer()).eval()
-    return dataclasses.replace(build_parts(), language_model=language_model)
+    return dataclasses.replace(build_components(), language_model=language_model)
 
 
-KINDS: dict[str, Callable[[], Blip2Parts]] = {
-    "opt": partial(build_parts, eos_pull=0.0),
+KINDS: dict[str, Callable[[], Blip2Components]] = {
+    "opt": partial(build_components, eos_pull=0.0),
     "llama": build_llama_parts,
-    "t5": partial(build_t5_parts, "untied"),
+    "t5": partial(build_t5_components, "untied"),
 }
 
 
@@ -69,19 +69,19 @@ def pull_towards_ends(head: nn.Module, token_ids: Sequence[int], pull: float) ->
     head.register_forward_hook(shift)
 
 
-@pytest.fixture(scope="module", params=[(kind, temper) for kind in KINDS for temper in PULLS], ids=" ".join)
+@pytest.fixture(scope="module", params=[(kind, ending) for kind in KINDS for ending in ENDINGS], ids=" ".join)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    kind, temper = request.param
+    kind, ending = request.param
     blip2 = Blip2(KINDS[kind]()).eval()
     directory = tmp_path_factory.mktemp("reference")
-    save_hub(directory, blip2.parts)
+    save_hub(directory, blip2.components)
     reference = Blip2ForConditionalGeneration.from_pretrained(directory).eval()
     language_model = blip2.require_language_model()
-    if temper == "now and then":
+    if ending == "now and then":
         language_model.eos_token_ids = (*language_model.eos_token_ids, OTHER_END)
         reference.language_model.generation_config.eos_token_id = list(language_model.eos_token_ids)
     for llm in (language_model.llm, reference.language_model):
-        pull_towards_ends(llm.get_output_embeddings(), language_model.eos_token_ids, PULLS[temper])
+        pull_towards_ends(llm.get_output_embeddings(), language_model.eos_token_ids, ENDINGS[ending])
     pixel_values = random_pixels(NUM_IMAGES)
     with torch.inference_mode():
         inputs = blip2.project_queries(blip2.encode_queries(blip2.encode_images(pixel_values)))
@@ -118,11 +118,13 @@ def sampling(seed: int) -> GenerationParams:
 
 
 @torch.inference_mode()
-def run_in_turns(pair: Pair, jobs: Sequence[DecodeJob], chance: random.Random) -> dict[DecodeJob, object]:
-    """Has jobs join in the middle of others, in any order."""
-    decoder, waiting = Decoder(pair.language_model), chance.sample(jobs, len(jobs))
-    answers: dict[DecodeJob, object] = {}
-    while waiting or decoder.num_jobs:
+def run_staggered(
+    pair: Pair, requests: Sequence[DecodeRequest], chance: random.Random
+) -> dict[DecodeRequest, object]:
+    """Run requests that join in the middle of others, in random order."""
+    decoder, waiting = Decoder(pair.language_model), chance.sample(requests, len(requests))
+    answers: dict[DecodeRequest, object] = {}
+    while waiting or decoder.num_requests:
         for _ in range(min(chance.randint(0, 3), len(waiting))):
             decoder.add(waiting.pop())
         answers.update(decoder.step())
@@ -130,27 +132,27 @@ def run_in_turns(pair: Pair, jobs: Sequence[DecodeJob], chance: random.Random) -
 
 
 @torch.inference_mode()
-def test_answers_are_those_of_transformers_alone_together_and_in_turns(pair: Pair) -> None:
+def test_answers_are_those_of_transformers_alone_together_and_staggered(pair: Pair) -> None:
     chance = random.Random(0)
     cases = [
         (chance.randrange(NUM_IMAGES), chance.choice(PROMPTS), random_params(chance))
         for _ in range(NUM_CASES)
     ]
-    jobs = [pair.job(*case) for case in cases]
-    sampled = [pair.job(seed % NUM_IMAGES, "a photo of", sampling(seed)) for seed in range(NUM_SAMPLED)]
-    together = run_jobs(pair.language_model, jobs)
-    in_turns = run_in_turns(pair, [*jobs, *sampled], chance)
-    for job in sampled:
-        (alone,) = run_jobs(pair.language_model, [job])
-        assert [answer.token_ids for answer in in_turns[job]] == [answer.token_ids for answer in alone]
+    requests = [pair.request(*case) for case in cases]
+    sampled = [pair.request(seed % NUM_IMAGES, "a photo of", sampling(seed)) for seed in range(NUM_SAMPLED)]
+    together = run_requests(pair.language_model, requests)
+    staggered = run_staggered(pair, [*requests, *sampled], chance)
+    for request in sampled:
+        (alone,) = run_requests(pair.language_model, [request])
+        assert [answer.token_ids for answer in staggered[request]] == [answer.token_ids for answer in alone]
     num_tokens: set[int] = set()
-    for case, job, answers in zip(cases, jobs, together, strict=True):
+    for case, request, answers in zip(cases, requests, together, strict=True):
         image, prompt, params = case
         expected = pair.reference_generate(image, prompt, params)
         token_ids = [answer.token_ids for answer in answers]
         assert token_ids == pair.new_tokens(expected, prompt), params
-        (alone,) = run_jobs(pair.language_model, [job])
-        for same in (alone, in_turns[job]):
+        (alone,) = run_requests(pair.language_model, [request])
+        for same in (alone, staggered[request]):
             assert [answer.token_ids for answer in same] == token_ids, params
         if params.num_beams > 1:
             scores = torch.tensor([answer.score for answer in answers])

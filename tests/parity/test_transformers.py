@@ -1,4 +1,4 @@
-"""Models that `transformers` made and saved answer here as they answer there, in several sizes.
+"""Models saved by `transformers` have equal answers here and there, in several sizes.
 
 Weights are random but not small, so that answers differ from image to image and end tokens do occur.
 """
@@ -20,8 +20,8 @@ from transformers import (
     T5Config,
 )
 
-from model import Blip2, DecodeJob, GenerationParams
-from model.decoding import run_jobs
+from model import Blip2, DecodeRequest, GenerationParams
+from model.generation import run_requests
 from tests.builders import WORDS, build_language_tokenizer, build_text_tokenizer
 from tests.builders_t5 import PROMPT_WORDS, build_t5_tokenizer
 
@@ -89,7 +89,7 @@ def build_config(size: Size, text_config: OPTConfig | T5Config | None) -> Blip2C
 
 
 def randomize(model: PreTrainedModel, *, seed: int) -> None:
-    """Draws all weights anew; queries are not zero, as transformers leaves them."""
+    """Randomise all weights, also the queries, which transformers initialises to zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -134,16 +134,18 @@ def t5_config(size: Size) -> T5Config:
     )
 
 
-def save_generation(directory: Path, size: Size, family: str, *, seed: int) -> Blip2ForConditionalGeneration:
-    """A checkpoint as transformers saves it; the reference is read back from there, as anyone would."""
-    text_config = opt_config(size) if family == "opt" else t5_config(size)
-    tokenizer = build_language_tokenizer() if family == "opt" else build_t5_tokenizer()
+def save_generation(
+    directory: Path, size: Size, language_family: str, *, seed: int
+) -> Blip2ForConditionalGeneration:
+    """Save a checkpoint by transformers, and return the reference loaded from it."""
+    text_config = opt_config(size) if language_family == "opt" else t5_config(size)
+    tokenizer = build_language_tokenizer() if language_family == "opt" else build_t5_tokenizer()
     model = Blip2ForConditionalGeneration(build_config(size, text_config))
     randomize(model, seed=seed)
     llm = model.language_model
     end = llm.config.eos_token_id
     with torch.no_grad():
-        if family == "opt":
+        if language_family == "opt":
             direction = llm.get_input_embeddings().weight[end]
             llm.model.decoder.final_layer_norm.bias.add_(direction / direction.norm(), alpha=2.5)
         else:
@@ -162,7 +164,7 @@ def random_pixels(count: int, size: Size) -> Tensor:
 def reference_answer(
     reference: Blip2ForConditionalGeneration, pixels: Tensor, input_ids: list[int], params: GenerationParams
 ) -> list[int]:
-    """What `generate` says of one image and one prompt alone; up to the end token."""
+    """Return the tokens that `generate` returns for one image and prompt alone, up to the end token."""
     ids = torch.tensor([input_ids])
     sequence = reference.generate(
         pixel_values=pixels[None],
@@ -180,12 +182,12 @@ def reference_answer(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("family", ["opt", "t5"])
+@pytest.mark.parametrize("language_family", ["opt", "t5"])
 @torch.inference_mode()
 def test_fifty_images_and_prompts_of_unequal_length_are_answered_together_as_each_alone(
-    family: str, size: Size, tmp_path: Path
+    language_family: str, size: Size, tmp_path: Path
 ) -> None:
-    reference = save_generation(tmp_path, size, family, seed=SIZES.index(size))
+    reference = save_generation(tmp_path, size, language_family, seed=SIZES.index(size))
     blip2 = Blip2.from_pretrained(str(tmp_path))
     language_model = blip2.language_model
     assert language_model is not None
@@ -194,17 +196,18 @@ def test_fifty_images_and_prompts_of_unequal_length_are_answered_together_as_eac
     expected_inputs = reference.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
     torch.testing.assert_close(inputs, expected_inputs, rtol=1e-5, atol=1e-5)
 
-    asked = [
+    cases = [
         (image, prompt, params) for params in SEARCHES for image in range(NUM_IMAGES) for prompt in PROMPTS
     ]
-    jobs = [
-        DecodeJob(inputs[image], language_model.tokenize(prompt), params) for image, prompt, params in asked
+    requests = [
+        DecodeRequest(inputs[image], language_model.tokenize(prompt), params)
+        for image, prompt, params in cases
     ]
-    answers = [list(best[0].token_ids) for best in run_jobs(language_model, jobs)]
+    answers = [list(best[0].token_ids) for best in run_requests(language_model, requests)]
     image_tokens = [language_model.image_token_id] * size.num_query_tokens
     expected = [
         reference_answer(reference, pixels[image], [*image_tokens, *language_model.tokenize(prompt)], params)
-        for image, prompt, params in asked
+        for image, prompt, params in cases
     ]
     assert answers == expected
     assert len({tuple(answer) for answer in answers}) >= 20

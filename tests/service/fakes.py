@@ -13,10 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model import DecodeJob, Generation, GenerationParams
+from model import DecodeRequest, EmbeddingKind, Generation, GenerationParams, MemoryRequirement
 from model.errors import InvalidPromptError
-from model.language import Extent as MemoryRequirement
-from service.model_backend import EmbeddingKind, EncoderId
+from service.model_backend import EncoderId
 
 POISON_RED = 13  # an image of this red makes every batch it is in fail
 POISON_WORD = "poison"  # so does a prompt with this word, in the decoder
@@ -57,16 +56,16 @@ class FakeDecoder:
 
     def __init__(self, backend: "FakeBackend") -> None:
         self._backend = backend
-        self._steps: dict[DecodeJob, int] = {}
+        self._steps: dict[DecodeRequest, int] = {}
 
-    def add(self, job: DecodeJob) -> None:
+    def add(self, job: DecodeRequest) -> None:
         self._steps[job] = 0
 
-    def cancel(self, job: DecodeJob) -> None:
+    def cancel(self, job: DecodeRequest) -> None:
         del self._steps[job]
         self._backend.num_cancelled += 1
 
-    def step(self) -> list[tuple[DecodeJob, tuple[Generation, ...]]]:
+    def step(self) -> list[tuple[DecodeRequest, tuple[Generation, ...]]]:
         backend = self._backend
         backend.decode_gate.wait(TIMEOUT_S)
         words = [backend.words_of(job.prompt_ids) for job in self._steps]
@@ -141,7 +140,7 @@ class FakeBackend:
         vocabulary = list(self._vocabulary)
         return [vocabulary[word_id] for word_id in prompt_ids]
 
-    def generations(self, job: DecodeJob) -> tuple[Generation, ...]:
+    def generations(self, job: DecodeRequest) -> tuple[Generation, ...]:
         words = self.words_of(job.prompt_ids)
         red = round(job.language_model_inputs.mean().item() * 255)
         score = float("nan") if NAN_WORD in words else -1.0
@@ -179,10 +178,10 @@ class FakeBackend:
     def build_decoder(self) -> FakeDecoder:
         return FakeDecoder(self)
 
-    def build_decode_job(
+    def build_decode_request(
         self, encoded: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams, question: str | None
-    ) -> DecodeJob:
-        return DecodeJob(encoded, prompt_ids, params)
+    ) -> DecodeRequest:
+        return DecodeRequest(encoded, prompt_ids, params)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """A text that is a number is near the images of that red; others lie in the middle."""

@@ -14,7 +14,7 @@ from service.engine.request import GenerateInput, Generations, Matches, MatchInp
 from service.model_backend import Blip2Backend, EncoderId
 from service.runtime.loading import load_backend
 from service.runtime.settings import Settings, SettingsError
-from tests.builders import build_matcher, build_parts, build_vision_model, random_picture
+from tests.builders import build_components, build_matcher, build_vision_model, random_picture
 from tests.service.fakes import TIMEOUT_S, FakeBackend, pixels, png
 from tests.service.running import running_engine, site, text_of
 from tests.service.runtime.test_loading import serve
@@ -24,16 +24,16 @@ GREEDY = GenerationParams(num_beams=1, max_new_tokens=8)
 
 
 def save_generation(directory: Path) -> str:
-    save_hub(directory, build_parts(seed=0))
+    save_hub(directory, build_components(seed=0))
     return str(directory)
 
 
 def save_retrieval(directory: Path, *, seed: int, image_size: int = 32) -> str:
     """A retrieval adapter on an encoder of this seed: that of `save_generation` is made of seed 0."""
-    parts = build_parts(seed=seed)
+    parts = build_components(seed=seed)
     vision_model = build_vision_model(seed=seed)
     vision_model.resize(image_size)
-    vision_model.tower.save_pretrained(directory / "vision_model")
+    vision_model.vit.save_pretrained(directory / "vision_model")
     parts.preprocess.image_size = image_size
     save_retrieval_adapter(
         directory / "stage1",

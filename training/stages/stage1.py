@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model.config import QFormerConfig
 from model.matching import Matcher
-from model.qformer import copy_text_ffn_to_query_ffn
-from model.qformer_layer import KeysValues
+from model.qformer import KeysValues, copy_text_ffn_to_query_ffn
 from training.config import QFormerShape, Stage1Config
 from training.data.batches import PairBatch, PairSampler
 from training.loop import Losses, Run, train

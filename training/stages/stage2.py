@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from model.checkpoints.query_branch import QueryBranch
+from model.checkpoints import QFormerBranch
 from model.matching import Matcher
 from training.config import Optimization
 from training.data.batches import QaSampler, QaTurn
@@ -35,9 +35,9 @@ class FrozenWeightsChangedError(Exception):
     """The weights of a frozen model changed during training."""
 
 
-def build_query_branch(matcher: Matcher, language_model_size: int) -> QueryBranch:
+def build_query_branch(matcher: Matcher, language_model_size: int) -> QFormerBranch:
     """Build the image branch of a stage-1 model with a new projection, without the text branch."""
-    branch = QueryBranch(
+    branch = QFormerBranch(
         matcher.config, language_model_size=language_model_size, layer_norm_eps=matcher.ln_vision.eps
     )
     stage1_state = matcher.state_dict()
@@ -51,9 +51,9 @@ def train_stage2(
     run: Run,
     optimization: Optimization,
     sample_batch: QaSampler,
-    branch: QueryBranch,
+    branch: QFormerBranch,
     objective: LanguageObjective,
-) -> QueryBranch:
+) -> QFormerBranch:
     """Train the query branch in place; resumes from its last checkpoint.
 
     Raises FrozenWeightsChangedError if the language model changed.
@@ -73,7 +73,7 @@ def train_stage2(
     return branch.eval()
 
 
-def soft_prompts(branch: QueryBranch, image_features: Tensor) -> Tensor:
+def soft_prompts(branch: QFormerBranch, image_features: Tensor) -> Tensor:
     """Encode [B, P, V] image features into [B, Q, L] language-model inputs."""
     query_tokens = branch.query_tokens.expand(len(image_features), -1, -1)  # [B, Q, D]
     states = branch.qformer.encode_queries(query_tokens, branch.ln_vision(image_features))

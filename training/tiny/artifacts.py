@@ -8,16 +8,16 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from model.checkpoints import (
+    QFormerBranch,
     load_adapter,
     load_language_model,
     load_vision_model,
     save_generation_adapter,
     save_retrieval_adapter,
 )
-from model.checkpoints.query_branch import QueryBranch
+from model.components import Blip2Components
 from model.language import LanguageModel
 from model.matching import Matcher
-from model.parts import Blip2Parts
 from model.preprocess import ImagePreprocessor
 from model.prompts import PromptTemplates
 from model.vision import VisionEncoder
@@ -69,7 +69,7 @@ class Artifacts:
     def save_query_branch(
         self,
         phase: str,
-        branch: QueryBranch,
+        branch: QFormerBranch,
         *,
         encoder: VisionEncoder,
         language_model: LanguageModel,
@@ -78,7 +78,7 @@ class Artifacts:
         """Save a stage-2 model as a generation adapter."""
         if not PartialState().is_main_process:
             return
-        blip2_parts = Blip2Parts(
+        blip2_parts = Blip2Components(
             vision_model=encoder,
             preprocess=ImagePreprocessor(self.image_size),
             ln_vision=branch.ln_vision,
@@ -109,6 +109,6 @@ class Artifacts:
 
     def load_stage1(self) -> Matcher:
         """Load the stage-1 model."""
-        matcher = load_adapter(self.result("stage1")).parts.matcher
+        matcher = load_adapter(self.result("stage1")).components.matcher
         assert matcher is not None, "a stage-1 adapter holds a matcher"
         return matcher

@@ -23,7 +23,7 @@ import torch
 from accelerate import PartialState
 from transformers import OPTForCausalLM, T5ForConditionalGeneration
 
-from model.checkpoints.query_branch import QueryBranch
+from model.checkpoints import QFormerBranch
 from model.matching import Matcher
 from model.vision import VisionEncoder
 from training.config import Optimization, Stage1Config
@@ -135,7 +135,7 @@ class TinyRecipe:
     def _train_vision_model(self) -> None:
         named, recolored = self._datasets.labeled_scenes(), self._datasets.recolored_scenes()
         encoder = pretrain_vision_encoder(self._run("vision_model"), self.config, named, recolored)
-        self.artifacts.save_frozen("vision_model", encoder.tower)
+        self.artifacts.save_frozen("vision_model", encoder.vit)
 
     def _train_stage1(self) -> None:
         torch.manual_seed(self.config.seed)
@@ -179,7 +179,7 @@ class TinyRecipe:
 
     def _train_branch(
         self, phase: str, optimization: Optimization, matcher: Matcher, objective: LanguageObjective
-    ) -> QueryBranch:
+    ) -> QFormerBranch:
         torch.manual_seed(self.config.seed)  # initialises the projection
         branch = build_query_branch(matcher, objective.llm.config.hidden_size)
         sampler = SceneQaSampler(

@@ -8,6 +8,6 @@ import pytest
 
 @pytest.fixture
 def checkpoint(random_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the random checkpoint's stage2 directory, with all it names beside it."""
+    """Copy the random checkpoint's stage2 directory, with all directories that it names."""
     shutil.copytree(random_checkpoint.parent, tmp_path / "checkpoint")
     return tmp_path / "checkpoint" / "stage2"

@@ -1,10 +1,11 @@
-"""Conversion between the three kinds, and what a checkpoint is said to hold."""
+"""Conversion between the three formats, and the summary of a checkpoint."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from model import Blip2
 from model.checkpoints import load_blip2, save_hub
@@ -12,50 +13,55 @@ from model.checkpoints.__main__ import main
 from model.checkpoints.convert import Format, convert
 from model.checkpoints.inspect import inspect
 from model.checkpoints.lavis import read_pickle
-from model.checkpoints.query_branch import query_branch_tensors
+from model.checkpoints.qformer_branch import qformer_branch_tensors
+from model.components import Blip2Components
 from model.errors import CheckpointError
-from model.parts import Blip2Parts
-from tests.builders import build_matcher, build_parts, build_vision_model, random_picture
-from tests.builders_t5 import build_t5_parts
+from model.vision import VisionEncoder
+from tests.builders import build_components, build_matcher, build_vision_model, random_picture
+from tests.builders_t5 import build_t5_components
 from tests.model.checkpoints.damage import edit_tensors
-from tests.model.checkpoints.test_lavis import Folder, build_tensors, of_stage1, of_stage2
+from tests.model.checkpoints.lavis.lavis_files import Folder, build_tensors, of_stage1, of_stage2
 
 FORMATS: tuple[Format, ...] = ("hub", "lavis", "adapter")
 
 
-def with_eva_biases(parts: Blip2Parts) -> Blip2Parts:
-    """As EVA's encoder is, so that every format can hold it: no bias of the keys, but of all else."""
+def with_eva_biases(components: Blip2Components) -> Blip2Components:
+    """Set the biases as in EVA's encoder, which every format supports: zero for the keys alone."""
     with torch.no_grad():
-        for layer in parts.vision_model.tower.encoder.layers:
+        for layer in components.vision_model.vit.encoder.layers:
             layer.self_attn.qkv.bias.normal_()[48:96] = 0
-    return parts
+    return components
 
 
-def build_generation(family: str) -> Blip2Parts:
-    return with_eva_biases(build_parts(seed=4) if family == "opt" else build_t5_parts("untied", seed=4))
+def build_generation(language_family: str) -> Blip2Components:
+    return with_eva_biases(
+        build_components(seed=4) if language_family == "opt" else build_t5_components("untied", seed=4)
+    )
 
 
-def build_retrieval() -> Blip2Parts:
+def build_retrieval() -> Blip2Components:
     vision_model, matcher = build_vision_model(seed=4), build_matcher(seed=4)
-    parts = Blip2Parts(
+    components = Blip2Components(
         vision_model=vision_model,
-        preprocess=build_parts().preprocess,
+        preprocess=build_components().preprocess,
         ln_vision=matcher.ln_vision,
         query_tokens=matcher.query_tokens,
         qformer=matcher.qformer,
         matcher=matcher,
     )
-    return with_eva_biases(parts)
+    return with_eva_biases(components)
 
 
-def tensors_of(parts: Blip2Parts) -> dict[str, Tensor]:
-    """All weights of a model, by our names."""
-    tensors = {f"vision_model.{name}": each for name, each in parts.vision_model.body.state_dict().items()}
-    if parts.language_model is not None:
-        tensors |= query_branch_tensors(parts)
-        tensors |= {f"llm.{name}": each for name, each in parts.language_model.llm.state_dict().items()}
-    if parts.matcher is not None:
-        tensors |= {f"matcher.{name}": each for name, each in parts.matcher.state_dict().items()}
+def tensors_of(components: Blip2Components) -> dict[str, Tensor]:
+    """Return all weights of a model, by our names."""
+    tensors = {
+        f"vision_model.{name}": each for name, each in components.vision_model.backbone.state_dict().items()
+    }
+    if components.language_model is not None:
+        tensors |= qformer_branch_tensors(components)
+        tensors |= {f"llm.{name}": each for name, each in components.language_model.llm.state_dict().items()}
+    if components.matcher is not None:
+        tensors |= {f"matcher.{name}": each for name, each in components.matcher.state_dict().items()}
     return tensors
 
 
@@ -70,18 +76,18 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("first", FORMATS)
 @pytest.mark.parametrize("second", FORMATS)
-@pytest.mark.parametrize("family", ["opt", "t5"])
+@pytest.mark.parametrize("language_family", ["opt", "t5"])
 def test_a_generation_model_comes_back_bit_for_bit(
-    first: Format, second: Format, family: str, tmp_path: Path
+    first: Format, second: Format, language_family: str, tmp_path: Path
 ) -> None:
-    parts = build_generation(family)
-    expected = {name: tensor.clone() for name, tensor in tensors_of(parts).items()}
+    components = build_generation(language_family)
+    expected = {name: tensor.clone() for name, tensor in tensors_of(components).items()}
     for number, target_format in enumerate((first, second)):
         target = path_for(tmp_path, target_format, number)
-        convert(parts, target, target_format)
-        parts = load_blip2(str(target)).parts
-    assert_equal(tensors_of(parts), expected)
-    assert parts.qformer.config.num_attention_heads == 4
+        convert(components, target, target_format)
+        components = load_blip2(str(target)).components
+    assert_equal(tensors_of(components), expected)
+    assert components.qformer.config.num_attention_heads == 4
 
 
 @pytest.mark.parametrize("first", FORMATS)
@@ -89,16 +95,16 @@ def test_a_generation_model_comes_back_bit_for_bit(
 def test_a_retrieval_model_comes_back_bit_for_bit_but_for_what_the_hub_drops(
     first: Format, second: Format, tmp_path: Path
 ) -> None:
-    parts = build_retrieval()
-    expected = {name: tensor.clone() for name, tensor in tensors_of(parts).items()}
+    components = build_retrieval()
+    expected = {name: tensor.clone() for name, tensor in tensors_of(components).items()}
     for number, target_format in enumerate((first, second)):
         target = path_for(tmp_path, target_format, number)
-        left_out = convert(parts, target, target_format)
+        left_out = convert(components, target, target_format)
         if target_format == "hub" and "hub" not in (first, second)[:number]:
             assert "the tensor temperature" in left_out
             assert "the tensor text_head.bias" in left_out
-        parts = load_blip2(str(target)).parts
-    found = tensors_of(parts)
+        components = load_blip2(str(target)).components
+    found = tensors_of(components)
     if "hub" in (first, second):
         expected = {name: each for name, each in expected.items() if "text_head" not in name}
         found["matcher.temperature"] = expected["matcher.temperature"]
@@ -110,38 +116,38 @@ def test_a_file_of_lavis_comes_back_with_its_own_names(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     stage1, stage2 = of_stage1(build_tensors()), of_stage2(build_tensors())
     for number, (tensors, save) in enumerate([(stage1, folder.save_stage1), (stage2, folder.save)]):
-        parts = load_blip2(save(tensors)).parts
-        convert(parts, tmp_path / f"again-{number}.pth", "lavis")
+        components = load_blip2(save(tensors)).components
+        convert(components, tmp_path / f"again-{number}.pth", "lavis")
         tensors.pop("Qformer.bert.embeddings.position_ids", None)  # a buffer
         assert_equal(read_pickle(tmp_path / f"again-{number}.pth"), tensors)
 
 
 def test_an_adapter_keeps_its_retrieval_model(checkpoint: Path, tmp_path: Path) -> None:
-    parts = load_blip2(str(checkpoint)).parts
-    assert convert(parts, tmp_path / "copy", "adapter") == []
-    assert_equal(tensors_of(load_blip2(str(tmp_path / "copy")).parts), tensors_of(parts))
-    assert any("the retrieval model" in line for line in convert(parts, tmp_path / "hub", "hub"))
+    components = load_blip2(str(checkpoint)).components
+    assert convert(components, tmp_path / "copy", "adapter") == []
+    assert_equal(tensors_of(load_blip2(str(tmp_path / "copy")).components), tensors_of(components))
+    assert any("the retrieval model" in line for line in convert(components, tmp_path / "hub", "hub"))
 
 
 def test_types_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = build_generation("opt")
-    parts.vision_model.to(torch.bfloat16)
-    assert parts.language_model is not None
-    parts.language_model.to(torch.bfloat16)
-    save_hub(tmp_path / "hub", parts)
+    components = build_generation("opt")
+    components.vision_model.to(torch.bfloat16)
+    assert components.language_model is not None
+    components.language_model.to(torch.bfloat16)
+    save_hub(tmp_path / "hub", components)
     assert main(["convert", str(tmp_path / "hub"), str(tmp_path / "adapter"), "--to", "adapter"]) == 0
-    found = {part.name: part.dtypes for part in inspect(tmp_path / "adapter").parts}
+    found = {part.name: part.dtypes for part in inspect(tmp_path / "adapter").components}
     assert found["image encoder"] == found["language model"] == ("BF16",)
     assert found["Q-Former"] == ("F32",)
     assert "left out" not in capsys.readouterr().out
 
 
 def test_an_encoder_that_a_format_lacks_is_refused(tmp_path: Path) -> None:
-    parts = build_parts(seed=4)
+    components = build_components(seed=4)
     with torch.no_grad():
-        parts.vision_model.tower.encoder.layers[1].self_attn.qkv.bias[50] = 0.1  # of the keys
+        components.vision_model.vit.encoder.layers[1].self_attn.qkv.bias[50] = 0.1  # of the keys
     with pytest.raises(CheckpointError, match=r"the key bias in .* is not zero"):
-        convert(parts, tmp_path / "blip2.pth", "lavis")
+        convert(components, tmp_path / "blip2.pth", "lavis")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,7 +176,7 @@ def test_inspect_counts_parameters_and_names_what_is_missing(hub_directory: Path
     blip2 = Blip2.from_pretrained(str(checkpoint))
     assert blip2.language_model is not None
     assert blip2.matcher is not None
-    counts = {part.name: part.num_parameters for part in adapter.parts}
+    counts = {part.name: part.num_parameters for part in adapter.components}
     assert counts["image encoder"] == sum(each.numel() for each in blip2.vision_model.parameters())
     assert counts["language model"] == sum(each.numel() for each in blip2.language_model.llm.parameters())
     assert counts["queries"] == blip2.query_tokens.numel()
@@ -188,7 +194,7 @@ def test_inspect_counts_the_frozen_parts_that_a_file_of_lavis_names(tmp_path: Pa
     convert(build_generation("opt"), tmp_path / "blip2.pth", "lavis")
     summary = inspect(tmp_path / "blip2.pth")
     assert "/caption and /vqa" not in summary.missing
-    assert {"image encoder", "language model"} <= {part.name for part in summary.parts}
+    assert {"image encoder", "language model"} <= {part.name for part in summary.components}
 
 
 def test_inspect_prints_a_table(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,11 +211,11 @@ def picture(tmp_path: Path) -> str:
     return str(tmp_path / "picture.png")
 
 
-@pytest.mark.parametrize("family", ["opt", "t5"])
+@pytest.mark.parametrize("language_family", ["opt", "t5"])
 def test_a_generation_model_is_verified_against_transformers(
-    family: str, picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    language_family: str, picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    convert(build_generation(family), tmp_path / "model.pth", "lavis")
+    convert(build_generation(language_family), tmp_path / "model.pth", "lavis")
     assert main(["verify", str(tmp_path / "model.pth"), picture, "--text", "a photo of"]) == 0
     printed = capsys.readouterr().out
     assert "answers that differ, of 2" in printed
@@ -225,12 +231,16 @@ def test_a_retrieval_model_is_verified_against_transformers(
 
 
 def test_a_difference_from_transformers_is_found(
-    picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     convert(build_generation("opt"), tmp_path / "model", "hub")
-    original = Blip2.project_queries
-    monkeypatch.setattr(Blip2, "project_queries", lambda self, output: original(self, output) * 1.01)
-    assert main(["verify", str(tmp_path / "model"), picture]) == 1
+
+    def disturb(module: nn.Module, _args: object, output: Tensor) -> Tensor | None:
+        is_ours = isinstance(module, VisionEncoder)
+        return output + 0.01 * output.roll(1, dims=-1) if is_ours else None
+
+    with register_module_forward_hook(disturb):
+        assert main(["verify", str(tmp_path / "model"), picture]) == 1
     assert "TOO LARGE" in capsys.readouterr().out
 
 

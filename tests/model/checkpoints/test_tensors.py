@@ -1,4 +1,4 @@
-"""What is read of safetensors files, and how they are told apart."""
+"""Tensors and hashes of safetensors files."""
 
 import hashlib
 from pathlib import Path
@@ -9,22 +9,21 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model import CheckpointError
-from model.checkpoints import tensors
-from model.checkpoints.tensors import TensorFiles, hash_file, load_strictly
+from model.checkpoints.hashing import hash_file
+from model.checkpoints.strict_loading import load_strictly
+from model.checkpoints.tensors import TensorFiles
 
 
 @pytest.mark.parametrize("size", [0, 1, 64, 65, 1000])
 def test_a_file_of_one_block_has_its_sha256_and_a_longer_one_that_of_its_blocks(
-    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: int, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tensors, "_BLOCK_BYTES", 64)
-    monkeypatch.setattr(tensors, "_READ_BYTES", 24)
-    content = bytes(at % 251 for at in range(size))
+    content = bytes(offset % 251 for offset in range(size))
     (tmp_path / "file").write_bytes(content)
-    blocks = [content[at : at + 64] for at in range(0, max(size, 1), 64)]
+    blocks = [content[start : start + 64] for start in range(0, max(size, 1), 64)]
     digests = [hashlib.sha256(block).digest() for block in blocks]
     expected = digests[0] if len(blocks) == 1 else hashlib.sha256(b"".join(digests)).digest()
-    assert hash_file(tmp_path / "file") == expected.hex()
+    assert hash_file(tmp_path / "file", block_bytes=64, read_bytes=24) == expected.hex()
 
 
 def test_weights_in_their_final_type_stay_a_view_of_the_file(tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 import torch
 
+from model import EmbeddingKind
 from service.cache.breaker import CircuitBreaker
 from service.cache.embedding_cache import EmbeddingCache
 from service.cache.lru import LruTier
 from service.cache.redis_tier import RedisTier
 from service.engine.image_pool import ComputedEmbedding
-from service.model_backend import EmbeddingKind
 from tests.service.cache.test_redis_tier import FakeStore
 
 QUERIES = frozenset({EmbeddingKind.QUERY_OUTPUT})

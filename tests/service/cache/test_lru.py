@@ -2,8 +2,8 @@
 
 import torch
 
+from model import EmbeddingKind
 from service.cache.lru import LruTier
-from service.model_backend import EmbeddingKind
 
 KB = 1024
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import pytest
 import torch
 
+from model import EmbeddingKind
 from service.cache.breaker import CircuitBreaker
 from service.cache.read_batcher import CacheRead, ReadBatcher
 from service.cache.redis_store import RefusedError, StoreError
 from service.cache.redis_tier import RedisTier
 from service.cache.wire import pack
-from service.model_backend import EmbeddingKind
 from tests.service.running import until_async
 
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
+from model import EmbeddingKind
 from service.cache.wire import WireError, pack, redis_key, unpack
-from service.model_backend import EmbeddingKind
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

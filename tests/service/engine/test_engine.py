@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import GenerationParams
+from model import EmbeddingKind, GenerationParams
 from service.engine.image_pool import ImageInput
 from service.engine.request import Answer, MatchInput, Mode, Request
 from service.errors import DeadlineExceededError, InferenceFailedError, NotReadyError
-from service.model_backend import EmbeddingKind, EncoderId
+from service.model_backend import EncoderId
 from tests.service.fakes import DEADLY_WORD, NAN_WORD, POISON_RED, POISON_WORD, TIMEOUT_S, FakeBackend, pixels
 from tests.service.running import running_engine, text_of, until
 

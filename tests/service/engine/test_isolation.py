@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import GenerationParams
+from model import EmbeddingKind, GenerationParams
 from service.engine.image_pool import ImageInput
 from service.engine.request import Mode
 from service.errors import InferenceFailedError, OutOfDeviceMemoryError
-from service.model_backend import EmbeddingKind
 from tests.service.fakes import POISON_RED, POISON_WORD, TIMEOUT_S, FakeBackend, out_of_memory
 from tests.service.running import running_engine, text_of
 
@@ -121,10 +120,10 @@ def test_a_failed_trial_that_cannot_begin_loses_nobody() -> None:
     class Fragile(FakeBackend):
         """Cannot begin a text with the poisoned word."""
 
-        def build_decode_job(self, encoded, prompt_ids, params, question):  # type: ignore[no-untyped-def]
+        def build_decode_request(self, encoded, prompt_ids, params, question):  # type: ignore[no-untyped-def]
             if POISON_WORD in self.words_of(prompt_ids):
                 raise RuntimeError("a poisoned prompt")
-            return super().build_decode_job(encoded, prompt_ids, params, question)
+            return super().build_decode_request(encoded, prompt_ids, params, question)
 
     with running_engine(Fragile(), started=False) as harness:
         bad = harness.caption(1, POISON_WORD)

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
+from model import EmbeddingKind
 from service.engine.request import Matches, Mode, Request
 from service.errors import InferenceFailedError
-from service.model_backend import EmbeddingKind
 from tests.service.fakes import TIMEOUT_S
 from tests.service.running import running_engine, until
 

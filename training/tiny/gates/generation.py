@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import DecodeJob, Generation, GenerationParams
-from model.decoding import run_jobs
+from model import DecodeRequest, Generation, GenerationParams
+from model.generation import run_requests
 from model.language import LanguageModel
 from model.prompts import PromptTemplates
 from training.evaluation.metrics import (
@@ -69,11 +69,11 @@ class PromptedGenerator:
             prefixes = self.prefix(scenes[start : start + _BATCH_SIZE])  # [B, Q, L]
             rows = prompts[start : start + _BATCH_SIZE]
             jobs = [
-                DecodeJob(prefix, self.language_model.tokenize(prompt), params)
+                DecodeRequest(prefix, self.language_model.tokenize(prompt), params)
                 for prefix, row in zip(prefixes, rows, strict=True)
                 for prompt in row
             ]
-            best = (hypotheses[0] for hypotheses in run_jobs(self.language_model, jobs))
+            best = (hypotheses[0] for hypotheses in run_requests(self.language_model, jobs))
             generations += [list(islice(best, len(row))) for row in rows]
         return generations
 

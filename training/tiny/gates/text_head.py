@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from model.matching import Matcher
-from model.qformer_layer import KeysValues
+from model.qformer import KeysValues
 from training.losses import IGNORED, itg_labels
 from training.world.captions import listing_caption, sample_text
 from training.world.scenes import Scene

@@ -1,0 +1,19 @@
+"""The Q-Former and its text embeddings."""
+
+from model.qformer.layer import KeysValues
+from model.qformer.qformer import (
+    QFormer,
+    QueryStates,
+    build_query_tokens,
+    copy_text_ffn_to_query_ffn,
+    init_weights,
+)
+
+__all__ = [
+    "KeysValues",
+    "QFormer",
+    "QueryStates",
+    "build_query_tokens",
+    "copy_text_ffn_to_query_ffn",
+    "init_weights",
+]
