@@ -20,7 +20,7 @@ def main() -> int:
         return _report(exc)
     # torch takes seconds to import: what can be wrong before is told before.
     from service.runtime.lifecycle import FatalError
-    from service.runtime.server import serve
+    from service.server import serve
 
     try:
         serve(settings, listener)

@@ -21,7 +21,7 @@ from service.model_backend import Backend, Blip2Backend, EncoderId, StepDecoder
 from service.runtime.lifecycle import FatalError
 from service.runtime.listener import open_listener
 from service.runtime.loading import load_backend
-from service.runtime.server import serve
+from service.server import serve
 from service.runtime.settings import load_settings
 
 RAISE: Final = 91.0  # the request fails whatever it shares the device with
