@@ -53,7 +53,7 @@ class ServedAnswer(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompts:
-    """What is to be generated about an image; see `GenerateInput`."""
+    """Prompts to generate from about an image; see `GenerateInput`."""
 
     prompt_ids: tuple[tuple[int, ...], ...]
     params: GenerationParams
@@ -130,8 +130,8 @@ class Inference:
             uploads = [side for side in sides if isinstance(side, Upload)]
             encoder = self._backend.matching_encoder
             images = iter(await self._load_images(uploads, required_to_match(mode), encoder))
-            loaded = [side if isinstance(side, str) else next(images) for side in sides]
-            inputs = MatchInput(loaded[0], tuple(loaded[1:]), mode, rerank_k, top_k)
+            resolved = [side if isinstance(side, str) else next(images) for side in sides]
+            inputs = MatchInput(resolved[0], tuple(resolved[1:]), mode, rerank_k, top_k)
             return await self._submit(reservation, Request(inputs, deadline), started)
 
     def _tokenize(
@@ -146,8 +146,8 @@ class Inference:
     ) -> ServedAnswer[Generations]:
         started = time.monotonic()
         required = required_to_generate(is_question_conditioned=bool(tokenized.questions))
-        (loaded,) = await self._load_images([image], required, EncoderId.MAIN)
-        inputs = GenerateInput(loaded, tokenized.prompt_ids, tokenized.params, tokenized.questions)
+        (image_input,) = await self._load_images([image], required, EncoderId.MAIN)
+        inputs = GenerateInput(image_input, tokenized.prompt_ids, tokenized.params, tokenized.questions)
         return await self._submit(reservation, Request(inputs, deadline), started)
 
     async def _submit(self, reservation: Reservation, request: Request[T], started: float) -> ServedAnswer[T]:

@@ -1,4 +1,4 @@
-"""What the service asks of a model, and the BLIP-2 models that answer it: the border to tensors."""
+"""The interface between service and tensors: the `Backend` protocol, and BLIP-2 models behind it."""
 
 import hashlib
 from collections.abc import Sequence

@@ -31,7 +31,7 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
         self.failure: FatalError | None = None
 
-    def handle_exit(self, _sig: int, _frame: FrameType | None) -> None:
+    def handle_exit(self, _sig: int, _stack_frame: FrameType | None) -> None:
         # Not remembered as uvicorn does, which would raise the signal again at the end: the exit code is 0.
         asyncio.get_running_loop().call_soon_threadsafe(self._begin_exit)
 

@@ -20,7 +20,7 @@ from tests.builders import (
     save_random_checkpoint,
 )
 
-Kind = Literal["tied", "untied"]
+Tying = Literal["tied", "untied"]
 END = 1  # the id of </s>
 PROMPT_WORDS = ("Question:", "Short", "answer:", "Answer:")
 
@@ -31,7 +31,7 @@ def build_t5_tokenizer() -> PreTrainedTokenizerFast:
     return build_word_tokenizer(vocabulary, eos_token="</s>", additional_special_tokens=["<image>"])
 
 
-def build_t5(kind: Kind, *, seed: int = 3) -> T5ForConditionalGeneration:
+def build_t5(kind: Tying, *, seed: int = 3) -> T5ForConditionalGeneration:
     """Build a random T5 whose next token is neither certain nor uniform, and sometimes ends the answer.
 
     kind: "tied" is the first T5: ReLU, and its head is the word embeddings. "untied" is Flan-T5 as in BLIP-2:
@@ -65,11 +65,11 @@ def build_t5(kind: Kind, *, seed: int = 3) -> T5ForConditionalGeneration:
     return t5
 
 
-def build_t5_language_model(kind: Kind, *, seed: int = 3) -> LanguageModel:
+def build_t5_language_model(kind: Tying, *, seed: int = 3) -> LanguageModel:
     return LanguageModel(build_t5(kind, seed=seed), build_t5_tokenizer()).eval()
 
 
-def build_t5_components(kind: Kind, *, seed: int = 3) -> Blip2Components:
+def build_t5_components(kind: Tying, *, seed: int = 3) -> Blip2Components:
     """Build the model of `build_components` with a T5."""
     language_model = build_t5_language_model(kind, seed=seed)
     return dataclasses.replace(
@@ -79,7 +79,7 @@ def build_t5_components(kind: Kind, *, seed: int = 3) -> Blip2Components:
     )
 
 
-def save_random_t5_checkpoint(root: Path, kind: Kind) -> Path:
+def save_random_t5_checkpoint(root: Path, kind: Tying) -> Path:
     """Add {language_model_t5, stage2_t5} to a random checkpoint under `root`; return the latter."""
     save_random_checkpoint(root)
     components = build_t5_components(kind)

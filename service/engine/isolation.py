@@ -36,7 +36,7 @@ class Bisection(Generic[T]):
 
 
 class Isolation:
-    """What follows a failed step, the same for every workload. bisections: those under way."""
+    """Recovery from failed steps, the same for every workload. bisections: those under way."""
 
     def __init__(self, backend: Backend, metrics: EngineMetrics) -> None:
         self._backend = backend

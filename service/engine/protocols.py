@@ -1,4 +1,4 @@
-"""What the engine needs of its surroundings: somewhere to count, and somewhere to keep embeddings."""
+"""Interfaces of the engine to its surroundings: its metrics, and the memory of embeddings."""
 
 from typing import Protocol
 

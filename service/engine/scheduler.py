@@ -134,7 +134,7 @@ class Scheduler:
         return not (self.requests or self._running)  # the running ones may be left of abandoned requests
 
     def admit(self, queue: RequestQueue) -> AnyRequest | None:
-        """Take the oldest request whose class has room; None where there is none."""
+        """Admit the oldest request whose class has room; None where there is none."""
         while request := queue.take(open_classes(self.requests, self._max_rows)):
             if request.has_expired(time.monotonic()):
                 request.fail(DeadlineExceededError("the deadline passed while the request was in the queue"))

@@ -22,7 +22,7 @@ ABANDONED_REASONS: Final = ("deadline", "disconnected")
 
 _STATUSES: Final = ("200", "400", "404", "405", "413", "415", "422", "429", "499", "500", "503", "504")
 _SECONDS: Final = (*(0.001 * 2**power for power in range(16)), 60.0)  # geometric from 1 ms to 60 s
-_SHARES: Final = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+_RATIOS: Final = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 _ROWS: Final = tuple(2**power for power in range(11))
 
 
@@ -71,7 +71,7 @@ class Metrics:
         self.padding_waste = Histogram(
             "blip2_padding_waste_ratio",
             "Share of padding where prompts are prefilled together",
-            buckets=_SHARES,
+            buckets=_RATIOS,
             registry=registry,
         )
         self.device_seconds = Counter(

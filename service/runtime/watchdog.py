@@ -35,6 +35,6 @@ def thread_stacks() -> dict[str, str]:
     """Return the stack of each thread, by the thread's name."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return {
-        names.get(ident, str(ident)): "".join(traceback.format_stack(frame))
-        for ident, frame in sys._current_frames().items()
+        names.get(ident, str(ident)): "".join(traceback.format_stack(stack_frame))
+        for ident, stack_frame in sys._current_frames().items()
     }

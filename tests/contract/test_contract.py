@@ -99,13 +99,13 @@ def test_redis_keys_and_values_are_those_recorded() -> None:
 
 async def test_log_fields_of_a_request_are_those_recorded(caplog: pytest.LogCaptureFixture) -> None:
     found: dict[str, object] = {}
-    bodies: dict[str, dict[str, object]] = {
+    payloads: dict[str, dict[str, object]] = {
         "/caption": {"image": png_base64()},
         "/vqa": {"image": png_base64(), "question": "what is it?"},
         "/retrieve": {"text": "50", "candidates": {"images": [png_base64()]}},
     }
     async with site() as running:
-        for path, body in bodies.items():
+        for path, body in payloads.items():
             caplog.clear()
             with caplog.at_level(logging.INFO, "service"):
                 response = await running.client.post(path, json=body)

@@ -21,8 +21,8 @@ from service.model_backend import Backend, Blip2Backend, EncoderId, StepDecoder
 from service.runtime.lifecycle import FatalError
 from service.runtime.listener import open_listener
 from service.runtime.loading import load_backend
-from service.server import serve
 from service.runtime.settings import load_settings
+from service.server import serve
 
 RAISE: Final = 91.0  # the request fails whatever it shares the device with
 LOSE: Final = 92.0  # the device's context is lost, which ends the engine's thread

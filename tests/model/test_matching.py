@@ -50,17 +50,17 @@ def test_a_text_too_long_keeps_its_sep_in_the_last_place(matcher: Matcher) -> No
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("num_images", "num_texts"), [(1, 1), (1, 3), (3, 1), (2, 3), (0, 2), (2, 0)])
+@pytest.mark.parametrize(("num_images", "text_count"), [(1, 1), (1, 3), (3, 1), (2, 3), (0, 2), (2, 0)])
 def test_contrastive_scores_take_any_number_of_images_and_texts(
-    matcher: Matcher, vision_model: VisionEncoder, num_images: int, num_texts: int
+    matcher: Matcher, vision_model: VisionEncoder, num_images: int, text_count: int
 ) -> None:
     states = matcher.encode_image_queries(features_of(vision_model, 3)[:num_images])
     image_embeds = matcher.image_embeds(states.query_output)
-    text_embeds = matcher.text_embeds(*matcher.tokenize(TEXTS[:num_texts]))
+    text_embeds = matcher.text_embeds(*matcher.tokenize(TEXTS[:text_count]))
     scores = matcher.itc_scores(image_embeds, text_embeds)
     assert image_embeds.shape == (num_images, NUM_QUERY_TOKENS, 16)
-    assert scores.shape == (num_images, num_texts)
-    for image, text in torch.cartesian_prod(torch.arange(num_images), torch.arange(num_texts)).tolist():
+    assert scores.shape == (num_images, text_count)
+    for image, text in torch.cartesian_prod(torch.arange(num_images), torch.arange(text_count)).tolist():
         cosines = torch.cosine_similarity(image_embeds[image], text_embeds[text], dim=-1)
         assert scores[image, text].item() == pytest.approx(cosines.max().item(), abs=1e-6)
 

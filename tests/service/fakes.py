@@ -26,7 +26,7 @@ TIMEOUT_S = 20.0
 
 
 def png(red: int = 100, size: tuple[int, int] = (4, 4)) -> bytes:
-    """Gives the bytes of a PNG of one colour."""
+    """Return the bytes of a PNG of one colour."""
     buffer = io.BytesIO()
     Image.new("RGB", size, (red, 0, 0)).save(buffer, "PNG")
     return buffer.getvalue()

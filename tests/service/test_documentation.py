@@ -1,4 +1,4 @@
-"""What the documents say of settings and metrics is what these are."""
+"""The documents on settings and metrics agree with the code."""
 
 import re
 from pathlib import Path
@@ -21,8 +21,8 @@ def test_the_table_of_metrics_names_those_that_are_exported_and_no_others() -> N
     table = re.findall(r"^\| (`blip2_.*?) \|", (DOCS / "serving.md").read_text(), re.MULTILINE)
     documented = {name for row in table for name in re.findall(r"`(blip2_\w+)", row)}
     exported = {
-        f"{family.name}_total" if family.type == "counter" else family.name
-        for family in Metrics().registry.collect()
-        if family.name.startswith("blip2_")
+        f"{metric.name}_total" if metric.type == "counter" else metric.name
+        for metric in Metrics().registry.collect()
+        if metric.name.startswith("blip2_")
     }
     assert documented == exported

@@ -31,10 +31,10 @@ class FileTrace:
         self.is_on = False
         self.files: set[str] = set()
 
-    def __call__(self, frame: FrameType, event: str, _argument: object) -> None:
+    def __call__(self, stack_frame: FrameType, event: str, _argument: object) -> None:
         if self.is_on and event == "call" and not _is_watchdog():
-            path = Path(frame.f_code.co_filename)
-            if frame.f_code.co_name != "<module>" and path.is_relative_to(SERVICE):
+            path = Path(stack_frame.f_code.co_filename)
+            if stack_frame.f_code.co_name != "<module>" and path.is_relative_to(SERVICE):
                 self.files.add(path.relative_to(ROOT).as_posix())
 
 

@@ -33,7 +33,7 @@ def backend(checkpoint: Path) -> Blip2Backend:
 
 
 def alone(checkpoint: Path, prompts: Sequence[str], params: GenerationParams) -> list[tuple[Generation, ...]]:
-    """Gives what the model itself says to each prompt about the image of the requests."""
+    """Generate with the model alone, for each prompt about the image of the requests."""
     blip2 = Blip2.from_pretrained(str(checkpoint))
     pixel_values = blip2.preprocess(Image.open(io.BytesIO(png(RED))))[None]
     with torch.inference_mode():

@@ -250,7 +250,7 @@ async def test_a_client_that_hangs_up_is_forgotten_before_the_device() -> None:
         backend.decode_gate.clear()
         first = asyncio.create_task(running.client.post("/caption", json={"image": IMAGE, "num_beams": 16}))
         await until_async(lambda: [100] in backend.vision_batches)
-        hung_up = asyncio.Event()
+        disconnected = asyncio.Event()
         sent: list[Message] = []
         body = b'{"image": "%s"}' % png_base64(77).encode()
         messages = [{"type": "http.request", "body": body, "more_body": False}]
@@ -258,7 +258,7 @@ async def test_a_client_that_hangs_up_is_forgotten_before_the_device() -> None:
         async def receive() -> Message:
             if messages:
                 return messages.pop()
-            await hung_up.wait()
+            await disconnected.wait()
             return {"type": "http.disconnect"}
 
         async def send(message: Message) -> None:
@@ -270,7 +270,7 @@ async def test_a_client_that_hangs_up_is_forgotten_before_the_device() -> None:
         }  # fmt: skip
         request = asyncio.create_task(running.app(scope, receive, send))
         await until_waiting(running, 1)
-        hung_up.set()
+        disconnected.set()
         await request
         assert await metric(running, "blip2_waiting") == 0
         assert await metric(running, 'blip2_abandoned_total{reason="disconnected"}') == 1

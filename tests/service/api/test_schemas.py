@@ -1,4 +1,4 @@
-"""What a body may say: the checks that types cannot make, and the parameters that come of it."""
+"""Checks of request bodies that types cannot express, and the parameters built from them."""
 
 import pytest
 

@@ -79,7 +79,9 @@ def test_cached_image_features_suffice_without_pixels() -> None:
         request = harness.caption(0, "hello", image=image)
         assert text_of(request) == "8 hello #0"
         assert request.future.result().image_cached
-        assert [fresh.kind for fresh in request.future.result().computed] == [EmbeddingKind.QUERY_OUTPUT]
+        assert [computed.kind for computed in request.future.result().computed] == [
+            EmbeddingKind.QUERY_OUTPUT
+        ]
         assert harness.backend.vision_batches == []
 
 
@@ -87,8 +89,10 @@ def test_what_was_computed_is_handed_out_once_to_be_stored() -> None:
     with running_engine(started=False) as harness:
         requests = [harness.caption(9), harness.caption(9)]
         harness.engine.start()
-        fresh = [fresh for request in requests for fresh in request.future.result(TIMEOUT_S).computed]
-        assert [(item.digest, item.kind) for item in fresh] == [("digest-9", EmbeddingKind.QUERY_OUTPUT)]
+        computed = [
+            computed for request in requests for computed in request.future.result(TIMEOUT_S).computed
+        ]
+        assert [(item.digest, item.kind) for item in computed] == [("digest-9", EmbeddingKind.QUERY_OUTPUT)]
 
 
 def test_the_image_of_a_caption_is_let_go_without_waiting_for_the_garbage_collector() -> None:
@@ -188,7 +192,7 @@ def test_of_two_who_complete_a_request_at_once_one_has_the_last_word_and_the_oth
     both_looked = threading.Barrier(2)
 
     class Slow(Future[Answer[int]]):
-        """Lets both look before either acts, where both may look at once."""
+        """A future whose state both threads read before either acts, where they may read it at once."""
 
         def done(self) -> bool:
             is_done = super().done()

@@ -1,4 +1,4 @@
-"""What a failure in a batch costs the others, over a fake model: nobody else fails, little is done twice."""
+"""Isolation of failures, over a fake model: nobody else fails, little is done twice."""
 
 import pytest
 import torch

@@ -23,8 +23,8 @@ def test_a_text_that_was_embedded_is_known_afterwards() -> None:
     embedder = CountingBackend()
     embeds = TextEmbedder(embedder, max_texts=10)
     assert embeds.recall(["1", "2"]) == {}
-    fresh = embeds.embed(["1", "2"])
-    assert {text: row.tolist() for text, row in fresh.items()} == {"1": [1.0, 1.0], "2": [2.0, 1.0]}
+    computed = embeds.embed(["1", "2"])
+    assert {text: row.tolist() for text, row in computed.items()} == {"1": [1.0, 1.0], "2": [2.0, 1.0]}
     known = embeds.recall(["2", "3"])
     assert {text: row.tolist() for text, row in known.items()} == {"2": [2.0, 1.0]}
     assert embedder.batches == [["1", "2"]]
@@ -46,5 +46,5 @@ def test_more_texts_than_are_kept_are_still_all_given_back() -> None:
 
 
 def test_an_embedding_does_not_keep_its_batch_alive() -> None:
-    fresh = TextEmbedder(CountingBackend(), max_texts=3).embed(["1", "2", "3"])
-    assert fresh["2"].untyped_storage().nbytes() == fresh["2"].nbytes
+    computed = TextEmbedder(CountingBackend(), max_texts=3).embed(["1", "2", "3"])
+    assert computed["2"].untyped_storage().nbytes() == computed["2"].nbytes

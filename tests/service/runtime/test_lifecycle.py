@@ -132,10 +132,10 @@ async def test_a_model_that_gives_no_numbers_never_becomes_ready() -> None:
 
     async with site(Broken(), wait=False) as running:
 
-        async def told() -> bool:
+        async def has_failed() -> bool:
             return "self-test failed" in (await running.client.get("/readyz")).json()["detail"]
 
-        await until_async(told)
+        await until_async(has_failed)
         assert_problem(await running.client.get("/startupz"), 503, "not_ready")
         assert_problem(await running.client.post("/caption", json={"image": IMAGE}), 503, "not_ready")
 

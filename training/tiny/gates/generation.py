@@ -68,12 +68,12 @@ class PromptedGenerator:
         for start in tqdm(range(0, len(scenes), _BATCH_SIZE), desc="texts", mininterval=5):
             prefixes = self.prefix(scenes[start : start + _BATCH_SIZE])  # [B, Q, L]
             rows = prompts[start : start + _BATCH_SIZE]
-            jobs = [
+            requests = [
                 DecodeRequest(prefix, self.language_model.tokenize(prompt), params)
                 for prefix, row in zip(prefixes, rows, strict=True)
                 for prompt in row
             ]
-            best = (hypotheses[0] for hypotheses in run_requests(self.language_model, jobs))
+            best = (hypotheses[0] for hypotheses in run_requests(self.language_model, requests))
             generations += [list(islice(best, len(row))) for row in rows]
         return generations
 
