@@ -79,9 +79,7 @@ def test_cached_image_features_suffice_without_pixels() -> None:
         request = harness.caption(0, "hello", image=image)
         assert text_of(request) == "8 hello #0"
         assert request.future.result().image_cached
-        assert [computed.kind for computed in request.future.result().computed] == [
-            EmbeddingKind.QUERY_OUTPUT
-        ]
+        assert [each.kind for each in request.future.result().computed] == [EmbeddingKind.QUERY_OUTPUT]
         assert harness.backend.vision_batches == []
 
 
