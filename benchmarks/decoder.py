@@ -1,6 +1,6 @@
 """Captions per second, here and by transformers' `generate`, on the same weights in one run.
 
-    python benchmarks/decoder.py [--language-model opt|t5] [--repeats 5] [--threads 2] [--out FILE]
+    python -m benchmarks.decoder [--language-model opt|t5] [--repeats 5] [--threads 2] [--out FILE]
 
 Random weights in bfloat16: ViT 768 x 12 at 224/14, Q-Former of BERT-base's size with 32 queries, OPT of 125M
 or T5 of base size; beams 5, 20 new tokens unless said. Every answer has its full length, so both sides do the
@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from random_checkpoint import IMAGE_TOKEN, NUM_QUERY_TOKENS, make_checkpoint
 from torch import Tensor
 from transformers import Blip2ForConditionalGeneration
 
+from benchmarks.random_checkpoint import IMAGE_TOKEN, NUM_QUERY_TOKENS, make_checkpoint
 from model import Blip2, DecodeJob, GenerationParams
 from model.checkpoints import LoadOptions
 from model.decoding import run_jobs
@@ -173,7 +173,7 @@ def _report(directory: Path, arguments: argparse.Namespace) -> Iterator[str]:
     yield _say(f"# The decoder beside transformers' generate: {arguments.language_model}")
     yield _say("")
     yield _say(
-        f"`python benchmarks/decoder.py {command}`, torch {torch.__version__}, bfloat16, {arguments.threads} "
+        f"`python -m benchmarks.decoder {command}`, torch {torch.__version__}, bfloat16, {arguments.threads} "
         f"threads, allocator {allocator}; generate with {best} attention. Seconds are medians, ratios "
         "medians of pairs (least, most)."
     )

@@ -1,6 +1,6 @@
 """Loads a checkpoint of real size, here and with transformers: seconds and memory of each.
 
-    python benchmarks/loading.py [--repeats 3] [--directory DIR] [--out benchmarks/loading.md]
+    python -m benchmarks.loading [--repeats 3] [--directory DIR] [--out benchmarks/loading.md]
 
 The checkpoint is made on the spot, ViT-g/14, Q-Former and OPT-2.7B with random weights in bfloat16, in the
 Hub's format: 7.5 GB, kept in DIR where that is given. Each side loads it and writes one caption of 20 tokens
@@ -218,7 +218,7 @@ def _report(directory: Path, runs: list[tuple[str, Measured]], repeats: int) -> 
     yield "# Loading a checkpoint of real size"
     yield ""
     yield (
-        f"`python benchmarks/loading.py --repeats {repeats}`: ViT-g/14 + OPT-2.7B, random bfloat16 weights, "
+        f"`python -m benchmarks.loading --repeats {repeats}`: ViT-g/14 + OPT-2.7B, random bfloat16 weights, "
         f"{weights / _GIB:.2f} GiB, on a CPU ({torch.get_num_threads()} threads, torch {torch.__version__}), "
         "not in the file cache. Medians; memory is what comes on top of Python and the libraries: anonymous "
         "memory, and pages of the checkpoint counted once."

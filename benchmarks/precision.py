@@ -1,6 +1,6 @@
 """What types of fewer bits do to the answers of the embedded models, on unseen scenes.
 
-    python benchmarks/precision.py [--scenes 100] [--out benchmarks/precision.md]
+    python -m benchmarks.precision [--scenes 100] [--out benchmarks/precision.md]
 
 Every row is asked the same as float32: five questions and a caption of each scene, in the service's ways. The
 Q-Former in bfloat16 runs under autocast. int8 needs torchao; without it, its rows are left out.
@@ -72,7 +72,7 @@ def _report(plan: Plan) -> Iterator[str]:
     yield "# Types of fewer bits beside float32"
     yield ""
     yield (
-        f"`python benchmarks/precision.py --scenes {plan.num_scenes}`, torch {torch.__version__}, "
+        f"`python -m benchmarks.precision --scenes {plan.num_scenes}`, torch {torch.__version__}, "
         "CPU, unseen scenes with five questions each. Equal: to the text that float32 gives. Drift: of what "
         "the language model is given, the mean over soft tokens of the relative distance."
     )

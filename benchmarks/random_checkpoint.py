@@ -1,6 +1,6 @@
 """A checkpoint with random weights, in the Hub's format: what the benchmarks of speed load on all sides.
 
-    python benchmarks/random_checkpoint.py DIRECTORY [--language-model opt|t5]
+    python -m benchmarks.random_checkpoint DIRECTORY [--language-model opt|t5]
 
 ViT 768 x 12 at 224/14, Q-Former of BERT-base's size with 32 queries, OPT of 125M or T5 of base size; all in
 bfloat16.

@@ -4,8 +4,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 import httpx
-from load import LoadError, Outcome, Run
 from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.serving.load import LoadError, Outcome, Run
 
 ROUTES = ("/caption", "/vqa", "/retrieve")
 

@@ -1,6 +1,6 @@
 """One service under mixed traffic for some time: does anything leak, hang, or go missing?
 
-    python benchmarks/soak.py [--minutes 10] [--workers 8] [--redis] [--threads 1] [--seed 0] [--out FILE.md]
+    python -m benchmarks.soak [--minutes 10] [--workers 8] [--redis] [--threads 1] [--seed 0] [--out FILE.md]
 
 Captions, questions and retrieval, pictures known and new, bad input, callers who hang up half-way, short
 deadlines, and bursts over the limit, against `python -m service` with the embedded model. Prints a table and
@@ -17,13 +17,13 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from machine import describe_machine, describe_versions
-from redis_process import redis_server
-from server_process import ServerProcess, free_port, stopped_afterwards
-from service_metrics import scrape
-from soak_client import Tally, send_for
-from soak_errands import BURST, LIMITS, Errands
-from soak_report import Sample, Soaked, checks_of, soak_report
+from benchmarks.machine import describe_machine, describe_versions
+from benchmarks.server_process import ServerProcess, free_port, stopped_afterwards
+from benchmarks.service_metrics import scrape
+from benchmarks.soak.client import Tally, send_for
+from benchmarks.soak.redis_process import redis_server
+from benchmarks.soak.report import Sample, Soaked, checks_of, soak_report
+from benchmarks.soak.traffic import BURST, LIMITS, Errands
 
 _SAMPLE_S = 10.0
 _WARM_UP = (60.0, 0.2)  # seconds, but at most this share of the whole
@@ -156,7 +156,7 @@ def _soak(server: ServerProcess, arguments: argparse.Namespace) -> Soaked:
 
 def _command(arguments: argparse.Namespace) -> str:
     command = (
-        f"python benchmarks/soak.py --minutes {arguments.minutes:g} --workers {arguments.workers} "
+        f"python -m benchmarks.soak --minutes {arguments.minutes:g} --workers {arguments.workers} "
         f"--threads {arguments.threads} --seed {arguments.seed}"
     )
     return f"{command} --redis" if arguments.redis else command

@@ -1,13 +1,14 @@
 """BLIP-2 behind FastAPI as it is mostly written: transformers in async handlers, so one request at a time.
 
-python benchmarks/naive_server.py DIRECTORY --port 8001 [--threads 2] [--attention eager]
+python -m benchmarks.serving.fastapi_server DIRECTORY --port 8001 [--threads 2] [--attention eager]
 """
 
 import torch
 import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
-from transformers_model import (
+
+from benchmarks.serving.transformers_model import (
     QUESTION,
     Caption,
     CaptionAnswer,

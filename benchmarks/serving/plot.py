@@ -7,9 +7,10 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from overload import LoadPoint
-from serving_results import LOADS_OF, Results
-from spread import median_of
+
+from benchmarks.serving.overload import LoadPoint
+from benchmarks.serving.results import LOADS_OF, Results
+from benchmarks.spread import median_of
 
 _COLOURS = ("tab:blue", "tab:orange", "tab:green")
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from contenders import LITSERVE, LITSERVE_BATCH, NAIVE, OURS, Sides
-from overload import LoadPoint
-from scenarios import EqualTexts, Figures, Sizes, Times
-from serving_results import LOADS_OF, Results, bars_of
-from spread import median_of, spread_of
+from benchmarks.serving.overload import LoadPoint
+from benchmarks.serving.results import LOADS_OF, Results, bars_of
+from benchmarks.serving.scenarios import EqualTexts, Figures, Sizes, Times
+from benchmarks.serving.servers import LITSERVE, LITSERVE_BATCH, NAIVE, OURS, Sides
+from benchmarks.spread import median_of, spread_of
 
 
 @dataclass(frozen=True, slots=True)

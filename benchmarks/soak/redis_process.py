@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from server_process import free_port
+from benchmarks.server_process import free_port
 
 _TIMEOUT_S = 30.0
 _POLL_S = 0.05

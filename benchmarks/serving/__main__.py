@@ -1,6 +1,6 @@
 """The service beside two others on the same weights: FastAPI with transformers, and LitServe.
 
-    python benchmarks/serving.py [--repeats 3] [--threads 2] [--qformer bfloat16] [--max-waiting 32]
+    python -m benchmarks.serving [--repeats 3] [--threads 2] [--qformer bfloat16] [--max-waiting 32]
         [--seconds 30] [--only 1 2 5] [--quick] [--out FILE.md] [--plot FILE.png]
 
 Needs the extra `bench`. Scenarios: 1 captions one at a time; 2 captions together; 3 ten questions about one
@@ -21,19 +21,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from contenders import (
-    HERE,
-    Conditions,
-    Contender,
-    Sides,
-    find_attention,
-    start_litserve,
-    start_naive,
-    start_ours,
-)
-from machine import describe_machine, describe_versions
-from overload import measure_sides
-from scenarios import (
+from benchmarks.machine import describe_machine, describe_versions
+from benchmarks.serving.overload import measure_sides
+from benchmarks.serving.plot import plot_loads
+from benchmarks.serving.report import About, report
+from benchmarks.serving.results import Results
+from benchmarks.serving.scenarios import (
     QUICK,
     EqualTexts,
     Figures,
@@ -44,9 +37,15 @@ from scenarios import (
     measure_captions,
     measure_questions,
 )
-from serving_plot import plot_loads
-from serving_report import About, report
-from serving_results import Results
+from benchmarks.serving.servers import (
+    Conditions,
+    Contender,
+    Sides,
+    find_attention,
+    start_litserve,
+    start_naive,
+    start_ours,
+)
 
 ALONE, TOGETHER, QUESTIONS, CACHE, LOADS = SCENARIOS = (1, 2, 3, 4, 5)
 _QUICK_SECONDS = 6.0
@@ -103,7 +102,7 @@ def _prepare(folder: Path, arguments: argparse.Namespace, sizes: Sizes) -> Condi
     """Makes the checkpoint, in a process that takes torch's threads with it when it ends."""
     _say("making the checkpoint")
     directory = folder / "checkpoint"
-    subprocess.run([sys.executable, str(HERE / "random_checkpoint.py"), str(directory)], check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.random_checkpoint", str(directory)], check=True)
     _say("finding the attention that is faster for generate")
     attention = find_attention(directory, arguments.threads, sizes.attention_batch)
     return Conditions(
@@ -219,7 +218,7 @@ def _write(about: About, results: Results, out: Path | None, plot: Path | None) 
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    words = ["python benchmarks/serving.py"]
+    words = ["python -m benchmarks.serving"]
     for name in ("repeats", "threads", "qformer", "max-waiting", "seconds"):
         value = getattr(arguments, name.replace("-", "_"))
         words.append(f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}")

@@ -4,9 +4,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from contenders import Contender, Sides
-from load import LoadError, Outcome, Run
-from serving_requests import Request, caption_request, make_questions, question_request, questions_request
+
+from benchmarks.serving.load import LoadError, Outcome, Run
+from benchmarks.serving.requests import (
+    Request,
+    caption_request,
+    make_questions,
+    question_request,
+    questions_request,
+)
+from benchmarks.serving.servers import Contender, Sides
 
 
 @dataclass(frozen=True, slots=True)

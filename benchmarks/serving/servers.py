@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from load import Run, closed_loop, open_loop
-from server_process import ServerProcess, free_port, stopped_afterwards, turn_of
-from service_metrics import check_run, scrape
-from serving_requests import Request
+from benchmarks.server_process import ServerProcess, free_port, stopped_afterwards, turn_of
+from benchmarks.service_metrics import check_run, scrape
+from benchmarks.serving.load import Run, closed_loop, open_loop
+from benchmarks.serving.requests import Request
 
-HERE = Path(__file__).parent
 OURS, NAIVE, LITSERVE = "this project", "FastAPI", "LitServe"
 LITSERVE_BATCH = 16
 T = TypeVar("T")
@@ -95,27 +94,34 @@ def start_ours(stack: ExitStack, conditions: Conditions, *, cached: bool) -> Con
 
 
 def start_naive(stack: ExitStack, conditions: Conditions) -> Contender:
-    return _start_script(stack, conditions, NAIVE, "naive_server.py")
+    return _start_script(stack, conditions, NAIVE, "fastapi_server")
 
 
 def start_litserve(stack: ExitStack, conditions: Conditions, batch_timeout_s: float) -> Contender:
     options = ("--max-batch-size", str(LITSERVE_BATCH), "--batch-timeout", str(batch_timeout_s))
-    return _start_script(stack, conditions, LITSERVE, "litserve_server.py", *options)
+    return _start_script(stack, conditions, LITSERVE, "litserve_server", *options)
 
 
 def find_attention(directory: Path, num_threads: int, batch: int) -> str:
     """Measures which attention makes `generate` of transformers faster, in a process of its own."""
-    command = [sys.executable, str(HERE / "transformers_model.py"), str(directory)]
+    command = [sys.executable, "-m", "benchmarks.serving.transformers_model", str(directory)]
     command += ["--threads", str(num_threads), "--batch", str(batch)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout.split()[-1]
 
 
 def _start_script(
-    stack: ExitStack, conditions: Conditions, name: str, script: str, *options: str
+    stack: ExitStack, conditions: Conditions, name: str, module: str, *options: str
 ) -> Contender:
     port = free_port()
-    command = [sys.executable, str(HERE / script), str(conditions.directory), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        f"benchmarks.serving.{module}",
+        str(conditions.directory),
+        "--port",
+        str(port),
+    ]
     command += ["--threads", str(conditions.num_threads), "--attention", conditions.attention, *options]
     server = ServerProcess(
         name,

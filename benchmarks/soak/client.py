@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import httpx
-from soak_errands import Errand, Errands
+
+from benchmarks.soak.traffic import Errand, Errands
 
 _CLIENT_TIMEOUT_S = 120.0
 _SHED = (429, 503)

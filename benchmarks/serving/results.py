@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from contenders import LITSERVE, NAIVE, OURS, Sides
-from overload import FAST_SHED_S, LoadPoint
-from scenarios import Figures, Times
-from spread import Spread, spread_of
+from benchmarks.serving.overload import FAST_SHED_S, LoadPoint
+from benchmarks.serving.scenarios import Figures, Times
+from benchmarks.serving.servers import LITSERVE, NAIVE, OURS, Sides
+from benchmarks.spread import Spread, spread_of
 
 OVERLOAD = 2.0
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import httpx
 import numpy as np
-from serving_requests import Request
+
+from benchmarks.serving.requests import Request
 
 
 class Outcome(StrEnum):

@@ -1,6 +1,6 @@
 """BLIP-2 as transformers runs it, for the servers that `serving.py` compares this project with.
 
-    python benchmarks/transformers_model.py DIRECTORY [--threads 2] [--batch 16] [--repeats 2]
+    python -m benchmarks.serving.transformers_model DIRECTORY [--threads 2] [--batch 16] [--repeats 2]
 
 prints which attention makes `generate` faster on a batch of captions: sdpa or eager.
 """

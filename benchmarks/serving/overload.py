@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from contenders import Contender, Sides
-from load import Outcome, Run, poisson_arrivals
-from scenarios import Sizes, percentiles
-from serving_requests import caption_request
+from benchmarks.serving.load import Outcome, Run, poisson_arrivals
+from benchmarks.serving.requests import caption_request
+from benchmarks.serving.scenarios import Sizes, percentiles
+from benchmarks.serving.servers import Contender, Sides
 
 FAST_SHED_S = 0.05
 # Of a point's time, in which a server that was idle fills up: its answers are not in the goodput.

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from soak_client import Tally
+from benchmarks.soak.client import Tally
 
 MAX_RSS_GROWTH = 0.1
 MORE_THREADS = 4

@@ -1,6 +1,6 @@
 """BLIP-2 behind LitServe: transformers on batches of captions, one worker.
 
-python benchmarks/litserve_server.py DIRECTORY --port 8002 [--threads 2] [--attention eager]
+python -m benchmarks.serving.litserve_server DIRECTORY --port 8002 [--threads 2] [--attention eager]
     [--max-batch-size 16] [--batch-timeout 0.05]
 """
 
@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import litserve
 import torch
 from torch import Tensor
-from transformers_model import Caption, CaptionAnswer, CaptionBody, Search, TransformersModel, build_parser
+
+from benchmarks.serving.transformers_model import (
+    Caption,
+    CaptionAnswer,
+    CaptionBody,
+    Search,
+    TransformersModel,
+    build_parser,
+)
 
 
 class Prepared(NamedTuple):
