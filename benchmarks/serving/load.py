@@ -1,4 +1,4 @@
-"""The client: closed loops of so many callers, and open loops whose arrivals wait for nobody."""
+"""The load generator: closed loops with a fixed concurrency, and open loops with Poisson arrivals."""
 
 import asyncio
 import collections
@@ -16,26 +16,27 @@ from benchmarks.serving.requests import Request
 
 
 class Outcome(StrEnum):
-    """How a request ended. Abandoned: the client waited no longer."""
+    """Outcome of a request; abandoned: the client stopped waiting for the response."""
 
     ANSWERED = "answered"
-    SHED = "shed"
+    REJECTED = "rejected"
     EXPIRED = "expired"
     ABANDONED = "abandoned"
 
 
-_OUTCOMES = {200: Outcome.ANSWERED, 429: Outcome.SHED, 503: Outcome.SHED, 504: Outcome.EXPIRED}
+_OUTCOMES = {200: Outcome.ANSWERED, 429: Outcome.REJECTED, 503: Outcome.REJECTED, 504: Outcome.EXPIRED}
 
 
 class LoadError(Exception):
-    """The run is void: an answer that must not be, or requests that cannot be accounted for."""
+    """A run with an unexpected response, or with requests that cannot be accounted for."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """latency_s: since it was due. finished_s: since the run began. lag_s: how late the client sent it.
+class RequestResult:
+    """Outcome and times of one request.
 
-    image_cached: as the answer says; None where it does not.
+    latency_s: since the request was due. finished_s: since the start of the run. lag_s: delay of the client.
+    image_cached: field of the response; None if absent.
     """
 
     outcome: Outcome
@@ -48,35 +49,35 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What became of all requests of a run, in the order they were sent; seconds: until the last was done."""
+    """Results of one run in the order of the requests; seconds: until the last response."""
 
-    replies: tuple[Reply, ...]
+    results: tuple[RequestResult, ...]
     seconds: float
 
     def count(self, outcome: Outcome) -> int:
-        return sum(reply.outcome is outcome for reply in self.replies)
+        return sum(result.outcome is outcome for result in self.results)
 
     def latencies_s(self, outcome: Outcome) -> list[float]:
-        return [reply.latency_s for reply in self.replies if reply.outcome is outcome]
+        return [result.latency_s for result in self.results if result.outcome is outcome]
 
     def answered_per_s(self, *, since_s: float, until_s: float) -> float:
-        """Gives the rate of answers that came in this part of the run."""
-        times = [reply.finished_s for reply in self.replies if reply.outcome is Outcome.ANSWERED]
-        return sum(since_s <= at < until_s for at in times) / (until_s - since_s)
+        """Compute the rate of responses in this part of the run."""
+        times = [result.finished_s for result in self.results if result.outcome is Outcome.ANSWERED]
+        return sum(since_s <= time_s < until_s for time_s in times) / (until_s - since_s)
 
 
 async def closed_loop(url: str, requests: Sequence[Request], concurrency: int) -> Run:
-    """Has so many callers send the requests, each its next one when the last is answered.
+    """Send the requests with `concurrency` callers, each of which waits for its response.
 
-    Raises LoadError.
+    Raise LoadError.
     """
     queue = collections.deque(enumerate(requests))
-    replies: dict[int, Reply] = {}
+    results: dict[int, RequestResult] = {}
 
     async def call(client: httpx.AsyncClient, began: float) -> None:
         while queue:
             index, request = queue.popleft()
-            replies[index] = await _send(client, request, began, time.monotonic() - began, None)
+            results[index] = await _send(client, request, began, time.monotonic() - began, None)
 
     async with _client(url) as client:
         began = time.monotonic()
@@ -84,13 +85,13 @@ async def closed_loop(url: str, requests: Sequence[Request], concurrency: int) -
             for _ in range(concurrency):
                 group.create_task(call(client, began))
         seconds = time.monotonic() - began
-    return _accounted([replies[index] for index in sorted(replies)], len(requests), seconds)
+    return _check_number([results[index] for index in sorted(results)], len(requests), seconds)
 
 
 async def open_loop(url: str, requests: Sequence[Request], arrivals_s: Sequence[float], end_s: float) -> Run:
-    """Sends each request when it is due, whatever became of the others; gives up on all at `end_s`.
+    """Send each request at its arrival time; abandon the unanswered ones at `end_s`.
 
-    arrivals_s: ascending, since the beginning, as `end_s` is. Raises LoadError.
+    arrivals_s: ascending, in seconds since the start of the run, as `end_s`. Raise LoadError.
     """
     async with _client(url) as client:
         began = time.monotonic()
@@ -100,17 +101,16 @@ async def open_loop(url: str, requests: Sequence[Request], arrivals_s: Sequence[
                 await asyncio.sleep(began + due_s - time.monotonic())
                 tasks.append(group.create_task(_send(client, request, began, due_s, began + end_s)))
         seconds = time.monotonic() - began
-    return _accounted([task.result() for task in tasks], len(arrivals_s), seconds)
+    return _check_number([task.result() for task in tasks], len(arrivals_s), seconds)
 
 
 def poisson_arrivals(rate: float, seconds: float, seed: int) -> list[float]:
-    """Gives the times of arrivals that know nothing of each other.
+    """Sample arrival times of a Poisson process, conditioned on their number.
 
-    Their number is what the rate says: a Poisson process of which so much is known. Left to chance, it would
-    make a load of another size in a run this short.
+    The number is fixed at rate × seconds: in a short run, a random number would change the load.
     """
     times = np.random.default_rng(seed).uniform(0, seconds, round(rate * seconds))
-    return [float(at) for at in np.sort(times)]
+    return [float(time_s) for time_s in np.sort(times)]
 
 
 @asynccontextmanager
@@ -121,11 +121,11 @@ async def _client(url: str) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def _send(
-    client: httpx.AsyncClient, request: Request, began: float, due_s: float, give_up_at: float | None
-) -> Reply:
-    """Sends one request; due_s and the times of the reply are since `began`."""
+    client: httpx.AsyncClient, request: Request, began: float, due_s: float, deadline: float | None
+) -> RequestResult:
+    """Send one request; due_s and the times of the result are relative to `began`."""
     lag_s = time.monotonic() - began - due_s
-    seconds = None if give_up_at is None else give_up_at - time.monotonic()
+    seconds = None if deadline is None else deadline - time.monotonic()
     response = None
     try:
         async with asyncio.timeout(seconds):
@@ -134,34 +134,34 @@ async def _send(
             )
     except TimeoutError:
         finished_s = time.monotonic() - began
-        return Reply(Outcome.ABANDONED, finished_s - due_s, finished_s, lag_s)
+        return RequestResult(Outcome.ABANDONED, finished_s - due_s, finished_s, lag_s)
     finished_s = time.monotonic() - began
     outcome = _OUTCOMES.get(response.status_code)
     if outcome is None:
-        raise LoadError(f"{request.path} was answered {response.status_code}: {response.text[:300]}")
-    reply = Reply(outcome, finished_s - due_s, finished_s, lag_s)
+        raise LoadError(f"{request.path} returned {response.status_code}: {response.text[:300]}")
+    result = RequestResult(outcome, finished_s - due_s, finished_s, lag_s)
     if outcome is not Outcome.ANSWERED:
-        return reply
-    texts, image_cached = _read(request, response.json())
-    return replace(reply, texts=texts, image_cached=image_cached)
+        return result
+    texts, image_cached = _parse(request, response.json())
+    return replace(result, texts=texts, image_cached=image_cached)
 
 
-def _read(request: Request, answer: dict[str, Any]) -> tuple[tuple[str, ...], bool | None]:
-    """Takes the texts out of an answer; raises LoadError where it holds not what it should."""
+def _parse(request: Request, answer: dict[str, Any]) -> tuple[tuple[str, ...], bool | None]:
+    """Return the texts and the cache flag of a response. Raise LoadError if the texts have another length."""
     entries = answer["captions"] if "captions" in answer else answer["answers"]
     lengths = [entry["num_tokens"] for entry in entries]
-    if lengths != [request.num_tokens] * request.num_texts:
+    if lengths != [request.num_tokens] * request.num_outputs:
         raise LoadError(
-            f"{request.path} gave texts of {lengths} tokens, {request.num_texts} of {request.num_tokens} "
-            "were asked for"
+            f"{request.path} returned texts of {lengths} tokens, {request.num_outputs} of "
+            f"{request.num_tokens} were requested"
         )
     texts = tuple(entry["text"] if "text" in entry else entry["answer"] for entry in entries)
     return texts, answer.get("image_cached")
 
 
-def _accounted(replies: Sequence[Reply], num_sent: int, seconds: float) -> Run:
-    run = Run(tuple(replies), seconds)
+def _check_number(results: Sequence[RequestResult], num_sent: int, seconds: float) -> Run:
+    run = Run(tuple(results), seconds)
     counts = {outcome.value: run.count(outcome) for outcome in Outcome}
     if sum(counts.values()) != num_sent:
-        raise LoadError(f"{num_sent} requests were sent, and {counts} came of them")
+        raise LoadError(f"{num_sent} requests were sent, the outcomes are {counts}")
     return run

@@ -1,18 +1,18 @@
-"""The page that `serving.py` writes: bars, tables, and how they came about."""
+"""The Markdown report: conditions, targets and tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.reporting import median_of, spread_of
 from benchmarks.serving.overload import LoadPoint
-from benchmarks.serving.results import LOADS_OF, Results, bars_of
+from benchmarks.serving.results import LOADS_OF, Results, targets_of
 from benchmarks.serving.scenarios import EqualTexts, Figures, Sizes, Times
-from benchmarks.serving.servers import LITSERVE, LITSERVE_BATCH, NAIVE, OURS, Sides
-from benchmarks.spread import median_of, spread_of
+from benchmarks.serving.servers import FASTAPI, LITSERVE, LITSERVE_BATCH, SERVICE, PerServer
 
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """How the figures came about. sweep: LitServe's captions a second at each batch_timeout, in seconds."""
+    """Conditions of the measurement; timeout_sweep: batch_timeout in seconds and captions/s of LitServe."""
 
     command: str
     machine: str
@@ -23,78 +23,78 @@ class About:
     seconds: float
     sizes: Sizes
     attention: str
-    sweep: Sequence[tuple[float, float]]
+    timeout_sweep: Sequence[tuple[float, float]]
     texts: EqualTexts
 
 
-def report(about: About, results: Results, picture: str | None) -> str:
-    """Gives the page as Markdown; picture: the file name of the plot, where there is one."""
-    parts = [_heading(about), _bars(results)]
+def report(about: About, results: Results, plot: str | None) -> str:
+    """Return the report as Markdown; plot: file name of the plot, if any."""
+    sections = [_heading(about), _targets(results)]
     if results.alone:
         title = f"Captions, one at a time ({about.sizes.num_alone} in each repeat)"
-        parts.append(_closed_loops(title, results.alone))
+        sections.append(_closed_loops(title, results.alone))
     if results.together:
         title = f"Captions, {about.sizes.concurrency} callers ({about.sizes.num_together} in each repeat)"
-        parts.append(_closed_loops(title, results.together))
+        sections.append(_closed_loops(title, results.together))
     if results.questions or results.cache:
-        parts.append(_questions(about, results))
+        sections.append(_questions(about, results))
     if results.loads and results.capacity is not None:
-        parts.append(_loads(about, results, results.capacity))
-    if picture is not None:
-        parts.append([f"![Latency and answers by load]({picture})"])
-    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+        sections.append(_loads(about, results, results.capacity))
+    if plot is not None:
+        sections.append([f"![Latency and answers by load]({plot})"])
+    return "\n\n".join("\n".join(section) for section in sections) + "\n"
 
 
 def _heading(about: About) -> list[str]:
-    sweep = ", ".join(f"{timeout_s:g} s: {per_s:.2f}" for timeout_s, per_s in about.sweep)
-    best_s = max(about.sweep, key=lambda pair: pair[1])[0]
+    timeout_sweep = ", ".join(f"{timeout_s:g} s: {per_s:.2f}" for timeout_s, per_s in about.timeout_sweep)
+    best_s = max(about.timeout_sweep, key=lambda pair: pair[1])[0]
     texts = about.texts
     return [
-        f"# {OURS.capitalize()} beside {NAIVE} and {LITSERVE}",
+        f"# {SERVICE.capitalize()} compared with {FASTAPI} and {LITSERVE}",
         "",
         f"`{about.command}`: {about.machine}; {about.versions}.",
         "",
         f"All on one random checkpoint (ViT-B, OPT-125M) in bfloat16, threads: {about.num_threads} each, in "
-        "processes of their own, measured in turn while the others are stopped, by one client. Every caption "
-        "has 20 new tokens of 5 beams, every request a picture of its own.",
+        "separate processes, measured in turn while the others are stopped, by one client. Every caption has "
+        "20 new tokens and 5 beams, every request its own image.",
         "",
-        f"- {OURS}: `python -m service`, Q-Former in {about.qformer}, no cache, at most {about.max_waiting} "
-        "waiting.",
-        f"- {NAIVE}: `generate` of transformers, one request at a time, in async handlers; {about.attention} "
-        "attention, the faster one.",
+        f"- {SERVICE}: `python -m service`, Q-Former in {about.qformer}, no cache, at most "
+        f"{about.max_waiting} waiting.",
+        f"- {FASTAPI}: `generate` of transformers, one request at a time, in async handlers; "
+        f"{about.attention} attention, which was faster.",
         f"- {LITSERVE}: `generate` on batches of up to {LITSERVE_BATCH}, one worker, the same attention; "
-        f"batch_timeout {best_s:g} s, the best (captions/s with {sweep}).",
-        f"- Of {texts.num_captions} captions, {texts.ours} of {OURS} and {texts.litserve} of {LITSERVE} are "
-        f"to the letter those of {NAIVE}; all have the length asked for.",
+        f"batch_timeout {best_s:g} s, the best (captions/s with {timeout_sweep}).",
+        f"- Of {texts.num_captions} captions, {texts.service} of {SERVICE} and {texts.litserve} of "
+        f"{LITSERVE} are identical to those of {FASTAPI}; all have the requested length.",
         "",
-        "In each repeat the servers take turns. Figures are medians of the repeats; ratios are made repeat "
-        "by repeat: median (least, most).",
+        "In each repeat the servers take turns. Figures are medians of the repeats; ratios are computed "
+        "per repeat: median (least, most).",
     ]
 
 
-def _bars(results: Results) -> list[str]:
-    bars = bars_of(results)
-    verdicts = [bar.verdict for bar in bars]
+def _targets(results: Results) -> list[str]:
+    targets = targets_of(results)
+    verdicts = [target.verdict for target in targets]
     return [
-        "## Bars",
+        "## Targets",
         "",
-        f"{verdicts.count('met')} of {len(bars)} met.",
+        f"{verdicts.count('met')} of {len(targets)} met.",
         "",
-        "| | measured | bar | |",
+        "| | measured | target | |",
         "|---|---|---|---|",
         *(
-            f"| {bar.what} | {bar.measured or '–'} | {bar.relation} {bar.limit:g} | {bar.verdict} |"
-            for bar in bars
+            f"| {each.name} | {each.measured or '–'} | {each.relation} {each.limit:g} | {each.verdict} |"
+            for each in targets
         ),
     ]
 
 
-def _closed_loops(title: str, repeats: Sequence[Sides[Figures]]) -> list[str]:
+def _closed_loops(title: str, repeats: Sequence[PerServer[Figures]]) -> list[str]:
     rows = [f"## {title}", "", "| | captions/s | p50, s | p95, s | p99, s |", "|---|---|---|---|---|"]
     for name, figures in (
-        (OURS, [sides.ours for sides in repeats]),
-        (NAIVE, [sides.naive for sides in repeats]),
-        (LITSERVE, [sides.litserve for sides in repeats]),
+        (SERVICE, [per_server.service for per_server in repeats]),
+        (FASTAPI, [per_server.fastapi for per_server in repeats]),
+        (LITSERVE, [per_server.litserve for per_server in repeats]),
     ):
         columns = [
             median_of(getattr(one, field) for one in figures)
@@ -107,58 +107,60 @@ def _closed_loops(title: str, repeats: Sequence[Sides[Figures]]) -> list[str]:
 def _questions(about: About, results: Results) -> list[str]:
     sizes = about.sizes
     rows = [
-        f"## {sizes.num_questions} questions about a picture ({sizes.num_pictures} pictures in each repeat)",
+        f"## {sizes.num_questions} questions about an image ({sizes.num_images} images in each repeat)",
         "",
-        "| | s a picture | the other, s a picture | |",
+        "| | s per image | compared with, s per image | |",
         "|---|---|---|---|",
     ]
     for name, repeats, figure in (
-        (f"all in one request; {NAIVE} one by one", results.questions, _times_faster),
-        ("one by one, the picture cached; a new one each time", results.cache, _time_saved),
+        (f"all in one request; {FASTAPI} one by one", results.questions, _times_faster),
+        ("one by one about a cached image; about a new image each", results.cache, _time_saved),
     ):
         if repeats:
-            ours_s, other_s = (
-                median_of(getattr(times, field) / sizes.num_pictures for times in repeats)
-                for field in ("ours_s", "other_s")
+            first_s, second_s = (
+                median_of(getattr(times, field) / sizes.num_images for times in repeats)
+                for field in ("first_s", "second_s")
             )
-            rows.append(f"| {name} | {_number(ours_s)} | {_number(other_s)} | {figure(repeats)} |")
+            rows.append(f"| {name} | {_number(first_s)} | {_number(second_s)} | {figure(repeats)} |")
     return rows
 
 
 def _times_faster(repeats: Sequence[Times]) -> str:
-    return f"{spread_of(times.other_s / times.ours_s for times in repeats)} times the time"
+    return f"{spread_of(times.second_s / times.first_s for times in repeats)} times as fast"
 
 
 def _time_saved(repeats: Sequence[Times]) -> str:
-    return f"{spread_of(1 - times.ours_s / times.other_s for times in repeats)} of the time saved"
+    return f"{spread_of(1 - times.first_s / times.second_s for times in repeats)} of the time saved"
 
 
-def _loads(about: About, results: Results, capacity: Sides[float]) -> list[str]:
-    lag_s = max(point.max_lag_s for sides in results.loads for side in _all(sides) for point in side)
+def _loads(about: About, results: Results, capacity: PerServer[float]) -> list[str]:
+    lag_s = max(point.max_lag_s for loads in results.loads for points in _all(loads) for point in points)
     rows = [
-        f"## Load that comes regardless, {about.seconds:g} s each",
+        f"## Open loop, {about.seconds:g} s for each load",
         "",
-        f"Poisson arrivals, at multiples of each server's own closed-loop throughput ({OURS} "
-        f"{capacity.ours:.2f}/s, {NAIVE} {capacity.naive:.2f}/s, {LITSERVE} {capacity.litserve:.2f}/s). "
-        "Latency counts from when a request was due. Answers/s: once the first third of the time is over. "
-        "Left: not answered some time after the last arrival. The client sent no request later than "
+        f"Poisson arrivals, at multiples of each server's own closed-loop throughput: "
+        f"{SERVICE} {capacity.service:.2f}/s, {FASTAPI} {capacity.fastapi:.2f}/s, "
+        f"{LITSERVE} {capacity.litserve:.2f}/s. "
+        "Latency starts when a request is due. Answers/s: after the first third of the time. "
+        "Abandoned: not answered in time after the last arrival. Maximal delay of the client: "
         f"{lag_s * 1000:.0f} ms.",
         "",
-        "| | load | offered/s | answers/s | p50, s | p95, s | p99, s | shed | told so, p95, ms | left |",
+        "| | load | offered/s | answers/s | p50, s | p95, s | p99, s "
+        "| rejected | rejection, p95, ms | abandoned |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, select in LOADS_OF:
-        for points in zip(*(select(sides) for sides in results.loads), strict=True):
+        for points in zip(*(select(per_server) for per_server in results.loads), strict=True):
             rows.append(_load_row(name, points))
     return rows
 
 
-def _all(sides: Sides[Sequence[LoadPoint]]) -> list[Sequence[LoadPoint]]:
-    return [select(sides) for _, select in LOADS_OF]
+def _all(per_server: PerServer[Sequence[LoadPoint]]) -> list[Sequence[LoadPoint]]:
+    return [select(per_server) for _, select in LOADS_OF]
 
 
 def _load_row(name: str, points: Sequence[LoadPoint]) -> str:
-    shed_p95_s = median_of(point.shed_p95_s for point in points)
+    rejected_p95_s = median_of(point.rejected_p95_s for point in points)
     cells = [
         name,
         f"{points[0].multiple:g}",
@@ -167,9 +169,9 @@ def _load_row(name: str, points: Sequence[LoadPoint]) -> str:
             _number(median_of(getattr(point, field) for point in points))
             for field in ("goodput_per_s", "p50_s", "p95_s", "p99_s")
         ),
-        f"{median_of(point.share_shed for point in points) or 0:.0%}",
-        "–" if shed_p95_s is None else f"{shed_p95_s * 1000:.0f}",
-        str(sum(point.num_left for point in points)),
+        f"{median_of(point.share_rejected for point in points) or 0:.0%}",
+        "–" if rejected_p95_s is None else f"{rejected_p95_s * 1000:.0f}",
+        str(sum(point.num_abandoned for point in points)),
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -1,4 +1,4 @@
-"""Workers that run errands one after the other, and the account of what became of them."""
+"""Concurrent clients that send the traffic, and the counts of its outcomes."""
 
 import asyncio
 import time
@@ -7,22 +7,22 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from benchmarks.soak.traffic import Errand, Errands
+from benchmarks.soak.traffic import Traffic, TrafficRequest
 
 _CLIENT_TIMEOUT_S = 120.0
 _SHED = (429, 503)
 _EXPIRED = 504
-_MAX_SURPRISES = 20
+_MAX_UNEXPECTED = 20
 
 
 @dataclass(slots=True)
 class Tally:
-    """What was sent, and what came of it. surprises: answers that should not have been, in words."""
+    """Counts of requests by outcome; unexpected: descriptions of responses with an unexpected status."""
 
     sent: int = 0
     abandoned: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
-    surprises: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
 
     @property
     def answered(self) -> int:
@@ -44,19 +44,19 @@ class Tally:
     def adds_up(self) -> bool:
         return self.sent == self.answered + self.refused + self.shed + self.expired + self.abandoned
 
-    def count(self, errand: Errand, response: httpx.Response) -> None:
+    def count(self, request: TrafficRequest, response: httpx.Response) -> None:
         status = response.status_code
         self.statuses[status] += 1
-        may_expire = errand.timeout_ms is not None and status == _EXPIRED
-        is_surprise = status != errand.expected and status not in _SHED and not may_expire
-        if is_surprise and len(self.surprises) < _MAX_SURPRISES:
-            self.surprises.append(
-                f"{errand.path}: {status} where {errand.expected} was due: {response.text[:200]}"
+        may_expire = request.timeout_ms is not None and status == _EXPIRED
+        is_unexpected = status != request.expected and status not in _SHED and not may_expire
+        if is_unexpected and len(self.unexpected) < _MAX_UNEXPECTED:
+            self.unexpected.append(
+                f"{request.path}: {status} where {request.expected} was expected: {response.text[:200]}"
             )
 
 
-async def send_for(url: str, errands: Errands, tally: Tally, *, num_workers: int, seconds: float) -> None:
-    """Has so many workers send for so long, and waits for the last of their answers."""
+async def send_for(url: str, traffic: Traffic, tally: Tally, *, num_workers: int, seconds: float) -> None:
+    """Send traffic with `num_workers` workers for `seconds`, and wait for the last responses."""
     until = time.monotonic() + seconds
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=num_workers)
     async with httpx.AsyncClient(
@@ -65,34 +65,34 @@ async def send_for(url: str, errands: Errands, tally: Tally, *, num_workers: int
 
         async def work() -> None:
             while time.monotonic() < until:
-                await asyncio.gather(*(_run(client, errand, tally) for errand in errands.draw()))
+                await asyncio.gather(*(_run(client, request, tally) for request in traffic.draw()))
 
         async with asyncio.TaskGroup() as group:
             for _ in range(num_workers):
                 group.create_task(work())
 
 
-async def _run(client: httpx.AsyncClient, errand: Errand, tally: Tally) -> None:
+async def _run(client: httpx.AsyncClient, request: TrafficRequest, tally: Tally) -> None:
     tally.sent += 1
-    if errand.hang_up_s is not None:
-        await _hang_up(client.base_url, errand, errand.hang_up_s)
+    if request.disconnect_s is not None:
+        await _disconnect(client.base_url, request, request.disconnect_s)
         tally.abandoned += 1
         return
-    headers = {"Content-Type": errand.content_type}
-    if errand.timeout_ms is not None:
-        headers["X-Request-Timeout-Ms"] = str(errand.timeout_ms)
-    tally.count(errand, await client.post(errand.path, content=errand.body, headers=headers))
+    headers = {"Content-Type": request.content_type}
+    if request.timeout_ms is not None:
+        headers["X-Request-Timeout-Ms"] = str(request.timeout_ms)
+    tally.count(request, await client.post(request.path, content=request.body, headers=headers))
 
 
-async def _hang_up(url: httpx.URL, errand: Errand, after_s: float) -> None:
-    """Sends the whole or half of the body, and closes the connection without reading."""
+async def _disconnect(url: httpx.URL, request: TrafficRequest, after_s: float) -> None:
+    """Send the body or half of it, and close the connection without reading the response."""
     assert url.port is not None
     _, writer = await asyncio.open_connection(url.host, url.port)
     head = (
-        f"POST {errand.path} HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: {errand.content_type}\r\n"
-        f"Content-Length: {len(errand.body)}\r\n\r\n"
+        f"POST {request.path} HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: {request.content_type}\r\n"
+        f"Content-Length: {len(request.body)}\r\n\r\n"
     )
-    body = errand.body[: len(errand.body) // 2] if errand.half else errand.body
+    body = request.body[: len(request.body) // 2] if request.sends_half else request.body
     writer.write(head.encode() + body)
     await writer.drain()
     await asyncio.sleep(after_s)

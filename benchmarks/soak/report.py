@@ -1,4 +1,4 @@
-"""Whether the soak test was passed, and its page."""
+"""Conditions of the soak test, and its Markdown report."""
 
 import statistics
 from collections import Counter
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from benchmarks.soak.client import Tally
 
 MAX_RSS_GROWTH = 0.1
-MORE_THREADS = 4
-MORE_DESCRIPTORS = 4
+MAX_MORE_THREADS = 4
+MAX_MORE_DESCRIPTORS = 4
 _NUM_NEAREST = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The service at one moment; the counts are the client's, so far. at_s: since the traffic began."""
+    """Counts of the client and state of the process at one time; time_s: under load so far."""
 
-    at_s: float
+    time_s: float
     sent: int
     answered: int
     refused: int
@@ -32,7 +32,7 @@ class Sample:
 
     def row(self, when: str = "") -> str:
         cells = (
-            f"{self.at_s:.0f}{when}",
+            f"{self.time_s:.0f}{when}",
             self.sent,
             self.answered,
             self.refused,
@@ -49,10 +49,11 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Soaked:
-    """All that was seen. samples: under load. warm, final: at rest, after the warm-up and at the end.
+class SoakResult:
+    """Results of the soak test.
 
-    counted: what the service says it answered, by status. settled_s: when memory should have stopped growing.
+    samples: under load. warm, final: idle, after the warm-up and at the end. counted: responses by status, as
+    the service counted them. steady_s: time after which memory should not grow.
     """
 
     tally: Tally
@@ -60,96 +61,98 @@ class Soaked:
     samples: Sequence[Sample]
     warm: Sample
     final: Sample
-    settled_s: float
+    steady_s: float
     exit_code: int
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One condition of passing."""
+    """One condition of the soak test."""
 
-    what: str
-    seen: str
+    name: str
+    measured: str
     passed: bool
 
 
-def checks_of(soaked: Soaked) -> list[Check]:
-    """Judges what was seen; the test is passed where all are."""
-    tally, warm, final = soaked.tally, soaked.warm, soaked.final
-    unseen = soaked.counted - tally.statuses
-    missing = tally.statuses - soaked.counted
+def checks_of(result: SoakResult) -> list[Check]:
+    """Evaluate all conditions; the soak test passes if all of them do."""
+    tally, warm, final = result.tally, result.warm, result.final
+    extra = result.counted - tally.statuses
+    missing = tally.statuses - result.counted
     failed = {
-        status: count for status, count in (tally.statuses | soaked.counted).items() if _is_failure(status)
+        status: count for status, count in (tally.statuses | result.counted).items() if _is_failure(status)
     }
-    settled, end = _rss_near(soaked.samples, soaked.settled_s), _rss_near(soaked.samples, final.at_s)
-    growth = end / settled - 1
+    steady, end = _rss_near(result.samples, result.steady_s), _rss_near(result.samples, final.time_s)
+    growth = end / steady - 1
     return [
         Check("sent = answered + refused + shed + expired + abandoned", f"{tally.sent} sent", tally.adds_up),
         Check(
-            "the service counted the same, and the abandoned on top",
-            f"{unseen.total()} more, {tally.abandoned} abandoned; {missing.total()} less",
-            not missing and unseen.total() == tally.abandoned,
+            "the service counted the same, plus the abandoned",
+            f"{extra.total()} more, {tally.abandoned} abandoned; {missing.total()} fewer",
+            not missing and extra.total() == tally.abandoned,
         ),
-        Check("every answer is the one that was due", f"{len(tally.surprises)} are not", not tally.surprises),
         Check(
-            "no 5xx but 503 and 504",
+            "every response has its expected status", f"{len(tally.unexpected)} do not", not tally.unexpected
+        ),
+        Check(
+            "no 5xx except 503 and 504",
             ", ".join(f"{n} of {s}" for s, n in failed.items()) or "none",
             not failed,
         ),
         Check(
-            "nothing waits or runs at rest",
+            "no request waits or runs when idle",
             f"{final.waiting} waiting, {final.running} running",
             final.waiting == final.running == 0,
         ),
         Check(
-            f"threads at rest: at most {MORE_THREADS} more than after the warm-up",
+            f"threads when idle: at most {MAX_MORE_THREADS} more than after the warm-up",
             f"{warm.threads}, then {final.threads}",
-            final.threads <= warm.threads + MORE_THREADS,
+            final.threads <= warm.threads + MAX_MORE_THREADS,
         ),
         Check(
-            f"descriptors at rest: at most {MORE_DESCRIPTORS} more than after the warm-up",
+            f"descriptors when idle: at most {MAX_MORE_DESCRIPTORS} more than after the warm-up",
             f"{warm.descriptors}, then {final.descriptors}",
-            final.descriptors <= warm.descriptors + MORE_DESCRIPTORS,
+            final.descriptors <= warm.descriptors + MAX_MORE_DESCRIPTORS,
         ),
         Check(
-            f"RSS grows by less than {MAX_RSS_GROWTH:.0%} after {soaked.settled_s:.0f} s",
-            f"{settled / 1e6:.0f} MB, then {end / 1e6:.0f} MB ({growth:+.1%})",
+            f"RSS grows by less than {MAX_RSS_GROWTH:.0%} after {result.steady_s:.0f} s",
+            f"{steady / 1e6:.0f} MB, then {end / 1e6:.0f} MB ({growth:+.1%})",
             growth < MAX_RSS_GROWTH,
         ),
-        Check("SIGTERM ends the process with 0", f"{soaked.exit_code}", soaked.exit_code == 0),
+        Check("exit code after SIGTERM is 0", f"{result.exit_code}", result.exit_code == 0),
     ]
 
 
-def soak_report(command: str, about: str, soaked: Soaked) -> str:
-    """Gives the page as Markdown."""
-    return "\n".join(_lines(command, about, soaked)) + "\n"
+def soak_report(command: str, about: str, result: SoakResult) -> str:
+    """Return the Markdown report."""
+    return "\n".join(_lines(command, about, result)) + "\n"
 
 
-def _lines(command: str, about: str, soaked: Soaked) -> Iterator[str]:
+def _lines(command: str, about: str, result: SoakResult) -> Iterator[str]:
     yield f"# The service under mixed traffic\n\n`{command}`: {about}\n"
-    yield "| condition | seen | |"
+    yield "| condition | measured | |"
     yield "|---|---|---|"
-    for check in checks_of(soaked):
-        yield f"| {check.what} | {check.seen} | {'passed' if check.passed else '**failed**'} |"
+    for check in checks_of(result):
+        yield f"| {check.name} | {check.measured} | {'passed' if check.passed else '**failed**'} |"
     yield ""
-    for surprise in soaked.tally.surprises:
-        yield f"- {surprise}"
-    statuses = ", ".join(f"{count} of {status}" for status, count in sorted(soaked.tally.statuses.items()))
+    for description in result.tally.unexpected:
+        yield f"- {description}"
+    statuses = ", ".join(f"{count} of {status}" for status, count in sorted(result.tally.statuses.items()))
     yield f"\nStatuses: {statuses}.\n"
     yield (
         "| time, s | sent | answered | refused | shed | expired | abandoned "
         "| RSS, MB | threads | descriptors | waiting | running |"
     )
     yield "|---" * 12 + "|"
-    rows = [(sample, "") for sample in soaked.samples] + [(soaked.warm, ", at rest")]
-    for sample, when in sorted(rows, key=lambda row: row[0].at_s):
+    rows = [(sample, "") for sample in result.samples] + [(result.warm, ", idle")]
+    for sample, when in sorted(rows, key=lambda row: row[0].time_s):
         yield sample.row(when)
-    yield soaked.final.row(", at rest")
+    yield result.final.row(", idle")
 
 
-def _rss_near(samples: Sequence[Sample], at_s: float) -> float:
-    """Gives the median of the samples nearest to that time."""
-    nearest = sorted(samples, key=lambda sample: abs(sample.at_s - at_s))[:_NUM_NEAREST]
+def _rss_near(samples: Sequence[Sample], time_s: float) -> float:
+    """Compute the median RSS of the samples nearest to a time."""
+    nearest = sorted(samples, key=lambda sample: abs(sample.time_s - time_s))[:_NUM_NEAREST]
     return statistics.median(sample.rss_bytes for sample in nearest)
 
 
