@@ -1,4 +1,4 @@
-"""The rules that all of k8s/ keeps, read from what `kubectl apply -k` would send."""
+"""Rules of all manifests in k8s/, checked on the output of `kubectl kustomize`."""
 
 import ipaddress
 import json
@@ -75,7 +75,7 @@ def inference(documents: list[Document]) -> Document:
 
 
 def check_schema(document: Document) -> None:
-    """Raises ValidationError; fields that the schema does not know are errors."""
+    """Raise ValidationError unless the schema accepts the object; unknown fields are errors."""
     custom = SCHEMAS / f"{document['kind']}.json"
     if custom.exists():
         jsonschema.validate(document, json.loads(custom.read_text()))
