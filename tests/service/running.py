@@ -70,7 +70,7 @@ class Workshop:
         image: ImageInput | None = None,
     ) -> GenerateJob:
         """Puts a job in line and gives it back."""
-        prompt_ids = tuple(self.backend.tokenize_prompt(prompt, 10) for prompt in prompts or ("a photo",))
+        prompt_ids = tuple(self.backend.tokenize_prompt(prompt, params) for prompt in prompts or ("a photo",))
         job = GenerateJob(image or self.image(red), prompt_ids, params, Ticket(deadline))
         self.submit(job)
         return job

@@ -43,7 +43,8 @@ def fit_line(directory: Path, split: Split) -> Tensor:
 
     def loss_of(rng: np.random.Generator) -> Tensor:
         inputs = torch.from_numpy(rng.normal(size=(PLAN.batch_size, 3))).float()
-        return (model(inputs) - inputs.sum(dim=1, keepdim=True)).pow(2).mean()
+        loss: Tensor = (model(inputs) - inputs.sum(dim=1, keepdim=True)).pow(2).mean()
+        return loss
 
     def step(rng: np.random.Generator) -> Losses:
         return {"loss": torch.stack([loss_of(each) for each in split(rng)]).mean()}

@@ -24,7 +24,8 @@ COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 @pytest.fixture(params=["tied", "untied"])
 def kind(request: pytest.FixtureRequest) -> Kind:
-    return request.param
+    kind: Kind = request.param
+    return kind
 
 
 @pytest.fixture

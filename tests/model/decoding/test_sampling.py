@@ -90,7 +90,7 @@ def test_a_seeded_draw_does_not_feel_what_shares_the_batch(pair: Pair) -> None:
     decoder.add(pair.job(1, PROMPTS[2], dataclasses.replace(params, seed=1)))
     decoder.add(job)
     decoder.add(pair.job(2, "", GenerationParams(num_beams=4, max_new_tokens=15)))
-    answers = {}
+    answers: dict[DecodeJob, tuple[Generation, ...]] = {}
     while decoder.num_jobs:
         answers.update(decoder.step())
     alone = generate_alone(pair, 0, "a photo of", params)
