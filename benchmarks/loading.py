@@ -1,10 +1,10 @@
-"""Loads a checkpoint of real size, here and with transformers: seconds and memory of each.
+"""Compare time and memory of loading a checkpoint of published size with transformers.
 
-    python benchmarks/loading.py [--repeats 3] [--directory DIR] [--out benchmarks/loading.md]
+    python -m benchmarks.loading [--repeats 3] [--directory DIR] [--out benchmarks/loading.md]
 
-The checkpoint is made on the spot, ViT-g/14, Q-Former and OPT-2.7B with random weights in bfloat16, in the
-Hub's format: 7.5 GB, kept in DIR where that is given. Each side loads it and writes one caption of 20 tokens
-with five beams, in a process of its own, in turns. Linux only: memory is read from /proc.
+The checkpoint is generated: ViT-g/14, Q-Former and OPT-2.7B with random weights in bfloat16, in the Hub's
+format, 7.5 GB. It is kept if --directory is given. Each side loads it and generates one caption of 20 tokens
+with five beams, in a separate process, in turns. Linux only: memory is read from /proc.
 """
 
 import argparse
@@ -46,7 +46,7 @@ _SAMPLE_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of one run. peak_bytes: anonymous memory and resident pages of the checkpoint, together, at most."""
+    """Time and memory of one run; peak_bytes: maximum of anonymous memory plus resident checkpoint pages."""
 
     load_s: float
     caption_s: float
@@ -55,10 +55,10 @@ class Measured:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Seconds and memory of loading a checkpoint of real size.")
+    parser = argparse.ArgumentParser(description="Measure time and memory of loading a checkpoint.")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--directory", type=Path, help="made there once, and kept")
-    parser.add_argument("--out", type=Path, help="write the table here too")
+    parser.add_argument("--directory", type=Path, help="of the checkpoint, which is kept")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side is not None:
@@ -69,7 +69,7 @@ def main() -> None:
         directory = arguments.directory or Path(temporary)
         if not (directory / "config.json").exists():
             make_checkpoint(directory)
-        runs = [(side, _run_apart(side, directory)) for _ in range(arguments.repeats) for side in SIDES]
+        runs = [(side, _run_in_process(side, directory)) for _ in range(arguments.repeats) for side in SIDES]
         text = "\n".join(_report(directory, runs, arguments.repeats)) + "\n"
     print(text, end="")
     if arguments.out is not None:
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def make_checkpoint(directory: Path) -> None:
-    """Writes ViT-g/14 + OPT-2.7B, of BLIP-2's own sizes, with weights from N(0, 0.02)."""
+    """Write ViT-g/14 + OPT-2.7B with the sizes of BLIP-2 and weights from N(0, 0.02)."""
     text_config = OPTConfig(
         vocab_size=50304,
         hidden_size=2560,
@@ -112,12 +112,12 @@ def make_checkpoint(directory: Path) -> None:
     BlipImageProcessor(size={"height": 224, "width": 224}).save_pretrained(directory)
 
 
-def _run_apart(side: str, directory: Path) -> Measured:
-    """Runs one side in a process of its own, after the file cache has let go of the checkpoint."""
+def _run_in_process(side: str, directory: Path) -> Measured:
+    """Run one side in a separate process, after dropping the checkpoint from the file cache."""
     for path in directory.glob("*.safetensors"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    command = [sys.executable, __file__, "--side", side, "--directory", str(directory)]
+    command = [sys.executable, "-m", "benchmarks.loading", "--side", side, "--directory", str(directory)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
@@ -131,7 +131,7 @@ def _run_ours(directory: Path) -> Measured:
 
     @torch.inference_mode()
     def caption(blip2: Blip2) -> None:
-        features = blip2.encode_images(blip2.preprocess(_picture())[None])
+        features = blip2.encode_images(blip2.preprocess(_image())[None])
         inputs = blip2.project_queries(blip2.encode_queries(features))
         params = GenerationParams(num_beams=5, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
         blip2.generate(inputs, [""], params)
@@ -145,7 +145,7 @@ def _run_transformers(directory: Path) -> Measured:
 
     @torch.inference_mode()
     def caption(model: Blip2ForConditionalGeneration) -> None:
-        pixels = BlipImageProcessor.from_pretrained(directory)(_picture(), return_tensors="pt").pixel_values
+        pixels = BlipImageProcessor.from_pretrained(directory)(_image(), return_tensors="pt").pixel_values
         model.generate(
             pixel_values=pixels.to(torch.bfloat16),
             input_ids=torch.tensor([[IMAGE_TOKEN] * NUM_QUERY_TOKENS + [2]]),
@@ -159,25 +159,25 @@ def _run_transformers(directory: Path) -> Measured:
 
 
 def _measure(load: Callable[[], M], caption: Callable[[M], None]) -> Measured:
-    with _MemoryWatch() as watch:
-        started = time.perf_counter()
+    with _MemorySampler() as memory:
+        start_s = time.perf_counter()
         model = load()
-        loaded = time.perf_counter()
+        load_end_s = time.perf_counter()
         caption(model)
-        done = time.perf_counter()
-    return Measured(loaded - started, done - loaded, watch.peak_bytes, watch.anonymous_bytes)
+        end_s = time.perf_counter()
+    return Measured(load_end_s - start_s, end_s - load_end_s, memory.peak_bytes, memory.anonymous_bytes)
 
 
-class _MemoryWatch:
-    """Samples this process: anonymous memory, and pages of safetensors files that are resident."""
+class _MemorySampler:
+    """Sampler of this process: anonymous memory, and resident pages of safetensors files."""
 
     def __init__(self) -> None:
         self.peak_bytes = self.anonymous_bytes = 0
-        self._before = _anonymous_bytes()  # of Python and the libraries
+        self._baseline = _anonymous_bytes()  # of Python and the libraries
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
 
-    def __enter__(self) -> "_MemoryWatch":
+    def __enter__(self) -> "_MemorySampler":
         self._thread.start()
         return self
 
@@ -185,9 +185,9 @@ class _MemoryWatch:
         self._stop.set()
         self._thread.join()
 
-    def _watch(self) -> None:
+    def _sample(self) -> None:
         while not self._stop.wait(_SAMPLE_S):
-            anonymous = _anonymous_bytes() - self._before
+            anonymous = _anonymous_bytes() - self._baseline
             self.anonymous_bytes = max(self.anonymous_bytes, anonymous)
             self.peak_bytes = max(self.peak_bytes, anonymous + _checkpoint_bytes())
 
@@ -198,33 +198,33 @@ def _anonymous_bytes() -> int:
 
 
 def _checkpoint_bytes() -> int:
-    """Resident pages of safetensors files, those that were changed, and so are anonymous, left out."""
+    """Compute the resident bytes of safetensors files, without the pages that were modified."""
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, _, value = line.partition(":")
-        if " " in name:  # the head of a mapping: addresses, rights, file
+        if " " in name:  # the header of a mapping: addresses, permissions, file
             inside = line.endswith(".safetensors")
         elif inside and name in ("Rss", "Anonymous"):
             total += (1 if name == "Rss" else -1) * int(value.split()[0]) * 1024
     return total
 
 
-def _picture() -> Image.Image:
+def _image() -> Image.Image:
     return Image.linear_gradient("L").convert("RGB")
 
 
 def _report(directory: Path, runs: list[tuple[str, Measured]], repeats: int) -> Iterator[str]:
     weights = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    yield "# Loading a checkpoint of real size"
+    yield "# Loading a checkpoint of published size"
     yield ""
     yield (
-        f"`python benchmarks/loading.py --repeats {repeats}`: ViT-g/14 + OPT-2.7B, random bfloat16 weights, "
+        f"`python -m benchmarks.loading --repeats {repeats}`: ViT-g/14 + OPT-2.7B, random bfloat16 weights, "
         f"{weights / _GIB:.2f} GiB, on a CPU ({torch.get_num_threads()} threads, torch {torch.__version__}), "
-        "not in the file cache. Medians; memory is what comes on top of Python and the libraries: anonymous "
-        "memory, and pages of the checkpoint counted once."
+        "not in the file cache. Medians. Memory excludes Python and the libraries: anonymous memory, plus "
+        "pages of the checkpoint counted once."
     )
     yield ""
-    yield "| | load, s | then a caption, s | together | peak memory | of it anonymous | peak / weights |"
+    yield "| | load, s | first caption, s | total, s | peak memory | anonymous part | peak / weights |"
     yield "|---|---|---|---|---|---|---|"
     for side in SIDES:
         measured = [one for name, one in runs if name == side]
@@ -241,7 +241,7 @@ def _report(directory: Path, runs: list[tuple[str, Measured]], repeats: int) -> 
     ]
     yield ""
     by_pair = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-    yield f"Load time of this project over transformers', pair by pair: {by_pair}."
+    yield f"Load time of this project / transformers, pair by pair: {by_pair}."
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What types of fewer bits do to the answers of the embedded models, on unseen scenes.
+"""Compare reduced precision with float32 on unseen scenes, for the embedded models.
 
-    python benchmarks/precision.py [--scenes 100] [--out benchmarks/precision.md]
+    python -m benchmarks.precision [--scenes 100] [--out benchmarks/precision.md]
 
-Every row is asked the same as float32: five questions and a caption of each scene, in the service's ways. The
-Q-Former in bfloat16 runs under autocast. int8 needs torchao; without it, its rows are left out.
+Every precision generates the same five answers and one caption per scene, with the service's prompts. The
+Q-Former in bfloat16 runs under autocast. int8 requires torchao; its rows are skipped without it.
 """
 
 import argparse
@@ -28,26 +28,26 @@ from training.world.scenes import Scene
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A row of the table; q_former: the type it computes in."""
+    """One row of the table; frozen: dtype of the frozen parts, qformer: dtype of the Q-Former."""
 
     name: str
     frozen: torch.dtype = torch.float32
-    q_former: torch.dtype = torch.float32
+    qformer: torch.dtype = torch.float32
     quantize: Quantization = "none"
 
 
 SETTINGS = (
     Setting("float32"),
     Setting("frozen parts bfloat16 (BLIP2_DTYPE=bfloat16)", frozen=torch.bfloat16),
-    Setting("all bfloat16, the Q-Former too", frozen=torch.bfloat16, q_former=torch.bfloat16),
+    Setting("all bfloat16, the Q-Former too", frozen=torch.bfloat16, qformer=torch.bfloat16),
     Setting("language model int8 (BLIP2_QUANTIZE=int8)", quantize="int8"),
     Setting("frozen parts bfloat16, language model int8", frozen=torch.bfloat16, quantize="int8"),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """inputs: [B, Q, L] of all scenes, what the language model is given."""
+class Outputs:
+    """Generated texts of all scenes; inputs: [B, Q, L] language-model inputs."""
 
     answers: list[str]
     captions: list[str]
@@ -55,9 +55,9 @@ class Said:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compares types of fewer bits with float32.")
+    parser = argparse.ArgumentParser(description="Compare reduced precision with float32.")
     parser.add_argument("--scenes", type=int, default=100)
-    parser.add_argument("--out", type=Path, help="write the table here too")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     plan = GatePlan(Path(), num_scenes=arguments.scenes)
     text = "\n".join(_report(plan)) + "\n"
@@ -68,66 +68,69 @@ def main() -> None:
 
 def _report(plan: GatePlan) -> Iterator[str]:
     settings = [each for each in SETTINGS if each.quantize == "none" or find_spec("torchao")]
-    yield "# Types of fewer bits beside float32"
+    yield "# Reduced precision compared with float32"
     yield ""
     yield (
-        f"`python benchmarks/precision.py --scenes {plan.num_scenes}`, torch {torch.__version__}, "
-        "CPU, unseen scenes with five questions each. Equal: to the text that float32 gives. Drift: of what "
-        "the language model is given, the mean over soft tokens of the relative distance."
+        f"`python -m benchmarks.precision --scenes {plan.num_scenes}`, torch {torch.__version__}, "
+        "CPU, unseen scenes with five questions each. Equal: to the text with float32. Drift: relative "
+        "distance of the language-model inputs, mean over tokens."
     )
     if len(settings) < len(SETTINGS):
-        yield "\ntorchao is not installed: the rows with int8 are left out."
+        yield "\ntorchao is not installed: the rows with int8 are skipped."
     scenes = plan.scenes("unseen")
-    asked = plan.questions(scenes)
+    questions = plan.questions(scenes)
     for name in EMBEDDED:
         yield f"\n## {name}\n"
-        yield "| types | drift | answers equal | right | captions equal | wholly true |"
+        yield "| precision | drift | answers equal | correct | captions equal | wholly true |"
         yield "|---|---|---|---|---|---|"
-        reference: Said | None = None
+        reference: Outputs | None = None
         for setting in settings:
-            said = _ask(name, setting, scenes, asked)
-            reference = reference or said
-            yield _row(setting, said, reference, scenes, asked)
+            outputs = _generate(name, setting, scenes, questions)
+            reference = reference or outputs
+            yield _row(setting, outputs, reference, scenes, questions)
 
 
-def _ask(name: str, setting: Setting, scenes: Sequence[Scene], asked: Sequence[Sequence[Question]]) -> Said:
+def _generate(
+    name: str, setting: Setting, scenes: Sequence[Scene], questions: Sequence[Sequence[Question]]
+) -> Outputs:
     blip2 = Blip2.from_pretrained(name, LoadOptions(dtype=setting.frozen, quantize=setting.quantize))
     assert blip2.language_model is not None
-    speaker = PromptedGenerator(blip2.language_model, blip2.prompts, partial(_read, blip2, setting))
-    answers = speaker.answer(scenes, [[item.question for item in row] for row in asked])
-    captions = speaker.caption(scenes)
+    generator = PromptedGenerator(blip2.language_model, blip2.prompts, partial(_project, blip2, setting))
+    answers = generator.answer(scenes, [[item.question for item in row] for row in questions])
+    captions = generator.caption(scenes)
     with torch.inference_mode():
-        inputs = _read(blip2, setting, scenes)
-    return Said([one.text for row in answers for one in row], [one.text for one in captions], inputs)
+        inputs = _project(blip2, setting, scenes)
+    return Outputs([one.text for row in answers for one in row], [one.text for one in captions], inputs)
 
 
-def _read(blip2: Blip2, setting: Setting, scenes: Sequence[Scene]) -> Tensor:
+def _project(blip2: Blip2, setting: Setting, scenes: Sequence[Scene]) -> Tensor:
     image_features = blip2.encode_images(prepare_pixels(scenes, blip2.preprocess))
-    with _computing_in(setting.q_former):
+    with _autocast(setting.qformer):
         return blip2.project_queries(blip2.encode_queries(image_features)).float()
 
 
-def _computing_in(dtype: torch.dtype) -> AbstractContextManager[object]:
+def _autocast(dtype: torch.dtype) -> AbstractContextManager[object]:
     return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
 
 
 def _row(
     setting: Setting,
-    said: Said,
-    reference: Said,
+    outputs: Outputs,
+    reference: Outputs,
     scenes: Sequence[Scene],
-    asked: Sequence[Sequence[Question]],
+    questions: Sequence[Sequence[Question]],
 ) -> str:
-    questions = [item for row in asked for item in row]
-    right = vqa_figures(
-        [AnsweredQuestion(item, text, 0) for item, text in zip(questions, said.answers, strict=True)]
-    )["overall"]
-    true = caption_figures(said.captions, scenes)["wholly_true"]
-    drift = ((said.inputs - reference.inputs).norm(dim=-1) / reference.inputs.norm(dim=-1)).mean()
+    flat = [question for row in questions for question in row]
+    answered = [
+        AnsweredQuestion(question, text, 0) for question, text in zip(flat, outputs.answers, strict=True)
+    ]
+    correct = vqa_figures(answered)["overall"]
+    true = caption_figures(outputs.captions, scenes)["wholly_true"]
+    drift = ((outputs.inputs - reference.inputs).norm(dim=-1) / reference.inputs.norm(dim=-1)).mean()
     shares = (
-        _share_equal(said.answers, reference.answers),
-        right,
-        _share_equal(said.captions, reference.captions),
+        _share_equal(outputs.answers, reference.answers),
+        correct,
+        _share_equal(outputs.captions, reference.captions),
         true,
     )
     return f"| {setting.name} | {drift:.4f} | " + " | ".join(f"{share:.3f}" for share in shares) + " |"

@@ -1,6 +1,6 @@
-"""A checkpoint with random weights, in the Hub's format: what the benchmarks of speed load on all sides.
+"""Write a checkpoint with random weights in the Hub's format, for the speed benchmarks.
 
-    python benchmarks/random_checkpoint.py DIRECTORY [--language-model opt|t5]
+    python -m benchmarks.random_checkpoint DIRECTORY [--language-model opt|t5]
 
 ViT 768 x 12 at 224/14, Q-Former of BERT-base's size with 32 queries, OPT of 125M or T5 of base size; all in
 bfloat16.
@@ -31,7 +31,7 @@ IMAGE_SIZE = 224
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes a checkpoint with random weights.")
+    parser = argparse.ArgumentParser(description="Write a checkpoint with random weights.")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--language-model", choices=["opt", "t5"], default="opt")
     arguments = parser.parse_args()
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def make_checkpoint(directory: Path, language_model: str) -> None:
-    """Writes a model of these sizes with weights from N(0, 0.02), its tokenizer and its image processor."""
+    """Write the model with weights from N(0, 0.02), its tokenizer and its image processor."""
     config = Blip2Config(
         vision_config=Blip2VisionConfig(
             hidden_size=768,
@@ -67,7 +67,9 @@ def make_checkpoint(directory: Path, language_model: str) -> None:
 
 
 def _save_tokenizer(directory: Path) -> None:
-    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | {f"w{at}": at for at in range(4, VOCABULARY)}
+    words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | {
+        f"w{index}": index for index in range(4, VOCABULARY)
+    }
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)

@@ -1,6 +1,6 @@
-"""A server in a process group of its own: started, waited for, paused while others are measured, stopped.
+"""A server in its own process group: start, wait until ready or idle, pause, resume, stop.
 
-Linux only: what a group uses is read from /proc.
+Linux only: the CPU time of a group is read from /proc.
 """
 
 import os
@@ -20,19 +20,19 @@ _IDLE_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 45.0
 _POLL_S = 0.2
 _IDLE_SAMPLE_S = 1.0
-_IDLE_SHARE = 0.25  # of one core: LitServe's worker polls its queue a thousand times a second
+_IDLE_SHARE = 0.25  # of one core: LitServe's worker polls its queue a thousand times per second
 _LOG_TAIL = 3000  # characters
 _PGRP, _UTIME, _STIME = 2, 11, 12  # fields of /proc/PID/stat behind the name
 
 
 class ServerError(Exception):
-    """A server ended, or did not come to where it should; the message holds the end of its log."""
+    """A server that ended or timed out; the message contains the end of its log."""
 
 
 class ServerProcess:
-    """What the command started. Its output goes to a file, whose end is shown where something fails.
+    """A running command and its process group; its output is written to a log file.
 
-    url: where it answers. ready_path: what answers 200 once it can serve.
+    url: its address. ready_path: the route that returns 200 once the server is ready.
     """
 
     def __init__(
@@ -55,12 +55,15 @@ class ServerProcess:
             )
 
     def wait_ready(self) -> None:
-        """Returns once it can serve. Raises ServerError where it ends, or takes too long."""
+        """Wait until the server is ready. Raise ServerError if it ends or times out."""
         with httpx.Client(trust_env=False, timeout=5) as client:
-            self._poll(lambda: _answers(client, self._ready_url), READY_TIMEOUT_S, "ready")
+            self._poll(lambda: _is_ready(client, self._ready_url), READY_TIMEOUT_S, "ready")
 
     def wait_idle(self) -> None:
-        """Returns once it uses next to no CPU time, as it does when nothing is left in its queues."""
+        """Wait until the CPU usage is close to zero, so that no queue holds a request.
+
+        Raise ServerError if the server ends or times out.
+        """
 
         def is_idle() -> bool:
             before = self._cpu_s()
@@ -76,7 +79,7 @@ class ServerProcess:
         self._signal(signal.SIGCONT)
 
     def stop(self) -> int:
-        """Asks it to end, then makes it and all it started end; gives the exit code of the process itself."""
+        """Send SIGTERM, then kill what is left of the group; return the exit code of the main process."""
         self.resume()
         if self.process.poll() is None:
             self.process.terminate()
@@ -91,17 +94,17 @@ class ServerProcess:
         self._signal(signal.SIGKILL)
         self.process.wait()
 
-    def tail(self) -> str:
-        """Gives the end of its log."""
+    def log_end(self) -> str:
+        """Return the last characters of the log."""
         return self._log.read_text(errors="replace")[-_LOG_TAIL:]
 
-    def _poll(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    def _poll(self, condition: Callable[[], bool], timeout_s: float, state: str) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             if (code := self.process.poll()) is not None:
-                raise ServerError(f"{self.name} ended with {code}:\n{self.tail()}")
+                raise ServerError(f"{self.name} ended with {code}:\n{self.log_end()}")
             if time.monotonic() > deadline:
-                raise ServerError(f"{self.name} was not {what} within {timeout_s:g} s:\n{self.tail()}")
+                raise ServerError(f"{self.name} was not {state} within {timeout_s:g} s:\n{self.log_end()}")
             time.sleep(_POLL_S)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -116,21 +119,21 @@ class ServerProcess:
 
 
 @contextmanager
-def stopped_afterwards(server: ServerProcess) -> Iterator[ServerProcess]:
-    """Whatever happens, no process of it is left."""
+def stopped_on_exit(server: ServerProcess) -> Iterator[ServerProcess]:
+    """Stop the server on exit; on an error, kill it and print the end of its log."""
     try:
         yield server
     except BaseException as exc:
         if not isinstance(exc, ServerError | KeyboardInterrupt):
-            print(f"--- the end of the log of {server.name}:\n{server.tail()}", file=sys.stderr)
+            print(f"--- the end of the log of {server.name}:\n{server.log_end()}", file=sys.stderr)
         server.kill()
         raise
     server.stop()
 
 
 @contextmanager
-def turn_of(server: ServerProcess) -> Iterator[ServerProcess]:
-    """Has a paused server run, and pauses it again once it is done with all it was sent."""
+def resumed(server: ServerProcess) -> Iterator[ServerProcess]:
+    """Resume a paused server; pause it again once it is idle."""
     server.resume()
     try:
         server.wait_idle()
@@ -141,12 +144,13 @@ def turn_of(server: ServerProcess) -> Iterator[ServerProcess]:
 
 
 def free_port() -> int:
+    """Return a TCP port that is free at the moment."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     return port
 
 
-def _answers(client: httpx.Client, url: str) -> bool:
+def _is_ready(client: httpx.Client, url: str) -> bool:
     try:
         return client.get(url).status_code == httpx.codes.OK
     except httpx.TransportError:
@@ -157,7 +161,7 @@ def _stats_of_group(group: int) -> Iterator[list[str]]:
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
         if int(fields[_PGRP]) == group:
             yield fields

@@ -37,7 +37,9 @@ RUN python -m venv /opt/packager && /opt/packager/bin/python -m pip install --no
 COPY pyproject.toml LICENSE README.md ./
 COPY model model
 COPY service service
-RUN /opt/packager/bin/python -m pip install --no-cache-dir --no-deps --no-build-isolation --target /opt/app .
+# Its console scripts name the packager's Python, which the image lacks.
+RUN /opt/packager/bin/python -m pip install --no-cache-dir --no-deps --no-build-isolation --target /opt/app . \
+ && rm -r /opt/app/bin
 
 
 FROM python:3.11-slim-bookworm AS cpu

@@ -1,4 +1,4 @@
-"""Fixtures that more than one test folder needs."""
+"""Fixtures that several test folders use."""
 
 from pathlib import Path
 
@@ -9,5 +9,5 @@ from tests.builders import save_random_checkpoint
 
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stage2 directory of a small random checkpoint, with its frozen parts and stage1 beside it."""
+    """Write a small random checkpoint with its frozen parts and stage1; return the stage2 directory."""
     return save_random_checkpoint(tmp_path_factory.mktemp("checkpoint"))

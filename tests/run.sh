@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The whole suite, in groups; called by `make test`. Installs what is missing where it can (Debian, as root), and
-# names at the end each group that could not run, with the command that enables it.
-#   BIN           where the environment's programs are (.venv/bin)
-#   PYTEST_ARGS   more arguments for pytest, split at spaces: make test PYTEST_ARGS='-x tests/service'
+# Runs the whole suite in groups; called by `make test`. A group that cannot run is named at the end, with the
+# command that enables it.
+#   BIN           directory of the environment's programs (.venv/bin)
+#   PYTEST_ARGS   further arguments of pytest, split at spaces: make test PYTEST_ARGS='-x tests/service'
+#   TEST_INSTALL  no: install nothing. Default: install missing Debian packages (as root only), and torchao with pip
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BIN=${BIN:-.venv/bin}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+torchao="$(dirname "$BIN")/torchao"
 read -ra pytest_args <<<"${PYTEST_ARGS:-}"
 selected="not docker and not int8"
 not_run=()
@@ -15,20 +16,29 @@ status=0
 
 has() { command -v "$1" >/dev/null; }
 
-knows_components() { # Debian's kubectl, for one, is too old
+may_install() { [ "${TEST_INSTALL:-yes}" != no ]; }
+
+has_kustomize() { # Debian's kubectl is too old for k8s/components
   [[ $(kubectl version --client 2>/dev/null) == *"Kustomize Version: v"[5-9]* ]]
 }
 
-install_missing() {
+install_packages() {
   local packages=()
   has redis-server || packages+=(redis-server)
   has promtool || packages+=(prometheus)
-  if [ ${#packages[@]} -eq 0 ] || [ "$(id -u)" -ne 0 ] || ! has apt-get; then return; fi
-  echo "installing ${packages[*]}"
-  # In the runlevel for maintenance, no package starts the server that it brings.
+  if [ ${#packages[@]} -eq 0 ] || ! may_install || [ "$(id -u)" -ne 0 ] || ! has apt-get; then return; fi
+  echo "installing Debian packages as root: ${packages[*]} (TEST_INSTALL=no forbids this)"
+  # In the maintenance runlevel, no package starts its server.
   { apt-get update && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
     apt-get install -y --no-install-recommends "${packages[@]}"; } \
     </dev/null >/dev/null 2>&1 || echo "could not install ${packages[*]}"
+}
+
+install_torchao() { # transformers imports torchao wherever it is installed: it stays out of the environment
+  may_install || return 1
+  echo "installing torchao into $torchao (TEST_INSTALL=no forbids this)"
+  "$BIN/pip" install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
+    --target "$torchao" torchao
 }
 
 leave_out() { # GROUP, reason, command
@@ -36,30 +46,31 @@ leave_out() { # GROUP, reason, command
   not_run+=("not run: $1, $2; enable with: $3")
 }
 
-run_group() { # the marker expression
+run_group() { # marker expression, further arguments of pytest
   local code=0
-  "$BIN/python" -m pytest -m "$1" ${pytest_args[@]+"${pytest_args[@]}"} || code=$?
+  "$BIN/python" -m pytest -m "$@" ${pytest_args[@]+"${pytest_args[@]}"} || code=$?
   case $code in
     0) ran=yes ;;
-    5) ;; # PYTEST_ARGS may pick tests of one group only
+    5) ;; # PYTEST_ARGS may select tests of one group only
     *) status=$code ;;
   esac
 }
 
-install_missing
+install_packages
 has redis-server || leave_out redis "no redis-server" "apt-get install redis-server"
-knows_components || leave_out kubectl "no kubectl with kustomize 5" "kubectl 1.27 or newer, from kubernetes.io"
+has_kustomize || leave_out kubectl "no kubectl with kustomize 5" "kubectl 1.27 or newer, from kubernetes.io"
 has promtool || leave_out promtool "no promtool" "apt-get install prometheus"
 nvidia-smi -L >/dev/null 2>&1 || leave_out gpu "no CUDA device" "$BIN/python -m pytest -m gpu, on a machine with one"
-run_group "$selected"
 
-# transformers imports torchao wherever it is installed, which then talks: it stays out of the environment.
-torchao="$(dirname "$BIN")/torchao"
-if [ -d "$torchao" ] || "$BIN/pip" install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
-  --target "$torchao" torchao; then
+# One process per core, with one torch thread each. Tests of time limits follow, alone on the machine.
+OMP_NUM_THREADS=1 run_group "$selected and not serial" -n auto --maxprocesses=4 --dist=worksteal
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+run_group "$selected and serial"
+
+if [ -d "$torchao" ] || install_torchao; then
   PYTHONPATH=$torchao run_group int8
 else
-  leave_out int8 "torchao cannot be installed" "make setup, then $BIN/pip install torchao and $BIN/python -m pytest -m int8"
+  leave_out int8 "torchao is not installed" "make test, or $BIN/pip install --no-deps --target $torchao torchao"
 fi
 
 if docker info >/dev/null 2>&1 && { docker compose version || docker-compose version; } >/dev/null 2>&1; then

@@ -1,4 +1,4 @@
-"""What the image, compose and Kubernetes files say, read as data."""
+"""Parsers of the Dockerfiles, compose files and Kubernetes manifests."""
 
 import os
 import re
@@ -23,7 +23,7 @@ COMPOSE_OF_GPU = ROOT / "docker" / "compose.gpu.yml"
 COMPOSE_OF_SCALE = ROOT / "docker" / "compose.scale.yml"
 MONITORING = ROOT / "docker" / "monitoring"
 KUBERNETES = ROOT / "k8s"
-# After its drain the service lets go of engine, connections and Redis, each for some seconds at most.
+# After the drain, closing the engine, the connections and Redis takes some seconds each.
 CLOSING_S = 15
 
 Document = dict[str, Any]
@@ -35,14 +35,14 @@ def read_version() -> str:
 
 
 def read_dockerfile(path: Path) -> list[tuple[str, str]]:
-    """Gives (instruction, arguments) in order, continued lines joined and comments dropped."""
+    """Return (instruction, arguments) in order, with continued lines joined and without comments."""
     lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
     instructions = re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines()
     return [(name, rest.strip()) for name, _, rest in (line.partition(" ") for line in instructions) if name]
 
 
 def read_compose(path: Path = COMPOSE_FILE) -> dict[str, Document]:
-    """Gives the services of a compose file as they are with no variable set."""
+    """Return the services of a compose file, with the default of every variable."""
     text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", path.read_text())
     services: dict[str, Document] = yaml.safe_load(text)["services"]
     return services
@@ -50,7 +50,7 @@ def read_compose(path: Path = COMPOSE_FILE) -> dict[str, Document]:
 
 @cache
 def render(folder: Path) -> list[Document]:
-    """Gives every object of a kustomization, as `kubectl apply -k` would send it; skips where it cannot."""
+    """Return all objects that `kubectl apply -k` would send; skip the test without kustomize 5."""
     if shutil.which("kubectl") is None or not _has_components():
         pytest.skip("no kubectl with kustomize 5; enable with: kubectl 1.27 or newer, from kubernetes.io")
     done = subprocess.run(
@@ -61,7 +61,7 @@ def render(folder: Path) -> list[Document]:
 
 
 def render_with(folder: Path, *components: str) -> list[Document]:
-    """Renders the base with components, by a kustomization that is written into a folder."""
+    """Render the base with components, by a kustomization that is written to `folder`."""
 
     def relative(name: str) -> str:
         return os.path.relpath(KUBERNETES / name, folder)
@@ -76,12 +76,12 @@ def render_with(folder: Path, *components: str) -> list[Document]:
 
 
 def of_kind(documents: list[Document], kind: str) -> dict[str, Document]:
-    """Gives the objects of one kind by their names."""
+    """Return the objects of one kind by name."""
     return {each["metadata"]["name"]: each for each in documents if each["kind"] == kind}
 
 
 def templates_of(documents: list[Document]) -> dict[str, Document]:
-    """Gives the pod templates of all workloads by the workloads' names."""
+    """Return the pod templates of all workloads by the name of the workload."""
     return {
         each["metadata"]["name"]: each["spec"]["template"]
         for each in documents
@@ -94,7 +94,7 @@ def containers_of(template: Document) -> list[Document]:
 
 
 def environment_of(container: Document, documents: list[Document]) -> dict[str, str]:
-    """Gives the variables whose values are known before there is a cluster."""
+    """Return the variables whose values are known without a cluster."""
     maps = of_kind(documents, "ConfigMap")
     environment: dict[str, str] = {}
     for source in container.get("envFrom", ()):
@@ -103,18 +103,18 @@ def environment_of(container: Document, documents: list[Document]) -> dict[str, 
 
 
 def build_settings(environment: Mapping[str, str]) -> Settings:
-    """Gives the settings that a container with these variables would run under.
+    """Build the settings of a container with these variables.
 
-    Raises AssertionError for a variable with our prefix that is no setting, ValidationError for a bad value.
+    Raise AssertionError for an unknown setting, ValidationError for an invalid value.
     """
-    ours = {
+    values = {
         name.removeprefix(PREFIX).lower(): value
         for name, value in environment.items()
         if name.startswith(PREFIX) and value
     }
-    unknown = set(ours) - set(Settings.model_fields)
-    assert not unknown, f"no such settings: {sorted(unknown)}"
-    return Settings.model_validate(ours)
+    unknown = set(values) - set(Settings.model_fields)
+    assert not unknown, f"unknown settings: {sorted(unknown)}"
+    return Settings.model_validate(values)
 
 
 @cache

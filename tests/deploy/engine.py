@@ -1,4 +1,4 @@
-"""A real Docker engine, driven by the command lines that a user has."""
+"""A real Docker engine, controlled by the command-line tools of a user."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.deploy.documents import COMPOSE_FILE, ROOT, SERVICE_DOCKERFILE, read_compose, read_dockerfile
 from tests.integration.processes import poll
@@ -17,16 +18,18 @@ from tests.integration.processes import poll
 ENABLE = "then: .venv/bin/python -m pytest -m docker tests/deploy"
 BUILD_LIMIT_S = 900
 READY_LIMIT_S = 120
+# The first test of a file may build images.
+DOCKER_MARKS = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(2 * BUILD_LIMIT_S)]
 
 
 class EngineUnavailableError(Exception):
-    """Containers cannot be run here; the message says why, and the command that changes it."""
+    """No container can run here; the message contains the reason and the command that enables it."""
 
 
 def find_compose() -> tuple[str, ...]:
-    """Gives the compose command of this machine, version 2 before version 1.
+    """Return the compose command of this machine; version 2 is preferred to version 1.
 
-    Raises EngineUnavailableError where no engine answers, or there is no compose.
+    Raise EngineUnavailableError without an engine or without compose.
     """
     if shutil.which("docker") is None or not _succeeds("docker", "info"):
         raise EngineUnavailableError(
@@ -41,9 +44,9 @@ def find_compose() -> tuple[str, ...]:
 
 
 def fetch_images(*others: str) -> None:
-    """Has the images that ours is built from and runs beside, from this machine or from its registry.
+    """Pull the base images and the images of the other services, unless they are on this machine.
 
-    Raises EngineUnavailableError where one cannot be had.
+    Raise EngineUnavailableError if an image is missing and cannot be pulled.
     """
     stages = [rest.split() for name, rest in read_dockerfile(SERVICE_DOCKERFILE) if name == "FROM"]
     bases = {words[0] for words in stages} - {words[-1] for words in stages}
@@ -57,7 +60,7 @@ def fetch_images(*others: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The containers of the compose files under a project name of their own."""
+    """The containers of the compose files, under their own project name."""
 
     compose: tuple[str, ...]
     project: str
@@ -65,13 +68,13 @@ class Stack:
     environment: Mapping[str, str]
 
     def run(self, *arguments: str, timeout_s: float = 120) -> str:
-        """Runs a compose command; raises AssertionError with its output where it fails."""
+        """Run a compose command; raise AssertionError with its output if it fails."""
         files = [word for path in self.files for word in ("--file", str(path))]
         command = (*self.compose, *files, "--project-directory", str(ROOT), "--project-name", self.project)
         return run(*command, *arguments, environment=self.environment, timeout_s=timeout_s)
 
     def up(self, *services: str) -> None:
-        """Builds the service's image and starts containers."""
+        """Build the image of the service and start containers."""
         self.run("build", "service", timeout_s=BUILD_LIMIT_S)
         self.run("up", "--detach", *services, timeout_s=2 * READY_LIMIT_S)
 
@@ -92,7 +95,7 @@ class Stack:
         return container
 
     def url(self, service: str = "service", port: int = 8000, *, replica: int = 1) -> str:
-        """Where a service is published now: the engine picks the port at each start."""
+        """Return the published address of a service; the engine chooses the port at each start."""
         address = self.run("port", f"--index={replica}", service, str(port)).strip()
         return f"http://{address}"
 
@@ -112,9 +115,9 @@ class Stack:
 
 
 def build_stack(*overlays: Path) -> Stack:
-    """A stack that clashes with no other: a random name, and ports that are free when it starts.
+    """Build a stack with a random name and free ports, so that several can run at once.
 
-    Raises EngineUnavailableError.
+    Raise EngineUnavailableError.
     """
     ports = dict.fromkeys(("PUBLISH_PORT", "PROXY_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT"), "0")
     name = f"blip2-test-{uuid.uuid4().hex[:8]}"
@@ -134,7 +137,7 @@ def _succeeds(*command: str) -> bool:
 
 
 def run(*command: str, environment: Mapping[str, str] | None = None, timeout_s: float = 120) -> str:
-    """Runs a command to its end; raises AssertionError with its output where it fails."""
+    """Run a command to its end; raise AssertionError with its output if it fails."""
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=timeout_s
     )

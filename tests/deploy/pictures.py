@@ -1,4 +1,4 @@
-"""Pictures that the default model knows, and questions about them over HTTP."""
+"""Images that the default model was trained for, and requests over HTTP."""
 
 import io
 from typing import Any
@@ -10,7 +10,7 @@ from tests.integration.pictures import in_base64
 
 
 def draw_circle(color: str, radius: int = 24) -> str:
-    """Gives the PNG of a circle, in base64."""
+    """Return a PNG of a circle, in base64."""
     image = Image.new("RGB", (96, 96), "white")
     ImageDraw.Draw(image).ellipse((48 - radius, 48 - radius, 48 + radius, 48 + radius), fill=color)
     file = io.BytesIO()
@@ -19,7 +19,7 @@ def draw_circle(color: str, radius: int = 24) -> str:
 
 
 def shade(number: int) -> str:
-    """Gives a colour of its own for each number below 2**16."""
+    """Return a different colour for each number below 2**16."""
     return f"#{number:04x}80"
 
 
@@ -28,7 +28,7 @@ def post(url: str, path: str, body: dict[str, object]) -> httpx.Response:
 
 
 def ask(url: str, path: str, body: dict[str, object]) -> dict[str, Any]:
-    """Gives the answer; raises AssertionError where there is none."""
+    """Send a request and return the response body; raise AssertionError unless the status is 200."""
     response = post(url, path, body)
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()

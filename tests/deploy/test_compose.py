@@ -1,4 +1,4 @@
-"""The rules that the compose files keep, read as data; test_stack.py and test_scale.py bring them up."""
+"""Rules of the compose files, without an engine; test_stack.py and test_scale.py start them."""
 
 import re
 from pathlib import Path

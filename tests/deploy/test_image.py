@@ -1,4 +1,4 @@
-"""What can be known about the images without building them; test_stack.py builds the service's."""
+"""Rules of the Dockerfiles, without an engine; test_stack.py builds the image of the service."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Alerts and dashboard: they name what is exported, and fire on what they claim."""
+"""Alerts and dashboard: their metrics are exported, and the alerts fire on the faults they name."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def run(*command: str | Path) -> str:
 
 
 def exported() -> set[str]:
-    """Gives the names of all samples of a service that has just started."""
+    """Return the names of all samples that a new service exports."""
     families = text_string_to_metric_families(Metrics().exposition().decode())
     names = {sample.name for family in families for sample in family.samples}
     return names | {"blip2_model_info"}  # which waits for the model

@@ -1,4 +1,4 @@
-"""The training image and the service's for GPUs, built and run on a real Docker engine."""
+"""The training image and the GPU image of the service, built and run on a real Docker engine."""
 
 import json
 import uuid
@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.documents import ROOT, SERVICE_DOCKERFILE, TRAINING_DOCKERFILE
-from tests.deploy.engine import BUILD_LIMIT_S, EngineUnavailableError, fetch_images, find_compose, run
+from tests.deploy.engine import (
+    BUILD_LIMIT_S,
+    DOCKER_MARKS,
+    EngineUnavailableError,
+    fetch_images,
+    find_compose,
+    run,
+)
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow]
+pytestmark = DOCKER_MARKS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,7 +30,7 @@ def engine() -> None:
 
 
 def build(dockerfile: Path, *options: str) -> str:
-    """Gives the name of an image of its own; layers that were built before are used again."""
+    """Return a unique image name; the build cache is shared."""
     name = f"blip2-test-{uuid.uuid4().hex[:8]}"
     file = ("--file", str(dockerfile), "--tag", name)
     run("docker", "build", "--network", "host", *file, *options, str(ROOT), timeout_s=BUILD_LIMIT_S)

@@ -11,12 +11,20 @@ import httpx
 import pytest
 
 from tests.deploy.documents import MONITORING
-from tests.deploy.engine import BUILD_LIMIT_S, EngineUnavailableError, Stack, build_stack, fetch_images, run
+from tests.deploy.engine import (
+    BUILD_LIMIT_S,
+    DOCKER_MARKS,
+    EngineUnavailableError,
+    Stack,
+    build_stack,
+    fetch_images,
+    run,
+)
 from tests.deploy.pictures import ask, draw_circle
 from tests.deploy.test_monitoring import rule_groups
 from tests.integration.processes import poll
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow]
+pytestmark = DOCKER_MARKS
 
 IMAGE = "blip2-test-prometheus"
 

@@ -1,24 +1,24 @@
-"""Two replicas behind the proxy, on a real Docker engine: one may go at any time, and they share a cache."""
+"""Two replicas behind the proxy, on a real Docker engine: either may stop, and they share a cache."""
 
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
-from tests.deploy.callers import callers
 from tests.deploy.documents import COMPOSE_OF_SCALE, read_compose
-from tests.deploy.engine import EngineUnavailableError, Stack, build_stack, fetch_images, run
+from tests.deploy.engine import DOCKER_MARKS, EngineUnavailableError, Stack, build_stack, fetch_images, run
+from tests.deploy.load import run_load
 from tests.deploy.pictures import ask, draw_circle
 from tests.integration.processes import poll
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow]
+pytestmark = DOCKER_MARKS
 
 REPLICAS = (1, 2)
 
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    """Both replicas up and ready, and the proxy before them."""
+    """Start both replicas and the proxy in front of them."""
     try:
         stack = build_stack(COMPOSE_OF_SCALE)
         fetch_images(read_compose(COMPOSE_OF_SCALE)["proxy"]["image"])
@@ -74,12 +74,12 @@ def test_what_one_replica_encoded_the_other_need_not(stack: Stack) -> None:
 def test_a_replica_that_goes_under_load_costs_no_request(stack: Stack, end: str) -> None:
     [victim, _] = stack.containers("service")
     first_shade = 10_000 if end == "kill" else 20_000
-    with callers(proxy_url(stack), first_shade=first_shade) as crowd:
-        crowd.wait_for_replies(12)
+    with run_load(proxy_url(stack), first_shade=first_shade) as load:
+        load.wait_for_outcomes(12)
         run("docker", end, victim)
-        crowd.wait_for_replies(24)
+        load.wait_for_outcomes(24)
         run("docker", "start", victim)
-        crowd.wait_for_replies(12)
-    assert set(crowd.replies) == {200}, crowd.replies
+        load.wait_for_outcomes(12)
+    assert set(load.outcomes) == {200}, load.outcomes
     for replica in REPLICAS:
         stack.wait_until_ready(stack.url(replica=replica))

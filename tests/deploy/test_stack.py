@@ -1,22 +1,30 @@
-"""The image and the compose file on a real Docker engine, asked through the published port."""
+"""The image and the compose file on a real Docker engine, through the published port."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.deploy.callers import callers
-from tests.deploy.engine import READY_LIMIT_S, EngineUnavailableError, Stack, build_stack, fetch_images, run
+from tests.deploy.engine import (
+    DOCKER_MARKS,
+    READY_LIMIT_S,
+    EngineUnavailableError,
+    Stack,
+    build_stack,
+    fetch_images,
+    run,
+)
+from tests.deploy.load import run_load
 from tests.deploy.pictures import ask, draw_circle
 from tests.integration.processes import poll
 
-pytestmark = [pytest.mark.docker, pytest.mark.slow]
+pytestmark = DOCKER_MARKS
 
 USER_ID = "10001"
 
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    """Service and Redis, up and ready; removed afterwards, the image kept for the next build."""
+    """Start service and Redis, and remove them afterwards; the image is kept for the next build."""
     try:
         stack = build_stack()
         fetch_images()
@@ -35,7 +43,7 @@ def num_keys(stack: Stack) -> int:
 
 
 def is_cached(stack: Stack, color: str) -> bool:
-    """Asks for a caption of a circle; gives whether its image was known."""
+    """Request a caption of a circle, and return whether its image was cached."""
     return bool(ask(stack.url(), "/caption", {"image": draw_circle(color)})["image_cached"])
 
 
@@ -105,13 +113,13 @@ def test_redis_killed_costs_its_hits_only_and_is_used_again_when_it_is_back(stac
 
 
 def test_a_stop_under_load_loses_no_request_that_was_accepted(stack: Stack) -> None:
-    with callers(stack.url(), first_shade=0, num_tokens=60) as crowd:
-        crowd.wait_for_replies(12)
-        crowd.stop()  # each has one more under way
+    with run_load(stack.url(), first_shade=0, num_tokens=60) as load:
+        load.wait_for_outcomes(12)
+        load.stop()  # each has one more under way
         run("docker", "kill", "--signal", "TERM", stack.container("service"))
-        num_before = len(crowd.replies)
-    assert set(crowd.replies) <= {200, 503}  # the latter: it was being sent when the signal came
-    assert 200 in crowd.replies[num_before:]
+        num_before = len(load.outcomes)
+    assert set(load.outcomes) <= {200, 503}  # the latter: it was being sent when the signal came
+    assert 200 in load.outcomes[num_before:]
     poll(lambda: stack.state("service")["Status"] == "exited", 60, "the end")
     assert stack.state("service")["ExitCode"] == 0
     stack.run("start", "service")

@@ -1,4 +1,4 @@
-"""A real service on a faulty device, and clients that ask it many things at once."""
+"""A real service on a faulty device, and concurrent requests."""
 
 import asyncio
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from tests.integration.processes import ServiceProcess, service
 
 @contextmanager
 def faulty_service(directory: Path, **settings: Any) -> Iterator[ServiceProcess]:
-    """A service that is ready, whose device obeys the files in `directory`; see `faulty_service`."""
+    """Start a service whose device is controlled by files in `directory`; see `faulty_service`."""
     variables = {"FAULT_DIRECTORY": str(directory)}
     with service(directory, module="tests.faults.faulty_service", variables=variables, **settings) as started:
         yield started
@@ -28,9 +28,9 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> httpx.Response
     return await client.post("/caption", json=body)
 
 
-async def ask_together(url: str, bodies: list[dict[str, Any]]) -> list[httpx.Response]:
+async def ask_together(url: str, payloads: list[dict[str, Any]]) -> list[httpx.Response]:
     async with client_of(url) as client:
-        return list(await asyncio.gather(*(ask(client, body) for body in bodies)))
+        return list(await asyncio.gather(*(ask(client, body) for body in payloads)))
 
 
 def client_of(url: str) -> httpx.AsyncClient:
@@ -42,9 +42,10 @@ def texts_of(answers: list[httpx.Response]) -> list[str]:
 
 
 async def is_red(client: httpx.AsyncClient) -> bool:
+    """Return whether /livez fails."""
     return (await client.get("/livez")).status_code == 503
 
 
 async def has(client: httpx.AsyncClient, *samples: str) -> bool:
-    """Whether the metrics hold these lines now."""
+    """Return whether the metrics contain these lines."""
     return set(samples) <= set((await client.get("/metrics")).text.splitlines())

@@ -1,8 +1,8 @@
-"""`python -m tests.faults.faulty_service`: the real service and model on a device that fails when told to.
+"""`python -m tests.faults.faulty_service`: the real service and model on a device with injected faults.
 
-A request tells it by its `temperature`, which without sampling has no other effect. The test tells it by
-files in the directory `FAULT_DIRECTORY`: while `hold` exists the device does nothing; `memory_rows` holds the
-number of images or beams beyond which it runs out of memory.
+A request injects a fault by its `temperature`, which has no other effect without sampling. The test injects
+faults by files in the directory `FAULT_DIRECTORY`. While `hold` exists, the device computes nothing.
+`memory_rows` contains the number of images or beams above which it runs out of memory.
 """
 
 import os
@@ -24,14 +24,14 @@ from service.runtime.loading import load_backend
 from service.runtime.settings import load_settings
 from service.server import serve
 
-RAISE: Final = 91.0  # the request fails whatever it shares the device with
-LOSE: Final = 92.0  # the device's context is lost, which ends the engine's thread
+RAISE: Final = 91.0  # the request fails in any batch
+LOSE: Final = 92.0  # the device context is lost, which ends the engine's thread
 HOLD, MEMORY_ROWS = "hold", "memory_rows"  # files
-HANG: Final = 93.0  # the device never comes back
+HANG: Final = 93.0  # the device never returns
 
 
 class FaultyDecoder:
-    """A decoder that looks at its requests before it steps."""
+    """A decoder that injects faults before a step."""
 
     def __init__(self, decoder: StepDecoder, device: "FaultyDevice") -> None:
         self._decoder = decoder
@@ -47,13 +47,13 @@ class FaultyDecoder:
         self._decoder.cancel(job)
 
     def step(self) -> Sequence[tuple[DecodeRequest, tuple[Generation, ...]]]:
-        orders = {job.params.temperature for job in self._jobs}
-        if LOSE in orders:
-            raise torch.AcceleratorError("the device is lost, as was asked for")
-        if HANG in orders:
+        temperatures = {job.params.temperature for job in self._jobs}
+        if LOSE in temperatures:
+            raise torch.AcceleratorError("injected fault: the device is lost")
+        if HANG in temperatures:
             threading.Event().wait()
-        if RAISE in orders:
-            raise RuntimeError("this request fails, as was asked for")
+        if RAISE in temperatures:
+            raise RuntimeError("injected fault: the request fails")
         self._device.compute(sum(job.params.num_rows for job in self._jobs))
         done = self._decoder.step()
         for job, _ in done:
@@ -62,7 +62,7 @@ class FaultyDecoder:
 
 
 class FaultyDevice:
-    """Waits while it is held, and has memory for so many rows."""
+    """A device that waits while `hold` exists, and has memory for a number of rows."""
 
     def __init__(self, directory: Path) -> None:
         self._hold = directory / HOLD
@@ -72,11 +72,11 @@ class FaultyDevice:
         while self._hold.exists():
             time.sleep(0.01)  # a file has no event
         if self._memory_rows.exists() and num_rows > int(self._memory_rows.read_text()):
-            raise torch.OutOfMemoryError(f"no memory for {num_rows} rows, as was asked for")
+            raise torch.OutOfMemoryError(f"injected fault: no memory for {num_rows} rows")
 
 
 class FaultyBackend:
-    """A backend whose images and texts are computed on a faulty device."""
+    """A backend whose image encoder and decoder run on a faulty device."""
 
     def __init__(self, backend: Blip2Backend) -> None:
         self._backend = backend

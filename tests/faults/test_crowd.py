@@ -1,4 +1,4 @@
-"""More clients than the service has room for, clients that hang up, and clients that are slow."""
+"""Overload, clients that disconnect, and slow clients."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def send(server: ServiceProcess, body: bytes, num_bytes: int | None = None) -> Connection:
-    """Opens a connection and sends a request, or only so many bytes of its body."""
+    """Open a connection and send a request, or only the first bytes of its body."""
     url = httpx.URL(server.url)
     reader, writer = await asyncio.open_connection(url.host, url.port)
     writer.write(
@@ -106,11 +106,11 @@ async def test_slow_clients_hold_up_nobody_and_not_the_end_either(
         async with client_of(server.url) as client:
             answers = await asyncio.gather(*(ask(client, request(seed)) for seed in range(8)))
             assert [answer.status_code for answer in answers] == [200] * 8
-            assert await has(client, "blip2_waiting 0.0")  # who has not asked yet holds no place
+            assert await has(client, "blip2_waiting 0.0")  # an incomplete request is not in the queue
         reader, writer = slow[0]
         writer.write(body[len(body) // 2 :])
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
-        told = time.monotonic()
+        terminated_s = time.monotonic()
         server.terminate()
         reader, _ = slow[1]
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
@@ -118,5 +118,5 @@ async def test_slow_clients_hold_up_nobody_and_not_the_end_either(
         assert "connection: close" in head
         assert re.search(r"retry-after: \d+", head)
         assert server.wait() == 0
-        assert time.monotonic() - told < 30
+        assert time.monotonic() - terminated_s < 30
         await hang_up(slow)

@@ -1,4 +1,4 @@
-"""A device that fails, runs out of memory, dies or hangs under a real service: who is told what, how soon."""
+"""A device that fails, runs out of memory, is lost or hangs: responses, probes, exit codes, and delays."""
 
 import asyncio
 import signal
@@ -12,6 +12,8 @@ from tests.faults.clients import ask, ask_together, client_of, faulty_service, h
 from tests.faults.faulty_service import HANG, HOLD, LOSE, MEMORY_ROWS, RAISE
 from tests.integration.processes import ServiceProcess, poll_async, service
 
+pytestmark = pytest.mark.serial
+
 NUM_TOGETHER = 16
 LONG = {"num_beams": 16, "min_new_tokens": 60, "max_new_tokens": 60}
 STALL_TIMEOUT_S = 2.0
@@ -19,7 +21,7 @@ STALL_TIMEOUT_S = 2.0
 
 @pytest.fixture(scope="module")
 def sound(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
-    """The service as it is, to compare answers with."""
+    """Start a service on a sound device, as the reference."""
     with service(tmp_path_factory.mktemp("sound"), model=random_checkpoint, dtype="float32") as started:
         yield started
 
@@ -28,15 +30,15 @@ async def test_a_request_that_raises_in_a_full_batch_fails_alone(
     random_checkpoint: Path, sound: ServiceProcess, tmp_path: Path
 ) -> None:
     with faulty_service(tmp_path, model=random_checkpoint, dtype="float32") as faulty:
-        bodies = [request(seed) for seed in range(NUM_TOGETHER)]
-        bodies[5]["temperature"] = RAISE
-        answers = await ask_together(faulty.url, bodies)
+        payloads = [request(seed) for seed in range(NUM_TOGETHER)]
+        payloads[5]["temperature"] = RAISE
+        answers = await ask_together(faulty.url, payloads)
         assert answers[5].status_code == 500
         assert answers[5].json()["code"] == "inference_failed"
-        assert "asked for" not in answers[5].text
-        del bodies[5], answers[5]
+        assert "injected" not in answers[5].text
+        del payloads[5], answers[5]
         assert [answer.status_code for answer in answers] == [200] * (NUM_TOGETHER - 1)
-        assert texts_of(answers) == texts_of(await ask_together(sound.url, bodies))
+        assert texts_of(answers) == texts_of(await ask_together(sound.url, payloads))
         assert faulty.process.poll() is None
 
 
@@ -45,15 +47,16 @@ async def test_beyond_four_rows_of_memory_all_are_answered_in_smaller_batches(
 ) -> None:
     with faulty_service(tmp_path, model=random_checkpoint, dtype="float32") as small:
         (tmp_path / MEMORY_ROWS).write_text("4")
-        bodies = [request(seed) for seed in range(NUM_TOGETHER)]
-        answers = await ask_together(small.url, bodies)
+        payloads = [request(seed) for seed in range(NUM_TOGETHER)]
+        answers = await ask_together(small.url, payloads)
         assert [answer.status_code for answer in answers] == [200] * NUM_TOGETHER
-        assert texts_of(answers) == texts_of(await ask_together(sound.url, bodies))
+        assert texts_of(answers) == texts_of(await ask_together(sound.url, payloads))
         num_failed = small.total("blip2_out_of_memory_total")
         assert num_failed > 0
         again = await ask_together(small.url, [request(seed) for seed in range(100, 108)])
         assert [answer.status_code for answer in again] == [200] * 8
-        assert small.total("blip2_out_of_memory_total") <= num_failed + 2  # more is tried now and then
+        # Larger batches are tried again from time to time.
+        assert small.total("blip2_out_of_memory_total") <= num_failed + 2
         wide = (await ask_together(small.url, [request(1, num_beams=5)]))[0]
         assert (wide.status_code, wide.json()["code"]) == (500, "out_of_device_memory")
         assert "lower num_beams" in wide.json()["detail"]
@@ -74,7 +77,7 @@ async def test_a_hung_device_turns_livez_red_in_time_and_ends_the_process(
     with faulty_service(tmp_path, model=random_checkpoint, stall_timeout_ms=stall_timeout_ms) as faulty:
         await lose(faulty, HANG, STALL_TIMEOUT_S + 1.0)
         assert "the engine has made no progress" in faulty.errors
-        assert "faulty_service.py" in faulty.errors  # where it hangs
+        assert "faulty_service.py" in faulty.errors  # the stack of the hanging thread
 
 
 async def test_a_process_that_was_paused_amid_a_turn_goes_on(random_checkpoint: Path, tmp_path: Path) -> None:
@@ -84,24 +87,25 @@ async def test_a_process_that_was_paused_amid_a_turn_goes_on(random_checkpoint: 
             caught = asyncio.create_task(ask(client, request(1)))
             await poll_async(lambda: has(client, "blip2_running 1.0"), 60)
             paused.process.send_signal(signal.SIGSTOP)
-            await asyncio.sleep(4)  # the pause itself, longer than a stall may be
+            await asyncio.sleep(4)  # longer than the stall timeout
             paused.process.send_signal(signal.SIGCONT)
-            await poll_async(lambda: is_red(client), 60)  # it looks stalled, and is not given up at once
+            await poll_async(lambda: is_red(client), 60)  # stalled, but not ended at once
             (tmp_path / HOLD).unlink()
             assert (await caught).status_code == 200
             assert (await ask(client, request(2))).status_code == 200
             assert not await is_red(client)
 
 
-async def lose(faulty: ServiceProcess, order: float, red_within_s: float) -> None:
-    """Has the device fail for good among requests; checks what callers, probes and the supervisor see."""
+async def lose(faulty: ServiceProcess, fault: float, red_within_s: float) -> None:
+    """Make the device fail during requests; check responses, probes and exit code."""
     async with client_of(faulty.url) as client:
         running = [asyncio.create_task(ask(client, request(seed, **LONG))) for seed in range(8)]
         await poll_async(lambda: has(client, "blip2_running 8.0"), 60)
-        asked = time.monotonic()
-        fatal = asyncio.create_task(ask(client, request(99, temperature=order)))
+        start_s = time.monotonic()
+        fatal = asyncio.create_task(ask(client, request(99, temperature=fault)))
         await poll_async(lambda: is_red(client), 60)
-        assert time.monotonic() - asked < red_within_s + 1.0  # the fatal request is encoded first
+        # The image of the fatal request is encoded first.
+        assert time.monotonic() - start_s < red_within_s + 1.0
         assert (await client.get("/readyz")).status_code == 503
         refused = await ask(client, request(100))
         assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")

@@ -1,4 +1,4 @@
-"""One service for all tests that only ask it things."""
+"""One service for all tests that only send requests, and one redis-server."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""A stand-in for the Hub on a local port: one repository, its files, a token if one is needed.
-
-Answers what `huggingface_hub` asks of the real one for a download: the description of a revision, and files.
-"""
+"""A local HTTP server with the Hub's routes for downloads: revision metadata, files, gating by a token."""
 
 import json
 import threading
@@ -17,9 +14,9 @@ REVISIONS = {"main": "a" * 40, "v2": "b" * 40}
 
 @contextmanager
 def hub_server(repositories: dict[str, Path], *, token: str | None = None) -> Iterator[str]:
-    """Serves directories as repositories "owner/name@revision"; gives the server's address.
+    """Serve directories as repositories "owner/name@revision", and yield the address.
 
-    token: without which everything is gated.
+    token: required by every route if set.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -30,14 +27,16 @@ def hub_server(repositories: dict[str, Path], *, token: str | None = None) -> It
             self._answer(with_body=True)
 
         def _answer(self, *, with_body: bool) -> None:
-            parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+            segments = unquote(urlsplit(self.path).path).strip("/").split("/")
             if token is not None and self.headers.get("Authorization") != f"Bearer {token}":
                 self._refuse(403, "GatedRepo")
-            elif parts[:2] == ["api", "models"]:
-                wanted, revision = (*parts[4:6], "revision", "main")[:2]
-                self._describe(f"{parts[2]}/{parts[3]}", revision, as_tree=wanted == "tree")
-            elif len(parts) > 4 and parts[2] == "resolve":
-                self._send_file(f"{parts[0]}/{parts[1]}", parts[3], "/".join(parts[4:]), with_body=with_body)
+            elif segments[:2] == ["api", "models"]:
+                route, revision = (*segments[4:6], "revision", "main")[:2]
+                self._describe(f"{segments[2]}/{segments[3]}", revision, as_tree=route == "tree")
+            elif len(segments) > 4 and segments[2] == "resolve":
+                self._send_file(
+                    f"{segments[0]}/{segments[1]}", segments[3], "/".join(segments[4:]), with_body=with_body
+                )
             else:
                 self._refuse(404, "RepoNotFound")
 
@@ -97,7 +96,7 @@ def hub_server(repositories: dict[str, Path], *, token: str | None = None) -> It
 
 
 def _describe_file(inside: str, path: Path) -> dict[str, object]:
-    """As the Hub does: a large file by the sha256 of its bytes, a small one by the hash git gives it."""
+    """Return the metadata of a file as the Hub does: SHA-256 of a large file, git hash of a small one."""
     content = path.read_bytes()
     described = {"type": "file", "path": inside, "size": len(content), "oid": _git_hash(content)}
     if _is_large(path):

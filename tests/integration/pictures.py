@@ -1,4 +1,4 @@
-"""Pictures that the tests send."""
+"""Images that the tests send."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ from PIL import Image, PngImagePlugin
 
 
 def picture(seed: int, *, salt: str = "", size: tuple[int, int] = (48, 36)) -> bytes:
-    """Gives a PNG of noise; with another salt it is another file of the same pixels."""
+    """Return a PNG of noise; another salt produces another file with the same pixels."""
     width, height = size
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     info = PngImagePlugin.PngInfo()
@@ -25,7 +25,7 @@ def in_base64(data: bytes) -> str:
 
 
 def bomb() -> bytes:
-    """A whole PNG of 100 megapixels that compresses to a few kilobytes."""
+    """Return a valid PNG of 100 megapixels in a few kilobytes."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

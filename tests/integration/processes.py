@@ -1,4 +1,4 @@
-"""Real processes on free ports: `python -m service`, and redis-server."""
+"""Processes on free ports: `python -m service`, and redis-server."""
 
 import asyncio
 import os
@@ -21,25 +21,25 @@ START_TIMEOUT_S = 120.0  # importing torch on a busy machine takes its time
 STOP_TIMEOUT_S = 60.0
 
 
-def poll(condition: Callable[[], object], timeout_s: float, what: str) -> None:
-    """Returns once the condition holds; fails after the timeout."""
+def poll(condition: Callable[[], object], timeout_s: float, awaited: str) -> None:
+    """Wait until the condition holds; fail after the timeout."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, f"{what} did not come about within {timeout_s} s"
+        assert time.monotonic() < deadline, f"timed out after {timeout_s} s, waiting for {awaited}"
         time.sleep(0.05)
 
 
 async def poll_async(condition: Callable[[], Awaitable[object]], timeout_s: float) -> None:
-    """As `poll`, without holding up the event loop."""
+    """Wait as `poll`, without blocking the event loop."""
     async with asyncio.timeout(timeout_s):
-        while not await condition():  # noqa: ASYNC110 - another process has no event to give
+        while not await condition():  # noqa: ASYNC110 - another process has no event
             await asyncio.sleep(0.01)
 
 
 class ServiceProcess:
-    """`python -m service` with these settings; its output goes to files in `directory`.
+    """A process `python -m service` with these settings; its output is written to files in `directory`.
 
-    module: runs in place of `service`. variables: beside the settings.
+    module: module to run instead of `service`. variables: further environment variables.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ServiceProcess:
         return self._errors.read_text()
 
     def wait_ready(self) -> None:
-        """Waits for the line that tells the address, and for /readyz."""
+        """Wait for the address in the output, and for /readyz."""
 
         def announced() -> re.Match[str] | None:
             assert self.process.poll() is None, f"the service ended: {self.errors}"
@@ -84,11 +84,12 @@ class ServiceProcess:
         poll(lambda: httpx.get(f"{self.url}/readyz").status_code == 200, START_TIMEOUT_S, "readiness")
 
     def total(self, name: str) -> float:
-        """Gives the sum of all series of this name."""
+        """Return the sum of all series of this metric."""
         text = httpx.get(f"{self.url}/metrics").text
         return sum(float(value) for value in re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE))
 
     def metric(self, series: str) -> float:
+        """Return the value of one series."""
         text = httpx.get(f"{self.url}/metrics").text
         found = re.search(rf"^{re.escape(series)} (\S+)$", text, re.MULTILINE)
         assert found, f"{series} is not among the metrics"
@@ -98,7 +99,7 @@ class ServiceProcess:
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self) -> int:
-        """Gives the exit code."""
+        """Wait for the end of the process, and return the exit code."""
         return self.process.wait(STOP_TIMEOUT_S)
 
     def kill(self) -> None:
@@ -109,7 +110,7 @@ class ServiceProcess:
 
 @contextmanager
 def service(directory: Path, **settings: Any) -> Iterator[ServiceProcess]:
-    """A service that is ready, and gone afterwards; see `ServiceProcess`."""
+    """Start a `ServiceProcess`, wait until it is ready, and kill it on exit."""
     started = ServiceProcess(directory, **settings)
     try:
         started.wait_ready()
@@ -119,7 +120,7 @@ def service(directory: Path, **settings: Any) -> Iterator[ServiceProcess]:
 
 
 class RedisProcess:
-    """redis-server on a free port, keeping nothing on disk."""
+    """A redis-server on a free port, without persistence."""
 
     def __init__(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -142,9 +143,9 @@ class RedisProcess:
             ],
             stdout=subprocess.DEVNULL,
         )
-        poll(self._answers, START_TIMEOUT_S, "redis-server")
+        poll(self._responds, START_TIMEOUT_S, "redis-server")
 
-    def _answers(self) -> bool:
+    def _responds(self) -> bool:
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
                 connection.sendall(b"PING\r\n")
@@ -153,7 +154,7 @@ class RedisProcess:
             return False
 
     def freeze(self) -> None:
-        """It keeps its connections and answers nothing."""
+        """Stop the process with SIGSTOP: connections stay open, and no command is answered."""
         self.process.send_signal(signal.SIGSTOP)
 
     def kill(self) -> None:

@@ -1,4 +1,4 @@
-"""What nobody should send: each case has its status, says value, limit and cure, and harms nothing."""
+"""Invalid requests: each has its status and a message with value, limit and cure; the service stays ready."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ import pytest
 from tests.integration.pictures import bomb, in_base64, picture
 
 GOOD = in_base64(picture(0))
+Case = tuple[str, str, dict[str, Any], int, str, list[str]]  # name, path, body, status, code, words
 CAPTION_CASES: list[tuple[str, dict[str, Any], int, str, list[str]]] = [
     ("no image", {}, 422, "invalid_request", ["image or images", "exactly one"]),
     ("no beams", {"image": GOOD, "num_beams": 0}, 422, "invalid_params", ["num_beams is 0", "1 and 16"]),
@@ -24,7 +25,7 @@ CAPTION_CASES: list[tuple[str, dict[str, Any], int, str, list[str]]] = [
     ("too many tokens", {"image": GOOD, "max_new_tokens": 5000}, 422, "invalid_prompt", ["5000", "96"]),
     ("too many images", {"images": [GOOD] * 33}, 413, "too_many_items", ["33", "32", "BLIP2_MAX_IMAGES"]),
 ]
-OTHER_CASES: list[tuple[str, str, dict[str, Any], int, str, list[str]]] = [
+OTHER_CASES: list[Case] = [
     ("empty question", "/vqa", {"image": GOOD, "question": ""}, 422, "invalid_request", ["empty"]),
     ("no question", "/vqa", {"image": GOOD}, 422, "invalid_request", ["question", "required"]),
     (
@@ -49,7 +50,7 @@ OTHER_CASES: list[tuple[str, str, dict[str, Any], int, str, list[str]]] = [
         "too_many_items", ["1001", "1000", "BLIP2_MAX_CANDIDATES"],
     ),
 ]  # fmt: skip
-ALL_CASES = [(name, "/caption", *rest) for name, *rest in CAPTION_CASES] + OTHER_CASES
+ALL_CASES: list[Case] = [(case[0], "/caption", *case[1:]) for case in CAPTION_CASES] + OTHER_CASES
 
 
 @pytest.mark.parametrize(

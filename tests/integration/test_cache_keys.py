@@ -1,4 +1,4 @@
-"""Nothing but the same file under the same model finds an entry: services of many kinds on one Redis."""
+"""Cache keys: only the same file under the same model hits; several services share one Redis."""
 
 import io
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def grey() -> Image.Image:
-    """An image that is the same in every mode, and not square."""
+    """Return a grey image, which is equal in every mode; it is not square."""
     levels = np.random.default_rng(7).integers(0, 256, (36, 48), dtype=np.uint8)
     return Image.fromarray(levels)
 
@@ -60,7 +60,7 @@ def ask(server: ServiceProcess, data: bytes) -> dict[str, Any]:
 
 
 def ask_and_store(server: ServiceProcess, data: bytes) -> dict[str, Any]:
-    """Comes back when the entry is in Redis, which is written behind the answer."""
+    """Request a caption, and wait for the asynchronous write to Redis."""
     written = 'blip2_cache_writes_total{result="written"}'
     before = server.metric(written)
     answer = ask(server, data)
@@ -72,7 +72,7 @@ def ask_and_store(server: ServiceProcess, data: bytes) -> dict[str, Any]:
 def services(
     random_checkpoint: Path, redis: RedisProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, ServiceProcess]]:
-    """Of one Redis, but for `alone`, which has no cache at all."""
+    """Start services on one Redis, and `alone` without any cache."""
     root = tmp_path_factory.mktemp("keys")
     other = save_random_checkpoint(root / "other", seed=1)
     kinds: dict[str, dict[str, Any]] = {

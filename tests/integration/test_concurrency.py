@@ -1,4 +1,4 @@
-"""What is asked together is answered as if it were asked alone."""
+"""Concurrent requests have the same responses as sequential requests."""
 
 import asyncio
 from typing import Any
@@ -13,7 +13,7 @@ Request = tuple[str, dict[str, Any]]
 
 
 def mixed_requests(salt: str) -> list[Request]:
-    """Requests of all kinds and parameters; another salt makes other files of the same pixels."""
+    """Return requests to all routes; another salt produces other files with the same pixels."""
 
     def image(seed: int) -> str:
         return in_base64(picture(seed, salt=salt))
@@ -33,8 +33,8 @@ def mixed_requests(salt: str) -> list[Request]:
     return requests
 
 
-def essence(answer: dict[str, Any]) -> Any:
-    """What must not depend on company: texts, ranks and, to rounding, scores."""
+def batch_invariants(answer: dict[str, Any]) -> Any:
+    """Return the parts that must not depend on the batch: texts, ranks and rounded scores."""
     if "captions" in answer:
         return [
             (caption["text"], pytest.approx(caption["score"], abs=1e-4)) for caption in answer["captions"]
@@ -51,7 +51,7 @@ async def test_concurrent_mixed_requests_are_answered_as_alone(server: ServicePr
             path, body = request
             response = await client.post(path, json=body)
             assert response.status_code == 200, response.text
-            return essence(response.json())
+            return batch_invariants(response.json())
 
         together = await asyncio.gather(*(ask(request) for request in mixed_requests("together")))
         alone = [await ask(request) for request in mixed_requests("alone")]
@@ -64,15 +64,15 @@ async def test_bad_requests_among_good_ones_harm_nobody(server: ServiceProcess) 
     good = {"image": in_base64(picture(50, salt="good"))}
     bad = [{"image": "@@@"}, {"image": in_base64(b"text")}, {**good, "num_beams": 1000}, {}]
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-        bodies = [good, *bad] * 5
-        answers = await asyncio.gather(*(client.post("/caption", json=body) for body in bodies))
+        payloads = [good, *bad] * 5
+        answers = await asyncio.gather(*(client.post("/caption", json=body) for body in payloads))
     assert [answer.status_code for answer in answers] == [200, 422, 415, 422, 422] * 5
     assert len({answer.json()["captions"][0]["text"] for answer in answers[::5]}) == 1
 
 
 async def test_clients_that_hang_up_leave_nothing_behind(server: ServiceProcess) -> None:
     long = {"num_beams": 16, "min_new_tokens": 60, "max_new_tokens": 60}
-    bodies = [{"image": in_base64(picture(seed, salt="gone")), **long} for seed in range(60, 72)]
+    payloads = [{"image": in_base64(picture(seed, salt="gone")), **long} for seed in range(60, 72)]
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
 
         async def at_work() -> bool:
@@ -84,11 +84,11 @@ async def test_clients_that_hang_up_leave_nothing_behind(server: ServiceProcess)
             ]
             return busy == [0, 0]
 
-        requests = [asyncio.create_task(client.post("/caption", json=body)) for body in bodies]
+        requests = [asyncio.create_task(client.post("/caption", json=body)) for body in payloads]
         await poll_async(at_work, 60)
         for request in requests:
             request.cancel()
         await asyncio.gather(*requests, return_exceptions=True)
         await poll_async(at_rest, 60)
         assert server.metric('blip2_abandoned_total{reason="disconnected"}') > 0
-        assert (await client.post("/caption", json=bodies[0])).status_code == 200
+        assert (await client.post("/caption", json=payloads[0])).status_code == 200

@@ -1,4 +1,4 @@
-"""The embedded default answers right, over HTTP, about scenes it has never seen.
+"""Accuracy of the embedded models over HTTP, on scenes outside the training data.
 
 The same measurement at full size is `python -m training evaluate`; the model card holds its figures.
 """

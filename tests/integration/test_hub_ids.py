@@ -1,4 +1,4 @@
-"""An id on the Hub is downloaded with a progress bar, found again offline, and refused in words that help."""
+"""Ids of the Hub: download with a progress bar, offline use, and errors that name the cure."""
 
 import os
 import subprocess
@@ -18,11 +18,15 @@ NAME = "someone/blip2-small"
 LOAD = """
 import sys
 from model import Blip2, ModelError
-try:
-    blip2 = Blip2.from_pretrained(sys.argv[1], revision=sys.argv[2] or None)
-except ModelError as error:
-    sys.exit(str(error))
-print(blip2.fingerprint)
+failed = False
+for argument in sys.argv[1:]:
+    name, _, revision = argument.partition("@")
+    try:
+        print(Blip2.from_pretrained(name, revision=revision or None).fingerprint)
+    except ModelError as error:
+        print(error, file=sys.stderr)
+        failed = True
+sys.exit(failed)
 """
 
 
@@ -37,11 +41,9 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def load(
-    tmp_path: Path, endpoint: str, name: str = NAME, revision: str = "", **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Loads in a process of its own, for the Hub's client reads its variables when it is imported."""
-    return run(tmp_path, endpoint, "-c", LOAD, name, revision, **variables)
+def load(tmp_path: Path, endpoint: str, *models: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Load models "owner/name@revision" in a new process: the Hub's client reads variables when imported."""
+    return run(tmp_path, endpoint, "-c", LOAD, *(models or (NAME,)), **variables)
 
 
 def fetch(tmp_path: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
@@ -67,11 +69,10 @@ def test_a_model_is_downloaded_once_and_then_loads_offline(
 ) -> None:
     expected = Blip2.from_pretrained(str(repositories[f"{NAME}@main"])).fingerprint
     with hub_server(repositories) as endpoint:
-        first = load(tmp_path, endpoint)
-        assert first.stdout.strip() == expected, first.stderr
+        first = load(tmp_path, endpoint, NAME, f"{NAME}@v2")
+        other = Blip2.from_pretrained(str(repositories[f"{NAME}@v2"])).fingerprint
+        assert first.stdout.split() == [expected, other], first.stderr
         assert "100%" in first.stderr  # the progress bar
-        other = load(tmp_path, endpoint, revision="v2")
-        assert other.stdout.strip() == Blip2.from_pretrained(str(repositories[f"{NAME}@v2"])).fingerprint
     assert load(tmp_path, endpoint, HF_HUB_OFFLINE="1").stdout.strip() == expected
     assert not list(tmp_path.rglob("*.bin"))
 
@@ -102,8 +103,9 @@ def test_what_is_no_id_of_the_hub_cannot_be_fetched(capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 def test_what_is_not_to_be_had_is_told_with_its_cure(repositories: dict[str, Path], tmp_path: Path) -> None:
     with hub_server(repositories) as endpoint:
-        assert "has no such revision" in load(tmp_path, endpoint, revision="v3").stderr
-        assert "the Hub has no such model" in load(tmp_path, endpoint, name="someone/else").stderr
+        refused = load(tmp_path, endpoint, f"{NAME}@v3", "someone/else").stderr
+        assert "has no such revision" in refused
+        assert "the Hub has no such model" in refused
     offline = load(tmp_path, endpoint, HF_HUB_OFFLINE="1")
     assert offline.returncode == 1
     assert f"cannot fetch {NAME}: it was not downloaded before" in offline.stderr
@@ -124,7 +126,6 @@ def test_pickles_are_refused_and_an_adapter_brings_its_parts(tmp_path: Path) -> 
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     convert(build_components(), adapter, "adapter")
     with hub_server({"a/pickled@main": pickled, "a/adapter@main": adapter}) as endpoint:
-        refused = load(tmp_path / "cache", endpoint, name="a/pickled")
-        assert "a/pickled has no safetensors; pickles (*.bin) are not read" in refused.stderr
-        loaded = load(tmp_path / "cache", endpoint, name="a/adapter")
-        assert loaded.stdout.strip() == Blip2.from_pretrained(str(adapter)).fingerprint, loaded.stderr
+        done = load(tmp_path / "cache", endpoint, "a/pickled", "a/adapter")
+        assert "a/pickled has no safetensors; pickles (*.bin) are not read" in done.stderr
+        assert done.stdout.strip() == Blip2.from_pretrained(str(adapter)).fingerprint, done.stderr

@@ -1,8 +1,9 @@
-"""The process: how it starts, what it says when it cannot, and how it goes."""
+"""The process: start, start-up errors, and shutdown."""
 
 import asyncio
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -44,7 +45,7 @@ async def test_sigterm_under_load_loses_nothing_and_exits_with_0(
 
 
 async def all_accepted(client: httpx.AsyncClient) -> bool:
-    """Whether all requests are in line, on the device, or answered."""
+    """Return whether all requests are waiting, running or answered."""
     metrics = (await client.get("/metrics")).text
     series = ("blip2_waiting ", "blip2_running ", 'blip2_requests_total{route="/caption",status="200"} ')
     accepted = sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(series))
@@ -62,7 +63,7 @@ async def not_ready(client: httpx.AsyncClient) -> bool:
         ({"port": "http"}, "blip2: BLIP2_PORT is 'http': "),
     ],
 )
-def test_a_wrong_setting_is_told_in_one_line(tmp_path: Path, settings: dict[str, str], message: str) -> None:
+def test_a_wrong_setting_is_told_in_one_line(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     refused = ServiceProcess(tmp_path, **settings)
     assert refused.wait() == 1
     assert refused.errors.startswith(message)

@@ -1,4 +1,4 @@
-"""What README shows is what a user gets: its three commands, run as they stand, against `tiny`."""
+"""The three commands of README, run unchanged against `tiny`, print the responses shown."""
 
 import json
 import re

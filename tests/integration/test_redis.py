@@ -1,4 +1,4 @@
-"""The cache in a real Redis: shared by two services, and harmless in every kind of trouble."""
+"""The cache in a real Redis: shared by two services; failures of Redis change no response."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +30,7 @@ def first(
 def second(
     random_checkpoint: Path, redis: RedisProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServiceProcess]:
-    """Without a cache in its process, so that it asks Redis each time."""
+    """Start a service without an in-process cache, so that each request reads Redis."""
     directory = tmp_path_factory.mktemp("second")
     with service(directory, model=random_checkpoint, redis_url=redis.url, cache_bytes=0) as started:
         caption(started, 0)  # connects
@@ -46,7 +46,7 @@ def caption(server: ServiceProcess, seed: int, salt: str = "") -> dict[str, Any]
 
 
 def wait_for_keys(redis: RedisProcess, num_keys: int) -> None:
-    """Waits for what is written behind the answers."""
+    """Wait for the asynchronous writes."""
     with redis_client.Redis.from_url(redis.url) as client:
         poll(lambda: client.dbsize() >= num_keys, 30, f"{num_keys} keys")
 
@@ -75,10 +75,8 @@ def test_retrieval_shares_its_encodings_too(
     redis: RedisProcess, first: ServiceProcess, second: ServiceProcess
 ) -> None:
     flush(redis)
-    body = {
-        "text": "a red star",
-        "candidates": {"images": [in_base64(picture(seed, salt="retrieval")) for seed in range(3)]},
-    }
+    images = [in_base64(picture(seed, salt="retrieval")) for seed in range(3)]
+    body = {"text": "a red star", "candidates": {"images": images}}
     computed = httpx.post(f"{first.url}/retrieve", json=body, timeout=60).json()
     wait_for_keys(redis, 6)
     fetched = httpx.post(f"{second.url}/retrieve", json=body, timeout=60).json()
@@ -86,11 +84,7 @@ def test_retrieval_shares_its_encodings_too(
     assert fetched["timings_ms"]["vision"] == 0
     assert computed["timings_ms"]["vision"] > 0
     # A caption can be made of the image features that retrieval left.
-    answer = httpx.post(
-        f"{second.url}/caption",
-        json={"image": body["candidates"]["images"][0]},
-        timeout=60,  # type: ignore[index]
-    ).json()
+    answer = httpx.post(f"{second.url}/caption", json={"image": images[0]}, timeout=60).json()
     assert answer["image_cached"] is True
     assert answer["timings_ms"]["vision"] == 0
 

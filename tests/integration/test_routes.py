@@ -1,4 +1,4 @@
-"""The three routes of a real service, in JSON and as forms, against the model alone."""
+"""The three routes of a real service, with JSON and forms, compared with the model in this process."""
 
 import io
 import json
@@ -18,7 +18,7 @@ TEXTS = ["a red circle", "two blue stars", "a cross above a square"]
 
 
 class Reference:
-    """The model in this process, one request at a time."""
+    """The model in this process, with one request at a time."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.blip2 = Blip2.from_pretrained(str(checkpoint))
@@ -93,8 +93,8 @@ def test_tokens_are_told_with_their_log_probabilities_where_that_is_asked(
     client: httpx.Client, reference: Reference
 ) -> None:
     body = {"image": in_base64(PICTURES[0]), "prompt": "a photo of", "num_captions": 2}
-    plain = post(client, "/caption", body)["captions"]
-    assert not any("logprobs" in caption for caption in plain)
+    without = post(client, "/caption", body)["captions"]
+    assert not any("logprobs" in caption for caption in without)
     captions = post(client, "/caption", body | {"logprobs": True})["captions"]
     expected = reference.generate(0, "a photo of", num_return_sequences=2)
     for caption, generation in zip(captions, expected, strict=True):
@@ -172,7 +172,7 @@ def test_image_to_texts(client: httpx.Client, reference: Reference) -> None:
     answer = post(client, "/retrieve", body)
     itc = [reference.itc(3, text) for text in TEXTS]
     nearest = sorted(range(3), key=lambda index: -itc[index])[:2]
-    expected = {at: itc[at] + reference.match_logits(3, TEXTS[at])[1].item() for at in nearest}
+    expected = {index: itc[index] + reference.match_logits(3, TEXTS[index])[1].item() for index in nearest}
     assert scores_by_index(answer) == pytest.approx(expected, abs=1e-4)
 
 
@@ -189,8 +189,8 @@ def test_texts_to_texts_and_image_to_images(client: httpx.Client, reference: Ref
 def test_a_form_gives_the_same_answers_as_json(client: httpx.Client) -> None:
     one = in_base64(PICTURES[0])
 
-    def form(path: str, **parts: Any) -> Any:
-        return client.post(path, **parts).json()
+    def form(path: str, **content: Any) -> Any:
+        return client.post(path, **content).json()
 
     def same(first: dict[str, Any], second: dict[str, Any], key: str) -> None:
         assert first[key] == second[key]
@@ -216,10 +216,10 @@ def test_a_form_gives_the_same_answers_as_json(client: httpx.Client) -> None:
 def test_several_images_are_captioned_each_and_a_bad_one_fails_alone(client: httpx.Client) -> None:
     files = [("image", PICTURES[0]), ("image", b"this is text"), ("image", PICTURES[1])]
     results = client.post("/caption", files=files).json()["results"]
-    alone = [post(client, "/caption", {"image": in_base64(PICTURES[at])})["captions"] for at in (0, 1)]
+    alone = [post(client, "/caption", {"image": in_base64(PICTURES[index])})["captions"] for index in (0, 1)]
     for result, captions in zip((results[0], results[2]), alone, strict=True):
-        [said], [expected] = result["captions"], captions
-        assert said == {**expected, "score": pytest.approx(expected["score"], abs=1e-4)}
+        [caption], [expected] = result["captions"], captions
+        assert caption == {**expected, "score": pytest.approx(expected["score"], abs=1e-4)}
     assert results[1]["error"]["status"] == 415
 
 

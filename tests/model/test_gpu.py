@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from model import Blip2, Generation, GenerationParams
 from model.checkpoints import LoadOptions
@@ -70,7 +70,7 @@ def test_laid_over_a_gpu_and_the_cpu_it_answers_as_on_one_device(
 ) -> None:
     accelerate = pytest.importorskip("accelerate", reason="no accelerate; install the extra 'spread'")
 
-    def lay_out(llm: nn.Module, **_: object) -> dict[str, str]:
+    def lay_out(llm: Any, **_: object) -> dict[str, str]:
         ends = {name: "cuda:0" for name, _ in llm.model.decoder.named_children() if name != "layers"}
         layers = {f"layers.{at}": ("cuda:0", "cpu")[at % 2] for at in range(len(llm.model.decoder.layers))}
         device_map = {f"model.decoder.{name}": device for name, device in (ends | layers).items()}

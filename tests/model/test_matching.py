@@ -31,7 +31,8 @@ def matcher() -> Matcher:
 
 def features_of(vision_model: VisionEncoder, num_images: int) -> Tensor:
     with torch.no_grad():
-        return vision_model(random_pixels(num_images))
+        image_features: Tensor = vision_model(random_pixels(num_images))
+    return image_features
 
 
 def test_tokens_stand_between_cls_and_sep_and_are_padded_on_the_right(matcher: Matcher) -> None:

@@ -72,7 +72,8 @@ def test_a_weight_is_freed_before_the_next_is_packed(monkeypatch: pytest.MonkeyP
 
     def count_and_reorder(weight: torch.Tensor, batch_size: int | None) -> torch.Tensor:
         alive.append(sum(weight() is not None for weight in weights))
-        return reorder(weight, batch_size)
+        reordered: torch.Tensor = reorder(weight, batch_size)
+        return reordered
 
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", count_and_reorder)
     pack_linears(layers)

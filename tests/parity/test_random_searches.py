@@ -5,7 +5,7 @@ For each kind of language model, with weights whose answers end early, now and t
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Blip2ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
-from model import Blip2, Decoder, DecodeRequest, GenerationParams
+from model import Blip2, Decoder, DecodeRequest, Generation, GenerationParams
 from model.checkpoints import save_hub
 from model.components import Blip2Components
 from model.generation import run_requests
@@ -117,13 +117,22 @@ def sampling(seed: int) -> GenerationParams:
     )
 
 
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Use two threads: one sums products in another order, and a score of -274 then differs by 1.2e-4."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @torch.inference_mode()
 def run_staggered(
     pair: Pair, requests: Sequence[DecodeRequest], chance: random.Random
-) -> dict[DecodeRequest, object]:
+) -> dict[DecodeRequest, Sequence[Generation]]:
     """Run requests that join in the middle of others, in random order."""
     decoder, waiting = Decoder(pair.language_model), chance.sample(requests, len(requests))
-    answers: dict[DecodeRequest, object] = {}
+    answers: dict[DecodeRequest, Sequence[Generation]] = {}
     while waiting or decoder.num_requests:
         for _ in range(min(chance.randint(0, 3), len(waiting))):
             decoder.add(waiting.pop())

@@ -166,7 +166,7 @@ def reference_answer(
 ) -> list[int]:
     """Return the tokens that `generate` returns for one image and prompt alone, up to the end token."""
     ids = torch.tensor([input_ids])
-    sequence = reference.generate(
+    sequence: list[int] = reference.generate(
         pixel_values=pixels[None],
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

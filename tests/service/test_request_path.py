@@ -52,7 +52,7 @@ def trace() -> Iterator[FileTrace]:
     sys.setprofile(recorded)
     yield recorded
     sys.setprofile(None)
-    threading.setprofile(None)  # type: ignore[arg-type]
+    threading.setprofile(None)
 
 
 async def test_the_files_a_caption_visits_are_those_of_the_document(

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.service.fakes import TIMEOUT_S, FakeBackend, pixels, png
 from tests.service.running import running_engine, site, text_of
 from tests.service.runtime.test_loading import serve
 
+Dtype = Literal["float32", "bfloat16"]
 PICTURES = [random_picture(seed) for seed in range(3)]
 GREEDY = GenerationParams(num_beams=1, max_new_tokens=8)
 
@@ -44,7 +46,7 @@ def save_retrieval(directory: Path, *, seed: int, image_size: int = 32) -> str:
     return str(directory / "stage1")
 
 
-def load(generation: str, retrieval: str, *, dtype: str = "float32") -> Blip2Backend:
+def load(generation: str, retrieval: str, *, dtype: Dtype = "float32") -> Blip2Backend:
     return load_backend(Settings(model=generation, retrieval_model=retrieval, device="cpu", dtype=dtype))
 
 
@@ -57,7 +59,7 @@ def inputs(backend: Blip2Backend, encoder: EncoderId) -> list[ImageInput]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_equal_encoders_are_held_once_and_each_checkpoint_keeps_its_own_norm(
-    tmp_path: Path, dtype: str
+    tmp_path: Path, dtype: Dtype
 ) -> None:
     backend = load(save_generation(tmp_path / "a"), save_retrieval(tmp_path / "b", seed=0), dtype=dtype)
     assert backend.matching_encoder is EncoderId.MAIN

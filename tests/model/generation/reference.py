@@ -36,7 +36,7 @@ class Pair:
     def request(self, image: int, prompt: str, params: GenerationParams) -> DecodeRequest:
         return DecodeRequest(self.language_model_inputs[image], self.language_model.tokenize(prompt), params)
 
-    def reference_generate(self, image: int, prompt: str, params: GenerationParams) -> object:
+    def reference_generate(self, image: int, prompt: str, params: GenerationParams) -> ModelOutput:
         """Run transformers' `generate` alone, as its BLIP-2 calls it; return its whole output."""
         context = [self.language_model.image_token_id] * NUM_QUERY_TOKENS
         input_ids = torch.tensor([[*context, *self.language_model.tokenize(prompt)]])
@@ -67,7 +67,7 @@ class Pair:
         log_probs = score(*context, token_ids).log_softmax(dim=-1)  # [T, N]
         return log_probs[torch.arange(len(token_ids)), list(token_ids)].sum().item()
 
-    def new_tokens(self, output: object, prompt: str) -> list[tuple[int, ...]]:
+    def new_tokens(self, output: ModelOutput, prompt: str) -> list[tuple[int, ...]]:
         """Return the new tokens of each of the reference's answers, end token included, padding not."""
         prompt_ids = self.language_model.tokenize(prompt)
         start = 1 if self.is_encoder_decoder else NUM_QUERY_TOKENS + len(prompt_ids)
@@ -77,14 +77,15 @@ class Pair:
         self, soft_tokens: Tensor, prompt_ids: tuple[int, ...], token_ids: tuple[int, ...]
     ) -> Tensor:
         """Compute the [T, N] logits of an answer behind its prompt."""
-        logits = self._run_llm(soft_tokens, (*prompt_ids, *token_ids)).logits[0]
+        logits: Tensor = self._run_llm(soft_tokens, (*prompt_ids, *token_ids)).logits[0]
         return logits[-len(token_ids) - 1 : -1]
 
     def _logits_of_decoded(
         self, soft_tokens: Tensor, prompt_ids: tuple[int, ...], token_ids: tuple[int, ...]
     ) -> Tensor:
         """Compute the [T, N] logits of an answer in the decoder, with its prompt in the encoder."""
-        return self._run_llm(soft_tokens, prompt_ids, labels=torch.tensor([token_ids])).logits[0]
+        logits: Tensor = self._run_llm(soft_tokens, prompt_ids, labels=torch.tensor([token_ids])).logits[0]
+        return logits
 
     def _run_llm(self, soft_tokens: Tensor, text: tuple[int, ...], **inputs: Tensor) -> ModelOutput:
         llm = self.reference.language_model

@@ -244,7 +244,7 @@ class Operations(TorchDispatchMode):
     """Records the operations that are launched."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
 
     def __torch_dispatch__(

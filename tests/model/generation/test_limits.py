@@ -93,9 +93,18 @@ def test_a_request_that_could_never_run_is_refused_with_the_figures(pair: Pair) 
 
 def test_a_request_is_checked_without_a_decoder(pair: Pair) -> None:
     params = GenerationParams(num_beams=5, max_new_tokens=20)
-    size = {"num_prompt_tokens": 3, "num_soft_tokens": 8, "params": params}
-    check_fits(pair.language_model, DecoderLimits(max_rows=5), **size)
+
+    def check(limits: DecoderLimits, num_prompt_tokens: int = 3) -> None:
+        check_fits(
+            pair.language_model,
+            limits,
+            num_prompt_tokens=num_prompt_tokens,
+            num_soft_tokens=8,
+            params=params,
+        )
+
+    check(DecoderLimits(max_rows=5))
     with pytest.raises(InvalidParamsError, match="the limit is 4"):
-        check_fits(pair.language_model, DecoderLimits(max_rows=4), **size)
+        check(DecoderLimits(max_rows=4))
     with pytest.raises(InvalidPromptError, match="shorten the prompt"):
-        check_fits(pair.language_model, DecoderLimits(), **size | {"num_prompt_tokens": 1000})
+        check(DecoderLimits(), num_prompt_tokens=1000)

@@ -29,7 +29,7 @@ def test_a_value_out_of_bounds_is_refused_with_its_name_and_limit(
     field: str, value: float, limit: str
 ) -> None:
     with pytest.raises(InvalidParamsError, match=f"{field} is {value}; choose one {limit}"):
-        GenerationParams(**{field: value}).validate()
+        GenerationParams(**{field: value}).validate()  # type: ignore[arg-type]
 
 
 def test_sampling_with_several_beams_is_refused() -> None:

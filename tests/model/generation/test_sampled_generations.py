@@ -90,7 +90,7 @@ def test_a_seeded_draw_does_not_depend_on_the_batch(pair: Pair) -> None:
     decoder.add(pair.request(1, PROMPTS[2], dataclasses.replace(params, seed=1)))
     decoder.add(request)
     decoder.add(pair.request(2, "", GenerationParams(num_beams=4, max_new_tokens=15)))
-    answers = {}
+    answers: dict[DecodeRequest, tuple[Generation, ...]] = {}
     while decoder.num_requests:
         answers.update(decoder.step())
     alone = generate_alone(pair, 0, "a photo of", params)

@@ -13,10 +13,11 @@ from model import Blip2, Decoder, DecodeRequest, GenerationParams
 from model.checkpoints import save_hub
 from model.errors import InvalidPromptError
 from model.language import LanguageModel
+from model.language.encoder_decoder import EncoderDecoderBatch
 from tests.builders import MAX_POSITIONS, NUM_QUERY_TOKENS, build_decode_input, decode_step, random_pixels
 from tests.builders_t5 import (
     END,
-    Kind,
+    Tying,
     build_t5,
     build_t5_components,
     build_t5_language_model,
@@ -92,7 +93,7 @@ def test_text_of_an_answer_has_no_special_tokens_and_no_end(language_model: Lang
 
 @KINDS
 @torch.inference_mode()
-def test_logits_behind_image_and_prompts_equal_transformers(kind: Kind, tmp_path: Path) -> None:
+def test_logits_behind_image_and_prompts_equal_transformers(kind: Tying, tmp_path: Path) -> None:
     blip2 = Blip2(build_t5_components(kind)).eval()
     save_hub(tmp_path, blip2.components)
     reference = Blip2ForConditionalGeneration.from_pretrained(tmp_path).eval()
@@ -116,7 +117,7 @@ def test_logits_behind_image_and_prompts_equal_transformers(kind: Kind, tmp_path
 
 @KINDS
 @torch.inference_mode()
-def test_unequal_prompts_in_one_prefill_continue_as_each_does_alone(kind: Kind) -> None:
+def test_unequal_prompts_in_one_prefill_continue_as_each_does_alone(kind: Tying) -> None:
     language_model = build_t5_language_model(kind)
     soft_tokens = [random_soft_tokens(8, seed=seed) for seed in range(3)]
     prompts = [language_model.tokenize(prompt) for prompt in PROMPTS]
@@ -166,6 +167,7 @@ def test_what_was_encoded_is_not_copied_when_beams_change_places(language_model:
     prompts = [language_model.tokenize(prompt) for prompt in PROMPTS[:2]]
     prefixes = [language_model.embed_prefix(*each) for each in zip(soft_tokens, prompts, strict=True)]
     _, state = language_model.model_family.prefill_batch(prefixes)
+    assert isinstance(state, EncoderDecoderBatch)
     state.reorder([0, 0, 1, 1])
     state.decode_step([10, 11, 12, 13])
     keys = state.cache.cross_attention_cache.layers[0].keys
@@ -173,6 +175,7 @@ def test_what_was_encoded_is_not_copied_when_beams_change_places(language_model:
     assert state.cache.cross_attention_cache.layers[0].keys is keys
     state.reorder([1, 2])
     assert torch.equal(state.cache.cross_attention_cache.layers[0].keys, keys[[0, 2]])
+    assert state.attention_mask is not None
     assert state.attention_mask.sum(dim=1).tolist() == [8 + len(prompt) for prompt in prompts]
 
 

@@ -15,7 +15,7 @@ from model.matching import Matcher
 from model.qformer import QFormer
 from model.qformer.text import QuestionEmbedder
 from service.engine.image_pool import ImageInput
-from service.engine.request import GenerateInput, Request
+from service.engine.request import GenerateInput, Generations, Request
 from service.runtime.loading import load_backend
 from service.runtime.settings import Settings
 from tests.builders import (
@@ -115,7 +115,7 @@ def test_the_service_and_bulk_work_show_each_question_to_the_q_former(adapter: P
         ]
         for one in features
     ]
-    requests = [
+    requests: list[Request[Generations]] = [
         Request(
             GenerateInput(
                 ImageInput(str(index), random_pixels(2)[index], {}),

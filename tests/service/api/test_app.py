@@ -175,7 +175,7 @@ async def test_a_well_formed_request_id_is_kept(offered: str) -> None:
 @pytest.mark.parametrize("offered", ["", "has space", "x" * 129, 'quote"', "-starts-wrong", "ümlaut"])
 async def test_a_malformed_request_id_is_replaced(offered: str) -> None:
     async with site() as running:
-        response = await running.client.get("/livez", headers={"X-Request-ID": offered.encode("latin-1")})
+        response = await running.client.get("/livez", headers={b"X-Request-ID": offered.encode("latin-1")})
         assert re.fullmatch(r"[0-9a-f]{32}", response.headers["x-request-id"])
 
 
@@ -183,7 +183,7 @@ async def test_a_malformed_request_id_is_replaced(offered: str) -> None:
 async def test_a_budget_that_is_none_is_refused(budget: str) -> None:
     async with site() as running:
         response = await running.client.post(
-            "/caption", json={"image": IMAGE}, headers={"X-Request-Timeout-Ms": budget.encode()}
+            "/caption", json={"image": IMAGE}, headers={b"X-Request-Timeout-Ms": budget.encode()}
         )
         problem = assert_problem(response, 422, "invalid_request")
         assert problem["errors"][0]["field"] == "X-Request-Timeout-Ms"

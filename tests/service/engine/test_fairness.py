@@ -4,6 +4,8 @@ The fake model takes no time worth measuring, so shares of time are tested in `t
 here it is order, room, and what happens between two tokens.
 """
 
+from functools import partial
+
 from model import GenerationParams
 from service.engine.request import AnyRequest, Mode
 from tests.service.fakes import TIMEOUT_S, FakeBackend
@@ -14,11 +16,15 @@ SHORT = GenerationParams(num_beams=4, max_new_tokens=10)
 STORY = " ".join(f"w{number}" for number in range(40))
 
 
+def _append(order: list[str], name: str, _future: object) -> None:
+    order.append(name)
+
+
 def order_of_answers(harness: EngineHarness, **requests: AnyRequest) -> list[str]:
     """Start the engine and return the names of the requests in the order of their answers."""
     order: list[str] = []
     for name, request in requests.items():
-        request.future.add_done_callback(lambda _, name=name: order.append(name))
+        request.future.add_done_callback(partial(_append, order, name))
     harness.engine.start()
     for request in requests.values():
         request.future.result(TIMEOUT_S)

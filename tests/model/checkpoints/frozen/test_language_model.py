@@ -16,7 +16,7 @@ from model.checkpoints import LoadOptions, load_language_model, save_hub
 from model.language import LanguageModel
 from tests.builders import random_pixels
 from tests.builders_t5 import (
-    Kind,
+    Tying,
     build_t5,
     build_t5_components,
     build_t5_tokenizer,
@@ -29,12 +29,13 @@ COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
 @pytest.fixture(params=["tied", "untied"])
-def kind(request: pytest.FixtureRequest) -> Kind:
-    return request.param
+def kind(request: pytest.FixtureRequest) -> Tying:
+    kind: Tying = request.param
+    return kind
 
 
 @pytest.fixture
-def t5_checkpoint(tmp_path: Path, kind: Kind) -> Path:
+def t5_checkpoint(tmp_path: Path, kind: Tying) -> Path:
     """Save a random checkpoint with a T5, which a test may damage; return its adapter."""
     return save_random_t5_checkpoint(tmp_path / "checkpoint", kind)
 
@@ -66,7 +67,7 @@ def refusal(directory: Path) -> str:
     return str(caught.value)
 
 
-def test_an_adapter_on_a_t5_is_loaded_as_it_was_saved(t5_checkpoint: Path, kind: Kind) -> None:
+def test_an_adapter_on_a_t5_is_loaded_as_it_was_saved(t5_checkpoint: Path, kind: Tying) -> None:
     built, reloaded = Blip2(build_t5_components(kind)).eval(), Blip2.from_pretrained(str(t5_checkpoint))
     for name, value in built.state_dict().items():
         assert torch.equal(reloaded.state_dict()[name], value), name
@@ -76,7 +77,7 @@ def test_an_adapter_on_a_t5_is_loaded_as_it_was_saved(t5_checkpoint: Path, kind:
     assert not any(value.requires_grad for value in language_model_of(reloaded).parameters())
 
 
-def test_a_t5_saved_for_the_hub_answers_the_same_when_loaded_from_there(kind: Kind, tmp_path: Path) -> None:
+def test_a_t5_saved_for_the_hub_answers_the_same_when_loaded_from_there(kind: Tying, tmp_path: Path) -> None:
     built = Blip2(build_t5_components(kind)).eval()
     save_hub(tmp_path, built.components)
     reloaded = Blip2.from_pretrained(str(tmp_path))
@@ -85,7 +86,7 @@ def test_a_t5_saved_for_the_hub_answers_the_same_when_loaded_from_there(kind: Ki
     assert language_model_of(reloaded).image_token_id == language_model_of(built).image_token_id
 
 
-def test_saving_for_the_hub_leaves_the_model_as_it_was(kind: Kind, tmp_path: Path) -> None:
+def test_saving_for_the_hub_leaves_the_model_as_it_was(kind: Tying, tmp_path: Path) -> None:
     built = Blip2(build_t5_components(kind)).eval()
     parameters = dict(built.named_parameters())
     save_hub(tmp_path, built.components)
@@ -95,7 +96,7 @@ def test_saving_for_the_hub_leaves_the_model_as_it_was(kind: Kind, tmp_path: Pat
 
 
 def test_one_matrix_embeds_the_words_of_encoder_decoder_and_tied_head(
-    t5_checkpoint: Path, kind: Kind
+    t5_checkpoint: Path, kind: Tying
 ) -> None:
     llm = language_model_of(Blip2.from_pretrained(str(t5_checkpoint))).llm
     assert llm.encoder.embed_tokens.weight is llm.shared.weight
@@ -248,6 +249,6 @@ def test_another_t5_than_the_adapter_was_trained_on_is_refused(tmp_path: Path) -
         Blip2.from_pretrained(str(adapter))
 
 
-def test_the_head_of_a_t5_is_stored_where_it_is_its_own(t5_checkpoint: Path, kind: Kind) -> None:
+def test_the_head_of_a_t5_is_stored_where_it_is_its_own(t5_checkpoint: Path, kind: Tying) -> None:
     names = load_file(t5_checkpoint.parent / "language_model_t5" / WEIGHTS).keys()
     assert ("lm_head.weight" in names) == (kind == "untied")

@@ -1,13 +1,14 @@
-"""BLIP-2 behind FastAPI as it is mostly written: transformers in async handlers, so one request at a time.
+"""BLIP-2 on FastAPI, as it is commonly written: transformers in async handlers, one request at a time.
 
-python benchmarks/naive_server.py DIRECTORY --port 8001 [--threads 2] [--attention eager]
+python -m benchmarks.serving.fastapi_server DIRECTORY --port 8001 [--threads 2] [--attention eager]
 """
 
 import torch
 import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
-from transformers_model import (
+
+from benchmarks.serving.transformers_model import (
     QUESTION,
     Caption,
     CaptionAnswer,
@@ -20,31 +21,31 @@ from transformers_model import (
 
 
 class Answer(BaseModel):
-    """num_tokens: the end token counts."""
+    """An answer; num_tokens includes the end token."""
 
     answer: str
     num_tokens: int
 
 
 class QuestionAnswer(BaseModel):
-    """The answer to the one question."""
+    """Response body with one answer."""
 
     answers: list[Answer]
 
 
 def main() -> None:
-    arguments = build_parser("Serves BLIP-2 by transformers, one request at a time.").parse_args()
+    arguments = build_parser("Serve BLIP-2 with transformers, one request at a time.").parse_args()
     torch.set_num_threads(arguments.threads)
     app = build_app(TransformersModel(arguments.directory, arguments.attention))
     uvicorn.run(app, host="127.0.0.1", port=arguments.port, log_level="warning")
 
 
 def build_app(model: TransformersModel) -> FastAPI:
-    """One thread does it all. Handlers in several would bring torch's own threads along, and slow it down."""
+    """Build the application. Handlers run in one thread: several would each start torch's threads."""
     app = FastAPI()
 
     def generate(image: str, prompt: str, search: Search) -> Caption:
-        (caption,) = model.generate(model.read_image(image), prompt, search)
+        (caption,) = model.generate(model.decode_image(image), prompt, search)
         return caption
 
     @app.get("/health")

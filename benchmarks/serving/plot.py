@@ -1,4 +1,4 @@
-"""Draws latency and answers over the offered load, for the three servers."""
+"""Plot of latency and throughput over the offered load."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,20 +7,21 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from overload import LoadPoint
-from serving_results import LOADS_OF, Results
-from spread import median_of
+
+from benchmarks.reporting import median_of
+from benchmarks.serving.overload import LoadPoint
+from benchmarks.serving.results import LOADS_OF, Results
 
 _COLOURS = ("tab:blue", "tab:orange", "tab:green")
 
 
 def plot_loads(results: Results, path: Path) -> None:
-    """Saves the picture, of the medians of the repeats; there must be some."""
+    """Save the plot of the medians over at least one repeat."""
     with mpl.rc_context({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=(9, 8), dpi=150, layout="constrained")
         latency, goodput = figure.subplots(2, 1, sharex=True)
         for (name, select), colour in zip(LOADS_OF, _COLOURS, strict=True):
-            repeats = list(zip(*(select(sides) for sides in results.loads), strict=True))
+            repeats = list(zip(*(select(per_server) for per_server in results.loads), strict=True))
             _draw(latency, goodput, repeats, name, colour)
         _label(latency, goodput)
         figure.savefig(path)
@@ -43,7 +44,7 @@ def _label(latency: Axes, goodput: Axes) -> None:
     latency.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     latency.yaxis.set_major_formatter("{x:g}")
     latency.yaxis.set_minor_formatter(NullFormatter())
-    latency.set_ylabel("latency of the answered, s")
+    latency.set_ylabel("latency of answered requests, s")
     latency.legend(ncols=3, fontsize=10, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     goodput.axline((0, 0), slope=1, linestyle=":", color="gray", label="all answered")
     goodput.set_xlim(left=0)

@@ -1,6 +1,6 @@
-"""BLIP-2 behind LitServe: transformers on batches of captions, one worker.
+"""BLIP-2 on LitServe: transformers on batches of captions, one worker.
 
-python benchmarks/litserve_server.py DIRECTORY --port 8002 [--threads 2] [--attention eager]
+python -m benchmarks.serving.litserve_server DIRECTORY --port 8002 [--threads 2] [--attention eager]
     [--max-batch-size 16] [--batch-timeout 0.05]
 """
 
@@ -11,18 +11,26 @@ from typing import Any, NamedTuple
 import litserve
 import torch
 from torch import Tensor
-from transformers_model import Caption, CaptionAnswer, CaptionBody, Search, TransformersModel, build_parser
+
+from benchmarks.serving.transformers_model import (
+    Caption,
+    CaptionAnswer,
+    CaptionBody,
+    Search,
+    TransformersModel,
+    build_parser,
+)
 
 
-class Prepared(NamedTuple):
-    """pixel_values: [B, 3, S, S]."""
+class Inputs(NamedTuple):
+    """Model inputs of a batch; pixel_values: [B, 3, S, S]."""
 
     pixel_values: Tensor
     search: Search
 
 
 class CaptionApi(litserve.LitAPI):
-    """Reads each image, puts them together, and has `generate` run once for all."""
+    """Decode each image, stack the images, and run `generate` once per batch."""
 
     def __init__(
         self, directory: Path, attention: str, num_threads: int, *, max_batch_size: int, batch_timeout: float
@@ -32,19 +40,19 @@ class CaptionApi(litserve.LitAPI):
         self._attention = attention
         self._num_threads = num_threads
 
-    def setup(self, device: str) -> None:  # noqa: ARG002 - there is one
+    def setup(self, device: str) -> None:  # noqa: ARG002 - the only one
         torch.set_num_threads(self._num_threads)
         self._model = TransformersModel(self._directory, self._attention)
 
-    def decode_request(self, request: dict[str, Any]) -> Prepared:
+    def decode_request(self, request: dict[str, Any]) -> Inputs:
         body = CaptionBody.model_validate(request)
-        return Prepared(self._model.read_image(body.image), Search(**body.model_dump(exclude={"image"})))
+        return Inputs(self._model.decode_image(body.image), Search(**body.model_dump(exclude={"image"})))
 
-    def batch(self, inputs: Sequence[Prepared]) -> Prepared:
-        (search,) = {one.search for one in inputs}  # the benchmark asks all in the same way
-        return Prepared(torch.cat([one.pixel_values for one in inputs]), search)
+    def batch(self, inputs: Sequence[Inputs]) -> Inputs:
+        (search,) = {one.search for one in inputs}  # all requests of the benchmark have the same parameters
+        return Inputs(torch.cat([one.pixel_values for one in inputs]), search)
 
-    def predict(self, x: Prepared) -> list[Caption]:
+    def predict(self, x: Inputs) -> list[Caption]:
         return self._model.generate(x.pixel_values, "", x.search)
 
     def unbatch(self, output: list[Caption]) -> list[Caption]:
@@ -55,7 +63,7 @@ class CaptionApi(litserve.LitAPI):
 
 
 def main() -> None:
-    parser = build_parser("Serves captions by transformers behind LitServe.")
+    parser = build_parser("Serve captions with transformers and LitServe.")
     parser.add_argument("--max-batch-size", type=int, default=16)
     parser.add_argument("--batch-timeout", type=float, default=0.05, help="seconds")
     arguments = parser.parse_args()

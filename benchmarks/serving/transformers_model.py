@@ -1,8 +1,8 @@
-"""BLIP-2 as transformers runs it, for the servers that `serving.py` compares this project with.
+"""BLIP-2 in transformers, for the servers that this project is compared with.
 
-    python benchmarks/transformers_model.py DIRECTORY [--threads 2] [--batch 16] [--repeats 2]
+    python -m benchmarks.serving.transformers_model DIRECTORY [--threads 2] [--batch 16] [--repeats 2]
 
-prints which attention makes `generate` faster on a batch of captions: sdpa or eager.
+prints the attention that makes `generate` faster on a batch of captions: sdpa or eager.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _IMAGE_SIZE = 224
 
 
 class Search(BaseModel):
-    """What steers the search for an answer; the names are `generate`'s."""
+    """Generation parameters, named as in `generate`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,32 +35,32 @@ class Search(BaseModel):
 
 
 class CaptionBody(Search):
-    """image: in base64."""
+    """Request body of a caption; image: base64."""
 
     image: str
 
 
 class QuestionBody(CaptionBody):
-    """One question about one image."""
+    """Request body of one question about one image."""
 
     question: str
 
 
 class Caption(BaseModel):
-    """num_tokens: the end token counts."""
+    """A caption; num_tokens includes the end token."""
 
     text: str
     num_tokens: int
 
 
 class CaptionAnswer(BaseModel):
-    """The one caption of an image."""
+    """Response body with one caption."""
 
     captions: list[Caption]
 
 
 class TransformersModel:
-    """Preprocessing, `generate` and decoding of texts, in bfloat16, from a directory in the Hub's format."""
+    """Preprocessing, `generate` and detokenisation, in bfloat16, from a directory in the Hub's format."""
 
     def __init__(self, directory: Path, attention: str) -> None:
         self._processor = BlipImageProcessor.from_pretrained(directory)
@@ -69,19 +69,19 @@ class TransformersModel:
             directory, dtype=torch.bfloat16, attn_implementation=attention
         ).eval()
         config = self._model.config
-        self._before_prompt = [config.image_token_index] * config.num_query_tokens
-        self._before_prompt.append(config.text_config.bos_token_id)
+        self._prefix_ids = [config.image_token_index] * config.num_query_tokens
+        self._prefix_ids.append(config.text_config.bos_token_id)
 
-    def read_image(self, image: str) -> Tensor:
-        """Turns a file in base64 into [1, 3, S, S] pixel values."""
-        picture = Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")
-        pixel_values: Tensor = self._processor(picture, return_tensors="pt").pixel_values
+    def decode_image(self, image: str) -> Tensor:
+        """Decode a base64 image into [1, 3, S, S] pixel values."""
+        pil_image = Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")
+        pixel_values: Tensor = self._processor(pil_image, return_tensors="pt").pixel_values
         return pixel_values.to(torch.bfloat16)
 
     @torch.inference_mode()
     def generate(self, pixel_values: Tensor, prompt: str, search: Search) -> list[Caption]:
-        """Gives one text for each of [B, 3, S, S] images, all with this prompt."""
-        prompt_ids = self._before_prompt + self._tokenizer.encode(prompt, add_special_tokens=False)
+        """Generate one text for each of [B, 3, S, S] images, all with the same prompt."""
+        prompt_ids = self._prefix_ids + self._tokenizer.encode(prompt, add_special_tokens=False)
         input_ids = torch.tensor([prompt_ids]).expand(len(pixel_values), -1)
         rows = self._model.generate(
             pixel_values=pixel_values,
@@ -101,7 +101,7 @@ class TransformersModel:
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    """Gives the options that all servers over this model take."""
+    """Build the parser of the options that both servers share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--port", type=int, required=True)
@@ -111,7 +111,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Finds the attention that is faster for generate.")
+    parser = argparse.ArgumentParser(description="Find the attention that is faster in generate.")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16)

@@ -1,10 +1,10 @@
-"""One service under mixed traffic for some time: does anything leak, hang, or go missing?
+"""Soak test: run one service under mixed traffic, and check for leaks, hangs and lost requests.
 
-    python benchmarks/soak.py [--minutes 10] [--workers 8] [--redis] [--threads 1] [--seed 0] [--out FILE.md]
+    python -m benchmarks.soak [--minutes 10] [--workers 8] [--redis] [--threads 1] [--seed 0] [--out FILE.md]
 
-Captions, questions and retrieval, pictures known and new, bad input, callers who hang up half-way, short
-deadlines, and bursts over the limit, against `python -m service` with the embedded model. Prints a table and
-exits with 1 unless all conditions at its head hold. Linux only: the process is looked at in /proc.
+The traffic contains captions, questions and retrieval, repeated and new images, invalid input, disconnects,
+short deadlines, and bursts above the limits. The service is `python -m service` with the embedded model.
+Prints a table, and exits with 1 unless all conditions are met. Linux only: the process is read from /proc.
 """
 
 import argparse
@@ -17,43 +17,43 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from machine import describe_machine, describe_versions
-from redis_process import redis_server
-from server_process import ServerProcess, free_port, stopped_afterwards
-from service_metrics import scrape
-from soak_client import Tally, send_for
-from soak_errands import BURST, LIMITS, Errands
-from soak_report import Sample, Soaked, checks_of, soak_report
+from benchmarks.reporting import describe_machine, describe_versions
+from benchmarks.server_process import ServerProcess, free_port, stopped_on_exit
+from benchmarks.service_metrics import scrape
+from benchmarks.soak.client import Tally, send_for
+from benchmarks.soak.redis_process import redis_server
+from benchmarks.soak.report import Sample, SoakResult, checks_of, soak_report
+from benchmarks.soak.traffic import BURST, LIMITS, Traffic
 
 _SAMPLE_S = 10.0
 _WARM_UP = (60.0, 0.2)  # seconds, but at most this share of the whole
-_SETTLED = (120.0, 0.4)
-_REST_TIMEOUT_S = 60.0
+_STEADY = (120.0, 0.4)
+_IDLE_TIMEOUT_S = 60.0
 _LAST_CONNECTIONS_S = 2.0
 
 
 class Soak:
-    """The service and its traffic; the clock stands still while the service rests."""
+    """The service and its traffic; `elapsed` counts the time under load only."""
 
     def __init__(self, server: ServerProcess, *, seed: int, num_workers: int) -> None:
         self._server = server
-        self._errands = Errands(seed)
+        self._traffic = Traffic(seed)
         self._num_workers = num_workers
         self._elapsed_s = 0.0
         self.tally = Tally()
         self.samples: list[Sample] = []
 
     def load(self, seconds: float) -> None:
-        """Sends traffic for so long, and takes samples."""
+        """Send traffic for `seconds`, and sample the process regularly."""
         asyncio.run(self._load(seconds))
         self._elapsed_s += seconds
 
-    def rest(self) -> Sample:
-        """Waits until nothing waits or runs, if that comes about in time, and takes a sample."""
-        deadline = time.monotonic() + _REST_TIMEOUT_S
+    def sample_idle(self) -> Sample:
+        """Wait until no request is waiting or running, for a limited time, and sample the process."""
+        deadline = time.monotonic() + _IDLE_TIMEOUT_S
         while time.monotonic() < deadline:
-            seen = scrape(self._server.url)
-            if seen.waiting == seen.running == 0:
+            metrics = scrape(self._server.url)
+            if metrics.waiting == metrics.running == 0:
                 break
             time.sleep(0.2)
         time.sleep(_LAST_CONNECTIONS_S)
@@ -63,7 +63,7 @@ class Soak:
         sampling = asyncio.create_task(self._sample_regularly())
         try:
             await send_for(
-                self._server.url, self._errands, self.tally, num_workers=self._num_workers, seconds=seconds
+                self._server.url, self._traffic, self.tally, num_workers=self._num_workers, seconds=seconds
             )
         finally:
             sampling.cancel()
@@ -74,17 +74,17 @@ class Soak:
         began = time.monotonic()
         while True:
             await asyncio.sleep(_SAMPLE_S - (time.monotonic() - began) % _SAMPLE_S)
-            at_s = self._elapsed_s + time.monotonic() - began
-            self.samples.append(await asyncio.to_thread(self._sample, at_s))
+            time_s = self._elapsed_s + time.monotonic() - began
+            self.samples.append(await asyncio.to_thread(self._sample, time_s))
             print(self.samples[-1].row(), file=sys.stderr, flush=True)
 
-    def _sample(self, at_s: float) -> Sample:
+    def _sample(self, time_s: float) -> Sample:
         proc = Path("/proc") / str(self._server.process.pid)
         status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
         descriptors = len(list((proc / "fd").iterdir()))
-        seen, tally = scrape(self._server.url), self.tally
+        metrics, tally = scrape(self._server.url), self.tally
         return Sample(
-            at_s=at_s,
+            time_s=time_s,
             sent=tally.sent,
             answered=tally.answered,
             refused=tally.refused,
@@ -94,37 +94,39 @@ class Soak:
             rss_bytes=int(status["VmRSS"].split()[0]) * 1024,
             threads=int(status["Threads"]),
             descriptors=descriptors,
-            waiting=seen.waiting,
-            running=seen.running,
+            waiting=metrics.waiting,
+            running=metrics.running,
         )
 
 
 def main() -> None:
     arguments = _parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves no process behind either
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops the service too
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         redis_url = stack.enter_context(redis_server()) if arguments.redis else None
         server = _start(Path(folder), arguments.threads, redis_url)
-        stack.enter_context(stopped_afterwards(server))
+        stack.enter_context(stopped_on_exit(server))
         server.wait_ready()
-        soaked = _soak(server, arguments)
-        if not all(check.passed for check in checks_of(soaked)):
-            print(server.tail(), file=sys.stderr)
-    text = soak_report(_command(arguments), _about(arguments), soaked)
+        result = _run(server, arguments)
+        if not all(check.passed for check in checks_of(result)):
+            print(server.log_end(), file=sys.stderr)
+    text = soak_report(_command(arguments), _about(arguments), result)
     print(text, end="")
     if arguments.out is not None:
         arguments.out.write_text(text, encoding="utf-8")
-    sys.exit(not all(check.passed for check in checks_of(soaked)))
+    sys.exit(not all(check.passed for check in checks_of(result)))
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="One service under mixed traffic for some time.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.soak", description="Run one service under mixed traffic."
+    )
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--redis", action="store_true", help="with a redis-server, which must be installed")
-    parser.add_argument("--out", type=Path, help="write the table here too")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
     return parser.parse_args()
 
 
@@ -141,22 +143,22 @@ def _start(folder: Path, num_threads: int, redis_url: str | None) -> ServerProce
     )
 
 
-def _soak(server: ServerProcess, arguments: argparse.Namespace) -> Soaked:
+def _run(server: ServerProcess, arguments: argparse.Namespace) -> SoakResult:
     seconds = 60 * arguments.minutes
-    warm_up_s, settled_s = (min(most, share * seconds) for most, share in (_WARM_UP, _SETTLED))
+    warm_up_s, steady_s = (min(most, share * seconds) for most, share in (_WARM_UP, _STEADY))
     soak = Soak(server, seed=arguments.seed, num_workers=arguments.workers)
     before = scrape(server.url)
     soak.load(warm_up_s)
-    warm = soak.rest()
+    warm = soak.sample_idle()
     soak.load(seconds - warm_up_s)
-    final = soak.rest()
+    final = soak.sample_idle()
     counted = scrape(server.url).statuses - before.statuses
-    return Soaked(soak.tally, counted, soak.samples, warm, final, settled_s, server.stop())
+    return SoakResult(soak.tally, counted, soak.samples, warm, final, steady_s, server.stop())
 
 
 def _command(arguments: argparse.Namespace) -> str:
     command = (
-        f"python benchmarks/soak.py --minutes {arguments.minutes:g} --workers {arguments.workers} "
+        f"python -m benchmarks.soak --minutes {arguments.minutes:g} --workers {arguments.workers} "
         f"--threads {arguments.threads} --seed {arguments.seed}"
     )
     return f"{command} --redis" if arguments.redis else command
@@ -166,7 +168,7 @@ def _about(arguments: argparse.Namespace) -> str:
     limits = ", ".join(f"BLIP2_{name.upper()}={value}" for name, value in LIMITS.items())
     return (
         f"{describe_machine()}; {describe_versions()}. `python -m service` with the embedded model, {limits}"
-        f"{', a redis-server beside it' if arguments.redis else ''}; {arguments.workers} workers, bursts of "
+        f"{', with a redis-server' if arguments.redis else ''}; {arguments.workers} workers, bursts of "
         f"{BURST}. The warm-up is the first minute, or a fifth of a shorter run."
     )
 

@@ -1,0 +1,1 @@
+"""Soak test of the service: mixed traffic, leaks, and lost requests."""
