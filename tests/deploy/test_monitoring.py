@@ -37,7 +37,7 @@ def run(*command: str | Path) -> str:
 def exported() -> set[str]:
     """Return the names of all samples that a new service exports."""
     families = text_string_to_metric_families(Metrics().exposition().decode())
-    names = {sample.name for family in families for sample in family.samples}
+    names = {sample.name for metric in families for sample in metric.samples}
     return names | {"blip2_model_info"}  # which waits for the model
 
 
@@ -71,7 +71,7 @@ def test_every_series_that_is_asked_for_is_exported() -> None:
 
 def test_every_metric_of_the_service_is_on_the_dashboard() -> None:
     families = text_string_to_metric_families(Metrics().exposition().decode())
-    names = {family.name for family in families if not family.name.endswith("_created")}
+    names = {metric.name for metric in families if not metric.name.endswith("_created")}
     text = DASHBOARD.read_text()
     assert {name for name in names if name.startswith("blip2_") and name not in text} == set()
 
@@ -155,7 +155,7 @@ def test_every_query_of_dashboard_and_autoscaler_can_be_read(promtool: str, tmp_
         .replace("<<.GroupBy>>", "pod")
         for each in expressions()
     ]
-    rules = [{"record": f"query:number{number}", "expr": expr} for number, expr in enumerate(filled)]
+    rule_list = [{"record": f"query:number{number}", "expr": expr} for number, expr in enumerate(filled)]
     path = tmp_path / "queries.yml"
-    path.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+    path.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rule_list}]}))
     assert "SUCCESS" in run(promtool, "check", "rules", path)
