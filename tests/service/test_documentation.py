@@ -6,7 +6,8 @@ from pathlib import Path
 from service.runtime.metrics import Metrics
 from service.runtime.settings import Settings
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 
 
 def test_every_setting_and_its_default_is_in_the_table_and_no_other() -> None:
@@ -26,3 +27,10 @@ def test_the_table_of_metrics_names_those_that_are_exported_and_no_others() -> N
         if metric.name.startswith("blip2_")
     }
     assert documented == exported
+
+
+def test_the_files_that_the_architecture_names_exist() -> None:
+    text = (DOCS / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:model|service|training|tests)/[\w./]+?)/?`", text))
+    assert len(named) > 30
+    assert {name for name in named if not (ROOT / name).exists()} == set()
