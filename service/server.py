@@ -35,6 +35,10 @@ class Server(uvicorn.Server):
         # Not remembered as uvicorn does, which would raise the signal again at the end: the exit code is 0.
         asyncio.get_running_loop().call_soon_threadsafe(self._begin_exit)
 
+    @property
+    def is_loading(self) -> bool:
+        return self._lifecycle.is_loading
+
     def fail(self, failure: FatalError) -> None:
         """Stop the server, because it cannot serve."""
         self.failure = failure
@@ -67,6 +71,8 @@ def serve(settings: Settings, listener: socket.socket, load: Loader | None = Non
         _exit_now("ended by a second signal")
     if server.failure is not None:
         raise server.failure
+    if server.is_loading:
+        os._exit(0)  # the interpreter's own end would abort while the loader's thread is inside torch
 
 
 def _exit_now(reason: str) -> NoReturn:

@@ -15,13 +15,11 @@ from model.devices import upload
 from model.generation.beam_search import Candidates, update
 from model.generation.beam_search_state import BeamSearchState
 from model.generation.limits import DecoderLimits, check_fits
-from model.generation.params import GenerationParams
 from model.generation.request import (
     DecodeRequest,
     Generation,
     ScheduledSequence,
     build_generation,
-    memory_requirement,
     schedule,
 )
 from model.generation.sampler import SampledRows, Sampler, SamplerInput, TopK
@@ -93,12 +91,6 @@ class Decoder:
             params=request.params,
         )
         self._waiting.append(schedule(request, self._language_model))
-
-    def has_room(self, num_prefix_tokens: int, params: GenerationParams) -> bool:
-        """Return whether a request of so many image and prompt tokens would run in the next step."""
-        requirements = [sequence.requirement for sequence in (*self._running, *self._waiting)]
-        requirements.append(memory_requirement(num_prefix_tokens, params))
-        return not self._limits.are_exceeded(requirements, self._language_model)
 
     def cancel(self, request: DecodeRequest) -> None:
         """Drop a request and its rows at once; does nothing where it is done already."""

@@ -85,7 +85,7 @@ class GenerationFields(Body):
     early_stopping: bool = False
     do_sample: bool = Field(default=False, description="draws answers at random; needs num_beams 1")
     temperature: float = 1.0
-    top_p: float = 0.9
+    top_p: float = Field(default=0.9, description="nucleus sampling: the least likely tokens are left out")
     top_k: int = Field(default=0, description="0: off")
     seed: int | None = Field(default=None, description="equal seeds give equal samples")
     logprobs: bool = Field(default=False, description="return each token with its log-probability")

@@ -1,6 +1,6 @@
-"""Runs sequences in the one decoder, which they join and leave between two tokens."""
+"""Runs sequences in the one decoder and its KV cache, which they join and leave between two tokens."""
 
-from collections.abc import Sequence as Sequences
+from collections.abc import Sequence as SequenceOf
 
 from model import DecodeRequest
 from service.engine.protocols import EngineMetrics
@@ -47,7 +47,7 @@ class DecodeRunner:
         for sequence in step.items:
             sequence.request.observe_rows(step.size)
 
-    def _cancel(self, dropped: Sequences[Sequence]) -> None:
+    def _cancel(self, dropped: SequenceOf[Sequence]) -> None:
         for request, sequence in list(self._sequences.items()):
             if sequence in dropped and self._decoder is not None:
                 del self._sequences[request]

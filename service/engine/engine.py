@@ -48,7 +48,7 @@ class Engine:
         self._pool = ImagePool(backend, memory)
         self._isolation = Isolation(backend, metrics)
         embedder = TextEmbedder(backend)
-        self._encoder_runner = EncoderRunner(backend, self._pool, metrics)
+        self._encoder_runner = EncoderRunner(backend, memory, metrics)
         self._match_runner = MatchRunner(backend, embedder, metrics)
         self._decode_runner = DecodeRunner(backend, metrics)
         self._scheduler = Scheduler(

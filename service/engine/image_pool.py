@@ -97,10 +97,6 @@ class ImagePool:
     def __len__(self) -> int:
         return len(self._images)
 
-    def keep(self, digest: str, kind: EmbeddingKind, tensor: Tensor) -> None:
-        """Put a computed CPU tensor into the in-process cache."""
-        self._memory.put(digest, kind, tensor)
-
     def acquire(self, image: ImageInput, required: frozenset[EmbeddingKind]) -> EncodedImage:
         """Return the pooled image, with every embedding that is known already on the device."""
         pooled = self._images.get(image.digest)

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Bisection(Generic[T]):
-    """Groups of a failed batch that are to run one by one, before anything else of their workload."""
+    """Groups of a failed batch, in quarantine: they run one by one, before anything else of their workload."""
 
     def __init__(self) -> None:
         self._groups: deque[tuple[T, ...]] = deque()
@@ -53,7 +53,7 @@ class Isolation:
     def _shrink(self, step: Step) -> None:
         self._metrics.count_out_of_memory(step.stage)
         self._backend.free_memory()
-        if step.limit is not None:
+        if step.limit is not None and step.size:
             step.limit.observe_out_of_memory(step.size)
         if step.is_smallest:
             step.items[0].fail(OutOfDeviceMemoryError(f"the device's memory does not hold {step.too_large}"))

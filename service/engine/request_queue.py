@@ -1,4 +1,4 @@
-"""The bounded queue between the event loop and the engine.
+"""The bounded queue between the event loop and the engine: backpressure reaches callers as 429.
 
 The event loop reserves room before it decodes an image, so a full queue answers at once and bounds the
 decoded images in memory too. The engine takes the oldest requests. Both sides hold the lock for moments.

@@ -1,7 +1,8 @@
 """The whole policy: which requests are admitted, which work runs next, and how much of it at once.
 
 Each step goes to the workload that has had the least device time by weight; nothing waits for a batch to
-fill. Rows, padded prompt tokens, images, texts, pairs and bytes of keys and values are counted here alone.
+fill. Rows, padded prompt tokens, images, texts, pairs and bytes of keys and values are counted here; the
+decoder enforces the same limits of rows and bytes for those who use it without a service.
 """
 
 import time
@@ -29,8 +30,8 @@ MAX_PROMPT_TOKENS_PER_STEP: Final = 1024  # prefilled at once, image tokens and 
 MAX_STEP_S: Final = 0.5  # batches of images, texts and pairs are sized to take about so long at most
 MAX_PREFETCHED: Final = 8  # requests of a class whose images are encoded while others hold the rows
 LONG_SHARE: Final = 0.75  # of the rows, for sequences of many tokens
-# Parts of the device's time, while all have work. Images of generation requests come far ahead: texts that
-# are decoded together cost less, and there are never more of these images than texts have room.
+# Parts of the device's time, while all have work. Images of generation requests have by far the largest
+# weight: texts that are decoded together cost less, and there are never more of these images than rows allow.
 WEIGHTS: Final = {
     Workload.IMAGES_TO_GENERATE: 40.0,
     Workload.IMAGES_TO_MATCH: 1.0,
@@ -184,6 +185,8 @@ class Scheduler:
         self.requests = [request for request in self.requests if request not in done]
         self._matching = deque(scores for scores in self._matching if not scores.is_done)
         self._waiting = deque(sequence for sequence in self._waiting if not sequence.is_done)
+        if not self.requests:
+            self._bisections.clear()  # or they would hold the images of abandoned requests
         return [request for request in done if not request.future.cancelled()]
 
     def _start_encoded(self) -> None:
@@ -231,13 +234,10 @@ class Scheduler:
             texts = list(islice(missing, self._text_limit.limit))
             items = [scores for scores in group if not set(texts).isdisjoint(scores.missing_texts)]
             return MatchStep(items, self._text_limit, texts=texts)
-        ready = [scores for scores in group if not scores.missing_texts]
-        for scores in ready:
-            if not scores.is_compared:
-                return MatchStep([scores])
-        pairs = list(
-            islice(chain.from_iterable(map(CandidateScores.remaining_pairs, ready)), self._pair_limit.limit)
-        )
+        if not group[0].is_compared:
+            return MatchStep([group[0]])
+        remaining = chain.from_iterable(scores.remaining_pairs() for scores in group)
+        pairs = list(islice(remaining, self._pair_limit.limit))
         return MatchStep(list(dict.fromkeys(pair.scores for pair in pairs)), self._pair_limit, pairs=pairs)
 
     def _schedule_decode(self) -> DecodeStep:
@@ -272,20 +272,20 @@ class Scheduler:
 
         Long ones wait while they hold their share of the rows, and short ones pass them; none else is passed.
         """
-        chosen, do_long_wait = list[Sequence](), False
+        chosen, are_long_blocked = list[Sequence](), False
         for sequence in self._waiting:
             running = [*self._running, *chosen]
             if sequence.is_long:
-                do_long_wait = do_long_wait or self._exceeds_long_share(sequence, running)
-                if do_long_wait:
+                are_long_blocked = are_long_blocked or self._exceeds_long_share(sequence, running)
+                if are_long_blocked:
                     continue
             after = [*running, sequence]
+            if running and _num_padded_tokens([*chosen, sequence]) > MAX_PROMPT_TOKENS_PER_STEP:
+                break
             if running and sum(each.num_rows for each in after) > self._row_limit.limit:
                 return chosen, True
-            if running and (
-                _num_padded_tokens([*chosen, sequence]) > MAX_PROMPT_TOKENS_PER_STEP
-                or self._backend.kv_bytes([each.memory_requirement for each in after]) > self._max_kv_bytes
-            ):
+            requirements = [each.memory_requirement for each in after]
+            if running and self._backend.kv_bytes(requirements) > self._max_kv_bytes:
                 break
             chosen.append(sequence)
         return chosen, False

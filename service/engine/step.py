@@ -1,11 +1,11 @@
 """One step of the engine: one batch of one kind of work. The scheduler plans it, a runner runs it.
 
 Of every step: items: those that fail together. size: of the batch, which `limit` bounds. is_cut: the batch
-would have been larger without the limit. is_smallest: it cannot be split to take less memory.
+reached the limit. is_smallest: it cannot be split to take less memory.
 """
 
 import math
-from collections.abc import Sequence as Items
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, Final
@@ -49,7 +49,7 @@ class BatchSizeLimit:
         return min(self._fits_in_time, self._fits_in_memory)
 
     def observe_success(self, count: int, seconds: float, *, is_cut: bool) -> None:
-        """Learn from a batch. is_cut: it would have been larger without the limit."""
+        """Learn from a batch. is_cut: it reached the limit."""
         self._proven = max(self._proven, count)
         if seconds > self._max_seconds:
             self._fits_in_time = max(1, int(count * self._max_seconds / seconds))
@@ -81,7 +81,7 @@ class EncodeStep:
     too_large: ClassVar[str] = "one more image beside what runs; try again later"
 
     workload: Workload
-    items: Items[EncodedImage]
+    items: SequenceOf[EncodedImage]
     limit: BatchSizeLimit
 
     @property
@@ -108,10 +108,10 @@ class MatchStep:
     too_large: ClassVar[str] = "one more text or pair beside what runs; try again later"
     workload: ClassVar[Workload] = Workload.MATCH
 
-    items: Items[CandidateScores]
+    items: SequenceOf[CandidateScores]
     limit: BatchSizeLimit | None = None  # none where one request is compared
-    texts: Items[str] = ()
-    pairs: Items[Pair] = ()
+    texts: SequenceOf[str] = ()
+    pairs: SequenceOf[Pair] = ()
 
     @property
     def size(self) -> int:
@@ -136,9 +136,9 @@ class DecodeStep:
     stage: ClassVar[str] = "decode"
     workload: ClassVar[Workload] = Workload.GENERATE
 
-    items: Items[Sequence]
-    joining: Items[Sequence]
-    dropped: Items[Sequence]
+    items: SequenceOf[Sequence]
+    joining: SequenceOf[Sequence]
+    dropped: SequenceOf[Sequence]
     limit: BatchSizeLimit
     is_cut: bool
 

@@ -66,6 +66,12 @@ class Lifecycle:
         self._on_failure = on_failure
         self._startup: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._loader: threading.Thread | None = None
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the loader's thread still runs, which nothing can stop."""
+        return self._loader is not None and self._loader.is_alive()
 
     def start(self) -> None:
         """Begin to load; to be called once, on the event loop."""
@@ -95,7 +101,11 @@ class Lifecycle:
 
     async def _start_up(self) -> None:
         readiness = self.readiness
-        backend = await _load_in_daemon_thread(self._load)
+        loading: Future[Backend] = Future()
+        # Not a pool's thread: the interpreter would wait for it, and loading may take minutes.
+        self._loader = threading.Thread(target=_load, args=(self._load, loading), name="loader", daemon=True)
+        self._loader.start()
+        backend = await asyncio.wrap_future(loading)
         readiness.not_ready_reason = "the model is being warmed up"
         service = readiness.service = assemble(self._settings, backend, self._metrics)
         if service.redis is not None:
@@ -148,18 +158,11 @@ class Lifecycle:
             await asyncio.to_thread(self.readiness.service.stop_engine)
 
 
-async def _load_in_daemon_thread(load: Loader) -> Backend:
-    # Not a pool's thread: the interpreter would wait for it, and loading may take minutes after a SIGTERM.
-    loading: Future[Backend] = Future()
-
-    def run() -> None:
-        try:
-            loading.set_result(load())
-        except (ModelError, SettingsError) as exc:
-            loading.set_exception(exc)
-        finally:
-            if not loading.done():  # the thread's death puts the traceback into the log
-                loading.set_exception(StartupError("the model could not be loaded; see the log"))
-
-    threading.Thread(target=run, name="loader", daemon=True).start()
-    return await asyncio.wrap_future(loading)
+def _load(load: Loader, loading: Future[Backend]) -> None:
+    try:
+        loading.set_result(load())
+    except (ModelError, SettingsError) as exc:
+        loading.set_exception(exc)
+    finally:
+        if not loading.done():  # the thread's death puts the traceback into the log
+            loading.set_exception(StartupError("the model could not be loaded; see the log"))

@@ -75,7 +75,7 @@ class Settings(BaseSettings):
     max_waiting: int = Field(
         default=2048,
         ge=1,
-        description="captions, questions and candidates that may wait; more are answered 429",
+        description="captions, questions and candidates in the request queue; more are rejected with 429",
     )
     max_rows: int = Field(
         default=128, ge=16, description="rows (beams, pairs) that run on the device at once"
@@ -83,12 +83,12 @@ class Settings(BaseSettings):
     kv_bytes: int = Field(
         default=4 * 2**30,
         ge=2**20,
-        description="of keys and values of the texts that run at once; more texts wait",
+        description="of the KV cache of the sequences that run at once; further ones wait",
     )
     stall_timeout_ms: Annotated[int, Field(ge=100)] | None = Field(
         default=None,
         description="without progress for so long /livez turns red and the process ends; unset: the larger "
-        "of 5000 and four times the longest turn at warm-up",
+        "of 5000 and four times the longest step at warm-up",
     )
     drain_timeout_ms: int = Field(default=30_000, ge=0, description="for running work after SIGTERM")
 
@@ -106,7 +106,7 @@ class Settings(BaseSettings):
             if getattr(self, name) > self.max_waiting:
                 raise ValueError(
                     f"{_variable(name)} is {getattr(self, name)} and {_variable('max_waiting')} is "
-                    f"{self.max_waiting}: such a request could never be let in; raise the latter"
+                    f"{self.max_waiting}: such a request could never be admitted; raise the latter"
                 )
         if self.retrieval_revision is not None and self.retrieval_model is None:
             raise ValueError(

@@ -125,3 +125,24 @@ def test_long_prompts_are_read_a_bounded_number_of_tokens_a_step() -> None:
         for request in requests:
             text_of(request)
         assert harness.backend.decode_batches[:3] == [20, 40, 45]
+
+
+def test_pairs_are_scored_beside_an_endless_stream_of_cosines() -> None:
+    with running_engine(started=False) as harness:
+        pairs = harness.match(harness.image(100), "1", "2", mode=Mode.ITM)
+        num_cosines = 0
+
+        def send_another(_: object) -> None:
+            nonlocal num_cosines
+            num_cosines += 1
+            if not pairs.future.done():
+                send()
+
+        def send() -> None:
+            harness.match(harness.image(100), "1", "2").future.add_done_callback(send_another)
+
+        for _ in range(3):
+            send()
+        harness.engine.start()
+        assert len(pairs.future.result(TIMEOUT_S).value) == 2
+        assert num_cosines < 100

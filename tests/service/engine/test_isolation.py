@@ -1,17 +1,37 @@
 """Isolation of failures, over a fake model: nobody else fails, little is done twice."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor
 
-from model import EmbeddingKind, GenerationParams
+from model import DecodeRequest, EmbeddingKind, GenerationParams
 from service.engine.image_pool import ImageInput
 from service.engine.request import Mode
 from service.errors import InferenceFailedError, OutOfDeviceMemoryError
-from tests.service.fakes import POISON_RED, POISON_WORD, TIMEOUT_S, FakeBackend, out_of_memory
-from tests.service.running import running_engine, text_of
+from service.model_backend import EncoderId
+from tests.service.fakes import (
+    POISON_RED,
+    POISON_WORD,
+    TIMEOUT_S,
+    FakeBackend,
+    FakeDecoder,
+    out_of_memory,
+)
+from tests.service.running import running_engine, text_of, until
 
 BEAMS = GenerationParams(num_beams=3)
+
+
+@contextmanager
+def no_log_records() -> Iterator[None]:
+    """Keep pytest from recording errors, whose tracebacks would hold the images."""
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def test_a_poisoned_image_in_a_full_batch_is_found_by_halves() -> None:
@@ -174,3 +194,54 @@ def test_an_image_that_does_not_fit_alone_gets_its_own_error() -> None:
         pytest.raises(OutOfDeviceMemoryError, match="text"),
     ):
         harness.match("1", "2").future.result(TIMEOUT_S)
+
+
+def test_images_of_a_bisection_are_freed_when_their_callers_leave() -> None:
+    class Held(FakeBackend):
+        """Waits for the gate in the second image batch, which is a half of the first."""
+
+        def encode_images(self, pixel_values: Tensor, encoder: EncoderId) -> Tensor:
+            if self.vision_batches:
+                self.encode_gate.clear()
+            return super().encode_images(pixel_values, encoder)
+
+    backend = Held()
+    with no_log_records(), running_engine(backend, started=False) as harness:
+        requests = [harness.caption(red) for red in (POISON_RED, *range(20, 27))]
+        harness.engine.start()
+        until(lambda: backend.vision_batches and not backend.encode_gate.is_set())
+        for request in requests:
+            request.future.cancel()
+        backend.encode_gate.set()
+        until(lambda: harness.engine.num_running == 0)
+        until(lambda: harness.engine.num_images == 0)
+
+
+def test_memory_that_runs_out_while_sequences_are_cancelled_does_not_shrink_the_batches() -> None:
+    class Fragile(FakeBackend):
+        """Runs out of memory when the first sequence is cancelled."""
+
+        def build_decoder(self) -> FakeDecoder:
+            return FragileDecoder(self)
+
+    class FragileDecoder(FakeDecoder):
+        def cancel(self, request: DecodeRequest) -> None:
+            super().cancel(request)
+            if backend.num_cancelled == 1:
+                raise out_of_memory()
+
+    backend = Fragile()
+    with running_engine(backend) as harness:
+        backend.decode_gate.clear()
+        abandoned = harness.caption(1, "a b c d e f")
+        until(lambda: harness.engine.num_running == 1 and backend.vision_batches)
+        assert abandoned.future.cancel()
+        backend.decode_gate.set()
+        until(lambda: backend.num_freed == 1)
+        backend.encode_gate.clear()
+        backend.decode_batches.clear()
+        later = [harness.caption(2, f"a b {index}") for index in range(8)]
+        until(lambda: harness.engine.num_running == 8)
+        backend.encode_gate.set()
+        assert [text_of(request) for request in later] == [f"2 a b {index} #0" for index in range(8)]
+        assert max(backend.decode_batches) == 8
