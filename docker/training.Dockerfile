@@ -3,7 +3,7 @@
 #   docker build --file docker/training.Dockerfile --tag blip2-training:0.1.0 .
 #   docker run --rm --volume "$PWD/runs:/runs" --user "$(id -u):$(id -g)" blip2-training:0.1.0 tiny --out /runs/tiny
 #
-# TORCH_INDEX_URL is a second package index, as in service.Dockerfile; by default PyPI's torch comes, with CUDA.
+# TORCH_INDEX_URL is an additional package index, as in service.Dockerfile. By default PyPI's torch is installed, with CUDA.
 
 FROM python:3.11-slim-bookworm AS requirements
 COPY pyproject.toml /
