@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Bisection(Generic[T]):
-    """Groups of a failed batch, in quarantine: they run one by one, before anything else of their workload."""
+    """Groups of a failed batch in quarantine: they run one by one, before anything else of their kind."""
 
     def __init__(self) -> None:
         self._groups: deque[tuple[T, ...]] = deque()
