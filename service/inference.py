@@ -6,15 +6,13 @@ cancelling one of these coroutines withdraws its work, wherever it is.
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from torch import Tensor
-
 from model import EmbeddingKind, GenerationParams
-from service.cache.embedding_cache import EmbeddingCache
+from service.cache.embedding_cache import EmbeddingCache, Lookup
 from service.engine.image_pool import ImageInput
 from service.engine.request import (
     Answer,
@@ -37,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Upload:
-    """An image as it came. source: base64, a data: URI, or the file itself. field: its name in errors."""
+    """An image as received. source: base64, a data: URI, or the file itself. field: its name in errors."""
 
     field: str
     source: str | bytes
@@ -61,7 +59,9 @@ class TokenizedPrompts:
 
 
 class Inference:
-    """deadline: on the monotonic clock, or None; past it a request never reaches the device.
+    """Runs requests: decodes images, looks up embeddings, queues, awaits the answer.
+
+    deadline: on the monotonic clock, or None; past it a request never reaches the device.
 
     All methods raise OverloadedError or NotReadyError where the queue refuses the work, a RequestError where
     an image cannot be used, and InferenceFailedError where the model fails on it.
@@ -110,7 +110,7 @@ class Inference:
                 ),
                 return_exceptions=True,
             )
-        return [_outcome_of_one(outcome) for outcome in outcomes]
+        return [_outcome_or_raise(outcome) for outcome in outcomes]
 
     async def match(
         self,
@@ -161,31 +161,29 @@ class Inference:
         self, images: Sequence[Upload], required: frozenset[EmbeddingKind], encoder: EncoderId
     ) -> list[ImageInput]:
         files = await _gather_or_cancel(
-            _named(image.field, self._image_decoder.read(image.source)) for image in images
+            _with_field_name(image.field, self._image_decoder.read(image.source)) for image in images
         )
         known = await self._cache.lookup([_digest_for(file, encoder) for file in files], required)
         return await _gather_or_cancel(
-            _named(image.field, self._build_input(file, known[_digest_for(file, encoder)], required, encoder))
+            _with_field_name(image.field, self._build_input(file, known, required, encoder))
             for image, file in zip(images, files, strict=True)
         )
 
     async def _build_input(
-        self,
-        file: ImageFile,
-        known: Mapping[EmbeddingKind, Tensor],
-        required: frozenset[EmbeddingKind],
-        encoder: EncoderId,
+        self, file: ImageFile, cached: Lookup, required: frozenset[EmbeddingKind], encoder: EncoderId
     ) -> ImageInput:
+        digest = _digest_for(file, encoder)
+        known = cached[digest]
         is_known = required <= known.keys() or EmbeddingKind.IMAGE_FEATURES in known
         pixel_values = None if is_known else await self._image_decoder.decode_pixels(file, encoder)
-        return ImageInput(_digest_for(file, encoder), pixel_values, known, encoder)
+        return ImageInput(digest, pixel_values, known, encoder)
 
 
 def _digest_for(file: ImageFile, encoder: EncoderId) -> str:
     return file.digest if encoder is EncoderId.MAIN else f"{file.digest}:{encoder}"
 
 
-def _outcome_of_one(
+def _outcome_or_raise(
     outcome: ServedAnswer[Generations] | BaseException,
 ) -> ServedAnswer[Generations] | ServiceError:
     """Return what concerns one image alone, and raise what concerns them all."""
@@ -194,7 +192,7 @@ def _outcome_of_one(
     raise outcome
 
 
-async def _named(field: str, work: Coroutine[Any, Any, T]) -> T:
+async def _with_field_name(field: str, work: Coroutine[Any, Any, T]) -> T:
     """Await work, and add the name of its field to an error."""
     try:
         return await work

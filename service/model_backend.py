@@ -45,6 +45,8 @@ class StepDecoder(Protocol):
 class Backend(Protocol):
     """A loaded model. The first group may be called from any thread, the second by the engine alone."""
 
+    # Any thread:
+
     @property
     def name(self) -> str: ...
 
@@ -98,6 +100,11 @@ class Backend(Protocol):
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text of each token by itself."""
 
+    def kv_bytes(self, requirements: Sequence[MemoryRequirement]) -> int:
+        """Compute the most bytes that the keys and values of such sequences take together."""
+
+    # The engine's thread alone:
+
     def to_device(self, tensor: Tensor) -> Tensor: ...
 
     def synchronize(self) -> None:
@@ -118,9 +125,6 @@ class Backend(Protocol):
         self, encoded: Tensor, prompt_ids: tuple[int, ...], params: GenerationParams, question: str | None
     ) -> DecodeRequest:
         """Build a request from the [Q, D] query_output, or with a question from the [P, V] image_features."""
-
-    def kv_bytes(self, requirements: Sequence[MemoryRequirement]) -> int:
-        """Compute the most bytes that the keys and values of such sequences take together."""
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Compute the normalised [M, E] embeddings of texts."""

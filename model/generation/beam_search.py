@@ -28,8 +28,8 @@ def update(state: BeamSearchState, candidates: Candidates) -> None:
     if state.num_tokens.max() == state.running.token_ids.shape[2]:
         state.resize()
     # In its first step, a sequence has one row for all its beams.
-    former_rows = state.running.is_active.cumsum(axis=1) - 1
-    former_rows[state.num_tokens == 0] = 0
+    previous_rows = state.running.is_active.cumsum(axis=1) - 1
+    previous_rows[state.num_tokens == 0] = 0
     num_sequences, beam_width = state.running.scores.shape
     parents = np.tile(np.arange(beam_width), (num_sequences, 1))
     (searched,) = state.params.is_beam_search.nonzero()
@@ -39,17 +39,17 @@ def update(state: BeamSearchState, candidates: Candidates) -> None:
     if len(independent):
         _update_independent(state, independent, candidates)
     state.num_tokens = state.num_tokens + 1
-    state.parents = np.take_along_axis(former_rows, parents, 1)
+    state.parents = np.take_along_axis(previous_rows, parents, 1)
 
 
 def _update_independent(state: BeamSearchState, sequences: IntArray, candidates: Candidates) -> None:
     """Continue greedy and sampled sequences, each beam by its one candidate."""
-    former = state.running.select(sequences)
+    previous = state.running.select(sequences)
     token_ids, log_probs = candidates.token_ids[sequences, :, 0], candidates.log_probs[sequences, :, 0]
-    beams = np.tile(np.arange(former.scores.shape[1]), (len(sequences), 1))
-    extended = former.extend(beams, token_ids, log_probs, former.scores + log_probs)
-    ends = former.is_active & _ends(state, sequences, token_ids)
-    state.running.write(sequences, extended.where(former.is_active & ~ends, extended.scores))
+    beams = np.tile(np.arange(previous.scores.shape[1]), (len(sequences), 1))
+    extended = previous.extend(beams, token_ids, log_probs, previous.scores + log_probs)
+    ends = previous.is_active & _ends(state, sequences, token_ids)
+    state.running.write(sequences, extended.where(previous.is_active & ~ends, extended.scores))
     ended = extended.where(ends, _length_penalised(state, sequences, extended.scores))
     finished = state.finished.select(sequences)
     state.finished.write(sequences, finished.concatenate(ended).best(finished.scores.shape[1]))
@@ -60,9 +60,9 @@ def _update_beam_search(state: BeamSearchState, sequences: IntArray, candidates:
 
     Returns the parents of those beams, [J, W].
     """
-    former, beam_width = state.running.select(sequences), state.params.beam_width[sequences, None]
+    previous, beam_width = state.running.select(sequences), state.params.beam_width[sequences, None]
     num_candidates = state.num_candidates[sequences, None]
-    totals = (candidates.log_probs[sequences] + former.scores[:, :, None]).reshape(len(sequences), -1)
+    totals = (candidates.log_probs[sequences] + previous.scores[:, :, None]).reshape(len(sequences), -1)
     best = rank(totals)[:, : num_candidates.max()]  # [J, c]
     totals, parents = np.take_along_axis(totals, best, 1), best // candidates.token_ids.shape[2]
     token_ids = np.take_along_axis(candidates.token_ids[sequences].reshape(len(sequences), -1), best, 1)
@@ -70,17 +70,17 @@ def _update_beam_search(state: BeamSearchState, sequences: IntArray, candidates:
     ranks = np.arange(best.shape[1])
     is_candidate = ~np.isneginf(totals) & (ranks < num_candidates)
     ends = _ends(state, sequences, token_ids)
-    goes_on = is_candidate & ~ends
-    goes_on &= goes_on.cumsum(axis=1) <= beam_width
-    extended = former.extend(parents, token_ids, log_probs, totals)
+    continues = is_candidate & ~ends
+    continues &= continues.cumsum(axis=1) <= beam_width
+    extended = previous.extend(parents, token_ids, log_probs, totals)
     penalised = _length_penalised(state, sequences, totals)
     _finish(state, sequences, extended.where(is_candidate & ends & (ranks < beam_width), penalised))
-    best_running = penalised[np.arange(len(sequences)), goes_on.argmax(axis=1)]
-    goes_on &= ~_is_settled(state, sequences, best_running)[:, None]
-    selected = np.argsort(~goes_on, axis=1, kind="stable")[:, : former.scores.shape[1]]
-    running = extended.where(goes_on, totals).gather(selected)
-    state.running.write(sequences, running.resize(*former.token_ids.shape))
-    return _pad_right(np.take_along_axis(parents, selected, 1), former.scores.shape[1])
+    best_running = penalised[np.arange(len(sequences)), continues.argmax(axis=1)]
+    continues &= ~_is_search_done(state, sequences, best_running)[:, None]
+    selected = np.argsort(~continues, axis=1, kind="stable")[:, : previous.scores.shape[1]]
+    running = extended.where(continues, totals).gather(selected)
+    state.running.write(sequences, running.resize(*previous.token_ids.shape))
+    return _pad_right(np.take_along_axis(parents, selected, 1), previous.scores.shape[1])
 
 
 def _finish(state: BeamSearchState, sequences: IntArray, hypotheses: Beams) -> None:
@@ -94,7 +94,7 @@ def _finish(state: BeamSearchState, sequences: IntArray, hypotheses: Beams) -> N
     state.finished.write(sequences, best.where(is_kept, best.scores))
 
 
-def _is_settled(state: BeamSearchState, sequences: IntArray, best_running: FloatArray) -> BoolArray:
+def _is_search_done(state: BeamSearchState, sequences: IntArray, best_running: FloatArray) -> BoolArray:
     """Return whether no better hypothesis is expected, [J].
 
     The best running score is penalised for its present length. With a positive length penalty a longer

@@ -31,9 +31,9 @@ class DecoderLimits:
         num_bytes = language_model.kv_bytes([requirement])
         if num_bytes > self.max_kv_bytes:
             raise InvalidParamsError(
-                f"{requirement.num_rows} beams of up to {requirement.max_new_tokens} new tokens behind "
-                f"{requirement.num_prefix_tokens} take up to {num_bytes} bytes of keys and values, the "
-                f"limit is {self.max_kv_bytes}; lower max_new_tokens or num_beams, or raise the limit"
+                f"{requirement.num_rows} beams of up to {requirement.max_new_tokens} new tokens on a "
+                f"prefix of {requirement.num_prefix_tokens} take up to {num_bytes} bytes of keys and values, "
+                f"the limit is {self.max_kv_bytes}; lower max_new_tokens or num_beams, or raise the limit"
             )
 
 

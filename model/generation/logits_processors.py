@@ -53,7 +53,7 @@ def apply_top_k(scores: Tensor, top_k: Tensor) -> None:
 
 
 def apply_top_p(scores: Tensor, one_minus_top_p: Tensor) -> None:
-    """Mask the least likely tokens, of a probability 1 - top_p at most together (nucleus sampling).
+    """Mask the least likely tokens, whose cumulative probability is at most 1 - top_p (nucleus sampling).
 
     one_minus_top_p: [R].
     """

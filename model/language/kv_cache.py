@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-_SLOT_MULTIPLE = 64  # shapes recur, and the cache seldom grows
+_CACHE_SLOT_MULTIPLE = 64  # shapes recur, and the cache seldom grows
 
 
 class LayerKV(NamedTuple):
@@ -76,7 +76,7 @@ class KVCache:
                 tensor[new] = tensor[old]
 
     def _reallocate(self, num_sequences: int, num_slots: int) -> None:
-        for index, layer in enumerate(self.layers):  # one by one: at most one layer is there twice
+        for index, layer in enumerate(self.layers):  # one by one: at most one layer exists twice
             self.layers[index] = LayerKV(*(_resized(tensor, num_sequences, num_slots) for tensor in layer))
 
 
@@ -84,7 +84,7 @@ def padded_shape(num_sequences: int, num_slots: int) -> tuple[int, int]:
     """Round up the shape of a cache: sequences to a power of two, slots to a multiple of 64."""
     return (
         1 << max(0, num_sequences - 1).bit_length(),
-        -(-num_slots // _SLOT_MULTIPLE) * _SLOT_MULTIPLE,
+        -(-num_slots // _CACHE_SLOT_MULTIPLE) * _CACHE_SLOT_MULTIPLE,
     )
 
 

@@ -40,7 +40,7 @@ def unsupported_reason(llm: PreTrainedModel) -> str | None:
     if config.is_encoder_decoder and config.model_type not in ("t5", "mt5"):
         return f"it is an encoder-decoder of type {config.model_type!r}"
     if not (llm._supports_attention_backend or config.is_encoder_decoder):
-        return "it attends by functions of its own"
+        return "it does not use transformers' attention interface"
     if layer_types != {"full_attention"} or getattr(config, "sliding_window", None):
         return "it uses sliding-window attention"
     if getattr(config, "attn_logit_softcapping", None):
@@ -53,7 +53,7 @@ def unsupported_reason(llm: PreTrainedModel) -> str | None:
 def shared_prefix_kv_bytes(llm: PreTrainedModel, requirements: Sequence[MemoryRequirement]) -> int:
     """Return the most bytes that a `SharedPrefixState` of such sequences allocates.
 
-    During a prefill, its keys and values are there once more until they are written into the cache.
+    Not counted: the second copy of keys and values that exists during a prefill.
     """
     shapes = _max_shapes(requirements, is_encoder_decoder=llm.config.is_encoder_decoder)
     return sum(map(math.prod, shapes)) * kv_bytes_per_token(llm)

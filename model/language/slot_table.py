@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from model.language.decoding_state import IntArray
 
-_SLOT_MULTIPLE = 16  # the table grows by as many slots, so that shapes recur
+_TABLE_SLOT_MULTIPLE = 16  # the table grows by as many slots, so that shapes recur
 
 
 class SlotTable:
@@ -77,4 +77,4 @@ class SlotTable:
 
 
 def _rounded_up(num_slots: int) -> int:
-    return -(-num_slots // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
+    return -(-num_slots // _TABLE_SLOT_MULTIPLE) * _TABLE_SLOT_MULTIPLE

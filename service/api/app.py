@@ -19,8 +19,8 @@ from service.runtime.settings import Settings
 
 _DESCRIPTION = """Captions, answers to questions, and retrieval with BLIP-2.
 
-Errors are `application/problem+json`; their messages name the value, the limit and the cure. A budget of
-milliseconds may be sent as `X-Request-Timeout-Ms`; past it the answer is 504 and the work is dropped.
+Errors are `application/problem+json`; their messages name the value, the limit and the cure. A deadline in
+milliseconds may be sent as `X-Request-Timeout-Ms`; past it the answer is 504 and the work is cancelled.
 Every answer carries `X-Request-ID`, the caller's own where it is well-formed, and `Server-Timing`."""
 
 

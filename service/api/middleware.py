@@ -24,7 +24,9 @@ _STATE_KEY: Final = "context"
 
 @dataclass(slots=True)
 class RequestContext:
-    """arrived: on the monotonic clock. timings_ms, rows: of the answers so far.
+    """The record of one HTTP request for headers, metrics and the log.
+
+    arrived: on the monotonic clock. timings_ms, rows: of the answers so far.
 
     image_cached: whether all its images were cached; None where it had none.
     """

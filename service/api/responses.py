@@ -71,7 +71,7 @@ class MatchTimings(ResponseModel):
 
 
 class TokenLogprob(ResponseModel):
-    """One token of an answer. Their sum, over all, is the log-probability that its score is made of."""
+    """One token of an answer. The sum of their log-probabilities is what the score is computed from."""
 
     token_id: int
     token: str
@@ -89,7 +89,7 @@ class Caption(ResponseModel):
 
 
 class CaptionResponse(ResponseModel):
-    """Captions of one image, the best first. image_cached: its encoding was known already."""
+    """Captions of one image, the best first. image_cached: its embeddings were cached."""
 
     model: str
     captions: list[Caption]
@@ -111,7 +111,7 @@ class CaptionsResponse(ResponseModel):
 
 
 class Alternative(ResponseModel):
-    """An answer that scored less."""
+    """An answer with a lower score."""
 
     answer: str
     score: float
@@ -131,7 +131,7 @@ class VqaAnswer(ResponseModel):
 
 
 class VqaResponse(ResponseModel):
-    """One answer for each question, in their order. image_cached: its encoding was known already."""
+    """One answer for each question, in their order. image_cached: its embeddings were cached."""
 
     model: str
     answers: list[VqaAnswer]

@@ -67,7 +67,7 @@ class EmbeddingCache:
                 self._redis.put(self._key(embedding.digest, embedding.kind), embedding.tensor)
 
     async def _look_up(self, kind: EmbeddingKind, found: Lookup) -> None:
-        lacking = [digest for digest, known in found.items() if not self._recall(digest, kind, known)]
+        lacking = [digest for digest, known in found.items() if not self._get_local(digest, kind, known)]
         if not lacking or self._redis is None:
             return
         reads = await self._redis.get(kind, [self._key(digest, kind) for digest in lacking])
@@ -77,7 +77,7 @@ class EmbeddingCache:
                 found[digest][kind] = read.tensor
                 self._memory.put(digest, kind, read.tensor)
 
-    def _recall(self, digest: str, kind: EmbeddingKind, known: dict[EmbeddingKind, Tensor]) -> bool:
+    def _get_local(self, digest: str, kind: EmbeddingKind, known: dict[EmbeddingKind, Tensor]) -> bool:
         tensor = self._memory.get(digest, kind)
         self._count("memory", kind, "miss" if tensor is None else "hit")
         if tensor is not None:

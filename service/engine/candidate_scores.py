@@ -1,4 +1,4 @@
-"""How far the scoring of one match request is: texts embedded, cosines known, pairs scored, answer ranked."""
+"""The progress of one match request: texts embedded, cosines known, pairs scored, answer ranked."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from service.errors import InferenceFailedError
 
 @dataclass(slots=True, eq=False)
 class CandidateScores:
-    """A match request in work, in three parts: embed its texts, compare by cosine, score its pairs.
+    """A match request in progress, in three stages: embed its texts, compare by cosine, score its pairs.
 
     text_embeds: [E] of each text embedded so far. itc: cosines, once known. reranked: the candidates that
     the matching head scores, in this order. logits: (no, yes) of those it has scored.

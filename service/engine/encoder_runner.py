@@ -8,16 +8,16 @@ from torch import Tensor
 
 from model import EmbeddingKind
 from service.engine.image_pool import ComputedEmbedding, EncodeBatch, EncodedImage
-from service.engine.protocols import EmbeddingMemory, EngineMetrics
+from service.engine.protocols import EngineMetrics, LocalEmbeddingCache
 from service.model_backend import Backend
 
 
 class EncoderRunner:
     """Computes what is missing of images, and keeps it in the in-process cache."""
 
-    def __init__(self, backend: Backend, memory: EmbeddingMemory, metrics: EngineMetrics) -> None:
+    def __init__(self, backend: Backend, local_cache: LocalEmbeddingCache, metrics: EngineMetrics) -> None:
         self._backend = backend
-        self._memory = memory
+        self._local_cache = local_cache
         self._metrics = metrics
 
     def run(self, images: Sequence[EncodedImage]) -> None:
@@ -59,7 +59,7 @@ class EncoderRunner:
 
     def _keep(self, image: EncodedImage, kind: EmbeddingKind) -> None:
         tensor = image.available[kind].to("cpu")
-        self._memory.put(image.digest, kind, tensor)
+        self._local_cache.put(image.digest, kind, tensor)
         image.computed.append(ComputedEmbedding(image.digest, kind, tensor))
 
 

@@ -14,7 +14,7 @@ from service.engine.encoder_runner import EncoderRunner
 from service.engine.image_pool import ImagePool
 from service.engine.isolation import Isolation
 from service.engine.match_runner import MatchRunner, TextEmbedder
-from service.engine.protocols import EmbeddingMemory, EngineMetrics
+from service.engine.protocols import EngineMetrics, LocalEmbeddingCache
 from service.engine.request import AnyRequest
 from service.engine.request_queue import RequestQueue, Throughput
 from service.engine.scheduler import Scheduler
@@ -35,7 +35,7 @@ class Engine:
         self,
         backend: Backend,
         queue: RequestQueue,
-        memory: EmbeddingMemory,
+        local_cache: LocalEmbeddingCache,
         *,
         throughput: Throughput,
         metrics: EngineMetrics,
@@ -45,10 +45,10 @@ class Engine:
         self._queue = queue
         self._throughput = throughput
         self._metrics = metrics
-        self._pool = ImagePool(backend, memory)
+        self._pool = ImagePool(backend, local_cache)
         self._isolation = Isolation(backend, metrics)
         embedder = TextEmbedder(backend)
-        self._encoder_runner = EncoderRunner(backend, memory, metrics)
+        self._encoder_runner = EncoderRunner(backend, local_cache, metrics)
         self._match_runner = MatchRunner(backend, embedder, metrics)
         self._decode_runner = DecodeRunner(backend, metrics)
         self._scheduler = Scheduler(
@@ -56,7 +56,7 @@ class Engine:
             self._isolation.bisections,
             max_rows=max_rows,
             max_kv_bytes=max_kv_bytes,
-            recall_texts=embedder.recall,
+            cached_texts=embedder.get_cached,
         )
         self._heartbeat: float | None = None
         self._is_stopping = False
@@ -68,7 +68,7 @@ class Engine:
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
-        """End the thread after its present step; what is unanswered then fails with NotReadyError."""
+        """End the thread after its current step; unanswered requests then fail with NotReadyError."""
         self._is_stopping = True
         _refuse(self._queue.close("the service is shutting down"))
         if self._thread.ident is None:  # it was never started
@@ -155,7 +155,7 @@ class Engine:
             self._match_runner.run(step)
 
     def _attempt(self, work: Callable[[], None]) -> Exception | None:
-        """Do a piece of work; return the error it raised, unless the device is lost: that ends the thread."""
+        """Run `work`; return the error it raised, unless the device is lost: that ends the thread."""
         failure: Exception | None = None
         try:
             work()
@@ -163,7 +163,7 @@ class Engine:
             if isinstance(exc, torch.AcceleratorError) and not is_out_of_memory(exc):
                 raise  # the device's context is lost: nothing can run any more, and /livez must show it
             logger.warning("a step of the engine failed", exc_info=exc)
-            failure = exc.with_traceback(None)  # whose frames hold tensors, and memory may be what is short
+            failure = exc.with_traceback(None)  # its frames hold device tensors
         self._heartbeat = time.monotonic()
         return failure
 

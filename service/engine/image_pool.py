@@ -1,4 +1,4 @@
-"""The images of the running requests, each once, whichever requests brought it."""
+"""The pool that deduplicates the images of running requests."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from weakref import WeakValueDictionary
 from torch import Tensor
 
 from model import EmbeddingKind
-from service.engine.protocols import EmbeddingMemory
+from service.engine.protocols import LocalEmbeddingCache
 from service.model_backend import Backend, EncoderId
 
 
@@ -89,9 +89,9 @@ class EncodedImage:
 class ImagePool:
     """Merges equal images in flight. An image stays in the pool as long as a running request holds it."""
 
-    def __init__(self, backend: Backend, memory: EmbeddingMemory) -> None:
+    def __init__(self, backend: Backend, local_cache: LocalEmbeddingCache) -> None:
         self._backend = backend
-        self._memory = memory
+        self._local_cache = local_cache
         self._images: WeakValueDictionary[str, EncodedImage] = WeakValueDictionary()
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class ImagePool:
             # Once more from memory: it may have been computed since the event loop looked.
             known = image.embeddings.get(kind)
             if known is None:
-                known = self._memory.get(image.digest, kind)
+                known = self._local_cache.get(image.digest, kind)
             if known is not None:
                 pooled.available[kind] = self._backend.to_device(known)
         features = image.embeddings.get(EmbeddingKind.IMAGE_FEATURES)

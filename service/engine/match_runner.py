@@ -26,7 +26,7 @@ class TextEmbedder:
         self._backend = backend
         self._known: LRUCache[str, Tensor] = LRUCache(max_texts)
 
-    def recall(self, texts: Iterable[str]) -> dict[str, Tensor]:
+    def get_cached(self, texts: Iterable[str]) -> dict[str, Tensor]:
         """Return the [E] embedding of each text that is known; counts as a use."""
         return {text: self._known[text] for text in texts if text in self._known}
 

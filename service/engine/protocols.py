@@ -1,4 +1,4 @@
-"""Interfaces of the engine to its surroundings: its metrics, and the memory of embeddings."""
+"""Interfaces of the engine to its surroundings: its metrics, and the cache of embeddings."""
 
 from typing import Protocol
 
@@ -14,7 +14,7 @@ class EngineMetrics(Protocol):
         """Record the rows of one batch."""
 
     def observe_padding(self, ratio: float) -> None:
-        """Record which part of the positions of prompts that were prefilled together is padding."""
+        """Record the share of padding in one prefill batch, in [0, 1]."""
 
     def add_device_seconds(self, stage: str, seconds: float) -> None:
         """Add the duration of one step; the Q-Former's time counts as "vision"."""
@@ -23,7 +23,7 @@ class EngineMetrics(Protocol):
         """Count a batch that did not fit into the device's memory."""
 
 
-class EmbeddingMemory(Protocol):
+class LocalEmbeddingCache(Protocol):
     """The in-process embedding cache. Its tensors lie on the CPU and are never written to."""
 
     def get(self, digest: str, kind: EmbeddingKind) -> Tensor | None: ...

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Mode(StrEnum):
-    """How candidates are scored: by cosine, by the matching head, or the best by cosine by the head."""
+    """How candidates are scored. itc: cosine; itm: matching head; rerank: the head on the best by cosine."""
 
     ITC = "itc"
     ITM = "itm"
@@ -25,7 +25,7 @@ class Mode(StrEnum):
 
 
 class AdmissionClass(StrEnum):
-    """Requests that are admitted as one group; each class has its own room on the device."""
+    """Requests that are admitted by one rule: short and long share the rows, match has rows of its own."""
 
     SHORT = "short"  # generates at most MAX_SHORT_TOKENS tokens
     LONG = "long"  # generates more, and so holds its rows for long

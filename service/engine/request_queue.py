@@ -1,7 +1,8 @@
 """The bounded queue between the event loop and the engine: backpressure reaches callers as 429.
 
 The event loop reserves room before it decodes an image, so a full queue answers at once and bounds the
-decoded images in memory too. The engine takes the oldest requests. Both sides hold the lock for moments.
+decoded images in memory too. The engine takes the oldest request of an open admission class. Both sides
+hold the lock briefly.
 """
 
 import math
@@ -16,13 +17,13 @@ from typing import Self
 from service.engine.request import AdmissionClass, AnyRequest
 from service.errors import NotReadyError, OverloadedError
 
-_MEMORY_S = 30.0
+_DECAY_S = 30.0
 _MIN_RETRY_S, _MAX_RETRY_S = 1, 60
 _RETRY_SPREAD = 0.25
 
 
 class Throughput:
-    """Items finished per busy second, recent ones weighing more.
+    """Items finished per busy second, exponentially decayed.
 
     jitter: returns numbers in [0, 1), so that callers refused together do not come back together.
     """
@@ -34,7 +35,7 @@ class Throughput:
 
     def record(self, num_items: int, busy_s: float) -> None:
         """Add what one step of the engine finished, and the step's duration."""
-        decay = math.exp(-busy_s / _MEMORY_S)
+        decay = math.exp(-busy_s / _DECAY_S)
         self._items = self._items * decay + num_items
         self._busy_s = self._busy_s * decay + busy_s
 
@@ -68,7 +69,7 @@ class Reservation:
 
 
 class RequestQueue:
-    """First come, first served; bounded in items (captions, questions, candidates), not in requests.
+    """FIFO within each admission class; bounded in items (captions, questions, candidates), not in requests.
 
     throughput: the measured one, from which Retry-After is computed.
     """

@@ -30,8 +30,8 @@ MAX_PROMPT_TOKENS_PER_STEP: Final = 1024  # prefilled at once, image tokens and 
 MAX_STEP_S: Final = 0.5  # batches of images, texts and pairs are sized to take about so long at most
 MAX_PREFETCHED: Final = 8  # requests of a class whose images are encoded while others hold the rows
 LONG_SHARE: Final = 0.75  # of the rows, for sequences of many tokens
-# Parts of the device's time, while all have work. Images of generation requests have by far the largest
-# weight: texts that are decoded together cost less, and there are never more of these images than rows allow.
+# Shares of device time while all workloads are ready. Images of generation requests have by far the largest
+# weight: encoding many first lets their sequences share decode steps, and prefetch bounds their number.
 WEIGHTS: Final = {
     Workload.IMAGES_TO_GENERATE: 40.0,
     Workload.IMAGES_TO_MATCH: 1.0,
@@ -46,35 +46,35 @@ T = TypeVar("T")
 class WeightedFairScheduler(Generic[T]):
     """Fair queueing: workloads get device time in proportion to their weights, while several have work.
 
-    One that comes back after a pause stands level with the others: it is owed nothing, and owes nothing.
+    After a pause a workload starts at the current virtual time: it has neither credit nor debt.
     """
 
     def __init__(self, weights: Mapping[T, float]) -> None:
         self._weights = weights
-        self._served_s = dict.fromkeys(weights, 0.0)  # divided by the weight
-        self._level_s = 0.0  # of the one that was served last
+        self._virtual_times_s = dict.fromkeys(weights, 0.0)  # divided by the weight
+        self._virtual_time_s = 0.0  # of the one that was served last
         self._contending: frozenset[T] = frozenset()
 
     def next(self, ready: Collection[T]) -> T:
         """Return the one of `ready`, all of which have work, that has had the least time by weight."""
         for name in ready:
             if name not in self._contending:
-                self._served_s[name] = max(self._served_s[name], self._level_s)
+                self._virtual_times_s[name] = max(self._virtual_times_s[name], self._virtual_time_s)
         self._contending = frozenset(ready)
-        chosen = min(ready, key=self._served_s.__getitem__)
-        self._level_s = self._served_s[chosen]
+        chosen = min(ready, key=self._virtual_times_s.__getitem__)
+        self._virtual_time_s = self._virtual_times_s[chosen]
         return chosen
 
     def charge(self, name: T, seconds: float) -> None:
         """Add the duration of one step."""
-        self._served_s[name] += seconds / self._weights[name]
+        self._virtual_times_s[name] += seconds / self._weights[name]
 
 
 def open_classes(requests: Iterable[AnyRequest], max_rows: int) -> frozenset[AdmissionClass]:
-    """Return the classes that may send in one more request, given the admitted ones.
+    """Return the classes that may admit one more request, given the admitted ones.
 
-    Generation requests hold at most `max_rows` rows together, long ones three quarters of them; match
-    requests have as many again. A few of each class are prefetched: their images are encoded meanwhile.
+    Generation is open while its requests have fewer than `max_rows` rows, long ones fewer than three
+    quarters; match has another `max_rows`. A few of each class are prefetched: images are encoded ahead.
     """
     num_rows, num_prefetched = Counter[AdmissionClass](), Counter[AdmissionClass]()
     for request in requests:
@@ -102,7 +102,7 @@ class Scheduler:
     """Holds the admitted requests and plans every step. For the engine's thread.
 
     max_rows: beams and samples that run at once. max_kv_bytes: of their keys and values. bisections: groups
-    that run before anything else. recall_texts: returns the embeddings of those texts that are known.
+    that run before other work of their workload. cached_texts: returns the embeddings of cached texts.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class Scheduler:
         *,
         max_rows: int,
         max_kv_bytes: int,
-        recall_texts: Callable[[Iterable[str]], dict[str, Tensor]],
+        cached_texts: Callable[[Iterable[str]], dict[str, Tensor]],
     ) -> None:
         self.requests: list[AnyRequest] = []  # admitted and not done
         self._backend = backend
         self._bisections = bisections
         self._max_rows = max_rows
         self._max_kv_bytes = max_kv_bytes
-        self._recall_texts = recall_texts
+        self._cached_texts = cached_texts
         self._fairness = WeightedFairScheduler(WEIGHTS)
         self._image_limit = BatchSizeLimit(MAX_IMAGES_PER_STEP, max_seconds=MAX_STEP_S)
         self._text_limit = BatchSizeLimit(MAX_TEXTS_PER_STEP, max_seconds=MAX_STEP_S)
@@ -128,7 +128,7 @@ class Scheduler:
         self._matching: deque[CandidateScores] = deque()
         self._waiting: deque[Sequence] = deque()  # for rows, in the order of their arrival
         self._running: list[Sequence] = []
-        self._is_trial = False  # what runs is a group of a bisection, which nothing may join
+        self._is_quarantined = False  # what runs is a group of a bisection, which nothing may join
 
     @property
     def is_idle(self) -> bool:
@@ -168,11 +168,11 @@ class Scheduler:
         return self._schedule_encode(chosen, work[chosen])
 
     def update(self, step: Step, seconds: float, *, has_failed: bool) -> None:
-        """Charge a step's device time; learn from its success, or undo what its failure made void."""
+        """Charge a step's device time; learn from its success, or requeue its sequences after a failure."""
         self._fairness.charge(step.workload, seconds)
         if has_failed and isinstance(step, DecodeStep):
             self._waiting.extendleft(reversed(step.items))  # all begin anew
-            self._running, self._is_trial = [], False
+            self._running, self._is_quarantined = [], False
         elif not has_failed and step.limit is not None and step.size:
             step.limit.observe_success(step.size, seconds, is_cut=step.is_cut)
         self._running = [sequence for sequence in self._running if not sequence.is_finished]
@@ -201,7 +201,7 @@ class Scheduler:
                 if isinstance(request.inputs, GenerateInput):
                     self._waiting += build_sequences(request, self._backend.num_query_tokens)
                 else:
-                    self._matching.append(CandidateScores(request, self._recall_texts(request.inputs.texts)))
+                    self._matching.append(CandidateScores(request, self._cached_texts(request.inputs.texts)))
 
     def _pending_images(self, *, for_matching: bool) -> list[EncodedImage]:
         """Return the images to encode: one of each request, then a second of each, and so on."""
@@ -216,28 +216,28 @@ class Scheduler:
         return list(dict.fromkeys(image for image in rounds if image is not None))
 
     def _schedule_encode(self, workload: Workload, pending: Collection[EncodedImage]) -> EncodeStep:
-        images = self._next_trial(workload, pending)
+        images = self._next_quarantined(workload, pending)
         if not images:
             encoder = next(iter(pending)).encoder
             same = (image for image in pending if image.encoder is encoder)
-            images = list(islice(same, self._image_limit.limit))
+            images = list(islice(same, self._image_limit.max_size))
         return EncodeStep(workload, images, self._image_limit)
 
     def _schedule_match(self) -> MatchStep:
-        """Serve the request whose turn it is, and fill the batch with the like of those behind it."""
-        group = self._next_trial(Workload.MATCH, self._matching)
+        """Schedule the next request round-robin; fill the batch with equal work of the following ones."""
+        group = self._next_quarantined(Workload.MATCH, self._matching)
         if not group:
             group = list(self._matching)
             self._matching.rotate(-1)
         if group[0].missing_texts:
             missing = dict.fromkeys(text for scores in group for text in scores.missing_texts)
-            texts = list(islice(missing, self._text_limit.limit))
+            texts = list(islice(missing, self._text_limit.max_size))
             items = [scores for scores in group if not set(texts).isdisjoint(scores.missing_texts)]
             return MatchStep(items, self._text_limit, texts=texts)
         if not group[0].is_compared:
             return MatchStep([group[0]])
         remaining = chain.from_iterable(scores.remaining_pairs() for scores in group)
-        pairs = list(islice(remaining, self._pair_limit.limit))
+        pairs = list(islice(remaining, self._pair_limit.max_size))
         return MatchStep(list(dict.fromkeys(pair.scores for pair in pairs)), self._pair_limit, pairs=pairs)
 
     def _schedule_decode(self) -> DecodeStep:
@@ -245,29 +245,29 @@ class Scheduler:
         self._running = [sequence for sequence in self._running if not sequence.is_done]
         joining, is_cut = list[Sequence](), False
         if not self._running:
-            joining = self._next_decode_trial()
-            self._is_trial = bool(joining)
-        if not self._is_trial:
-            joining, is_cut = self._choose_newcomers()
+            joining = self._next_quarantined_decode()
+            self._is_quarantined = bool(joining)
+        if not self._is_quarantined:
+            joining, is_cut = self._choose_joining()
         for sequence in joining:
             self._waiting.remove(sequence)
             sequence.request.holds_rows = True
         self._running += joining
         return DecodeStep(list(self._running), joining, dropped, self._row_limit, is_cut)
 
-    def _next_trial(self, workload: Workload, pending: Collection[T]) -> list[T]:
-        """Return the next group of a bisection under way, which runs before anything else; else []."""
+    def _next_quarantined(self, workload: Workload, pending: Collection[T]) -> list[T]:
+        """Return the next group of a bisection, which runs before other work of its workload; else []."""
         bisection = self._bisections.get(workload)
         return [] if bisection is None else bisection.next_group(pending)
 
-    def _next_decode_trial(self) -> list[Sequence]:
-        while group := self._next_trial(Workload.GENERATE, self._waiting):
+    def _next_quarantined_decode(self) -> list[Sequence]:
+        while group := self._next_quarantined(Workload.GENERATE, self._waiting):
             if len(group) == 1 or _num_padded_tokens(group) <= MAX_PROMPT_TOKENS_PER_STEP:
                 return group
             self._bisections[Workload.GENERATE].split(group)  # they may have joined one after the other
         return []
 
-    def _choose_newcomers(self) -> tuple[list[Sequence], bool]:
+    def _choose_joining(self) -> tuple[list[Sequence], bool]:
         """Return the waiting sequences that may join now, oldest first, and whether rows kept others out.
 
         Long ones wait while they hold their share of the rows, and short ones pass them; none else is passed.
@@ -282,7 +282,7 @@ class Scheduler:
             after = [*running, sequence]
             if running and _num_padded_tokens([*chosen, sequence]) > MAX_PROMPT_TOKENS_PER_STEP:
                 break
-            if running and sum(each.num_rows for each in after) > self._row_limit.limit:
+            if running and sum(each.num_rows for each in after) > self._row_limit.max_size:
                 return chosen, True
             requirements = [each.memory_requirement for each in after]
             if running and self._backend.kv_bytes(requirements) > self._max_kv_bytes:
@@ -292,7 +292,7 @@ class Scheduler:
 
     def _exceeds_long_share(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
         num_long = sum(each.num_rows for each in running if each.is_long)
-        return num_long > 0 and num_long + sequence.num_rows > LONG_SHARE * self._row_limit.limit
+        return num_long > 0 and num_long + sequence.num_rows > LONG_SHARE * self._row_limit.max_size
 
 
 def _num_padded_tokens(sequences: Collection[Sequence]) -> int:

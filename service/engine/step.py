@@ -14,8 +14,8 @@ from service.engine.candidate_scores import CandidateScores, Pair
 from service.engine.image_pool import EncodedImage
 from service.engine.sequence import Sequence
 
-_PATIENCE: Final = 32  # full batches before a larger one is tried
-_MAX_PATIENCE: Final = 16384
+_BATCHES_BEFORE_GROWTH: Final = 32  # full batches before a larger one is tried
+_MAX_BATCHES_BEFORE_GROWTH: Final = 16384
 
 
 class Workload(StrEnum):
@@ -39,36 +39,36 @@ class BatchSizeLimit:
         self._max_seconds = max_seconds
         self._fits_in_time = most
         self._fits_in_memory = most  # as far as is known
-        self._proven = 0  # the largest batch that succeeded
+        self._largest_success = 0  # the largest batch that succeeded
         self._num_successes = 0
-        self._patience = _PATIENCE
+        self._batches_before_growth = _BATCHES_BEFORE_GROWTH
         self._has_grown = False  # since memory ran out last
 
     @property
-    def limit(self) -> int:
+    def max_size(self) -> int:
         return min(self._fits_in_time, self._fits_in_memory)
 
     def observe_success(self, count: int, seconds: float, *, is_cut: bool) -> None:
         """Learn from a batch. is_cut: it reached the limit."""
-        self._proven = max(self._proven, count)
+        self._largest_success = max(self._largest_success, count)
         if seconds > self._max_seconds:
             self._fits_in_time = max(1, int(count * self._max_seconds / seconds))
         elif is_cut:
             self._fits_in_time = min(self._most, max(self._fits_in_time, count + 1))
         if is_cut and self._fits_in_memory < self._most:
             self._num_successes += 1
-        if self._num_successes >= self._patience:
+        if self._num_successes >= self._batches_before_growth:
             self._fits_in_memory = min(self._most, self._fits_in_memory + max(1, self._fits_in_memory // 2))
             self._num_successes = 0
             self._has_grown = True
 
     def observe_out_of_memory(self, count: int) -> None:
         """Learn that the device's memory does not hold a batch of this size."""
-        known = self._proven if self._proven < count else 0
+        known = self._largest_success if self._largest_success < count else 0
         self._fits_in_memory = max(known, count // 2, 1)
-        self._proven = min(self._proven, self._fits_in_memory)
+        self._largest_success = min(self._largest_success, self._fits_in_memory)
         if self._has_grown:
-            self._patience = min(_MAX_PATIENCE, 2 * self._patience)
+            self._batches_before_growth = min(_MAX_BATCHES_BEFORE_GROWTH, 2 * self._batches_before_growth)
         self._has_grown = False
         self._num_successes = 0
 
@@ -90,7 +90,7 @@ class EncodeStep:
 
     @property
     def is_cut(self) -> bool:
-        return self.size >= self.limit.limit
+        return self.size >= self.limit.max_size
 
     @property
     def is_smallest(self) -> bool:
@@ -119,7 +119,7 @@ class MatchStep:
 
     @property
     def is_cut(self) -> bool:
-        return self.limit is not None and self.size >= self.limit.limit
+        return self.limit is not None and self.size >= self.limit.max_size
 
     @property
     def is_smallest(self) -> bool:
@@ -128,7 +128,7 @@ class MatchStep:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodeStep:
-    """Prefill the sequences that join, then advance every sequence of `items` by one token.
+    """Run one decode step over the running sequences, then prefill those that join: one token for each.
 
     items: all that run, those that join included. dropped: those that ran and that nobody waits for.
     """
@@ -154,7 +154,7 @@ class DecodeStep:
     @property
     def too_large(self) -> str:
         return (
-            f"this text's {self.size} beams or samples beside what runs; "
+            f"the KV cache of this prompt's {self.size} beams or samples; "
             "lower num_beams or max_new_tokens, or try later"
         )
 

@@ -1,4 +1,4 @@
-"""Assembles decoder of images, cache, queue and engine around a loaded model."""
+"""Assembly of image decoder, cache, request queue and engine around a loaded model."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ _REDIS_CLOSE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """All that serves, once a model is loaded."""
+    """The parts that serve requests with a loaded model."""
 
     backend: Backend
     image_decoder: ImageDecoder
@@ -37,7 +37,7 @@ class Service:
         self.engine.stop(_ENGINE_STOP_S)
 
     async def aclose(self) -> None:
-        """Close threads and connections, the engine's aside."""
+        """Close threads and connections, except the engine's."""
         self.image_decoder.close()
         if self.redis is not None:
             await self.redis.aclose(_REDIS_CLOSE_S)
@@ -70,7 +70,7 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Service:
         max_rows=settings.max_rows,
         max_kv_bytes=settings.kv_bytes,
     )
-    _export(metrics, backend, queue, engine, redis)
+    _register_gauges(metrics, backend, queue, engine, redis)
     inference = Inference(backend, image_decoder, cache, queue)
     return Service(backend, image_decoder, redis, queue, engine, inference)
 
@@ -82,7 +82,7 @@ def _open_redis(settings: Settings, metrics: Metrics) -> RedisTier | None:
     return RedisTier(store, CircuitBreaker(), ttl_s=settings.redis_ttl_s, count_writes=metrics.count_writes)
 
 
-def _export(
+def _register_gauges(
     metrics: Metrics, backend: Backend, queue: RequestQueue, engine: Engine, redis: RedisTier | None
 ) -> None:
     metrics.set_model(

@@ -43,8 +43,8 @@ class Lifecycle:
     """Loads in the background, so that the probes answer meanwhile.
 
     on_ready(backend) and on_failure(error) are called on the event loop, each at most once. After a failed
-    self-test neither is: the process stays, and /readyz shows why it will not serve. A lost engine's callers
-    are answered at once; on_failure follows a moment later, so that probes see the reason.
+    self-test neither is, unless the engine died: the process stays, and /readyz shows why it will not serve.
+    A lost engine's callers are answered at once; on_failure follows later, so that probes see the reason.
     """
 
     def __init__(

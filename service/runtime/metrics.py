@@ -81,7 +81,9 @@ class Metrics:
             "blip2_out_of_memory", "Batches the device's memory did not hold", ["stage"], registry=registry
         )
         self._waiting = Gauge("blip2_waiting", "Items in the request queue", registry=registry)
-        self._running = Gauge("blip2_running", "Items on the device", registry=registry)
+        self._running = Gauge(
+            "blip2_running", "Items taken from the queue and not answered", registry=registry
+        )
         self._breaker_open = Gauge(
             "blip2_cache_breaker_open", "1 while the circuit breaker keeps Redis out", registry=registry
         )

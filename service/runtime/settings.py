@@ -21,7 +21,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
     model: str = Field(
-        default="tiny", min_length=1, description='"tiny", a directory or .pth file, or an id of the Hub'
+        default="tiny",
+        min_length=1,
+        description='"tiny", "tiny-t5", a directory or .pth file, or an id of the Hub',
     )
     retrieval_model: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="a checkpoint whose heads answer /retrieve; unset: the model's own"
@@ -30,7 +32,7 @@ class Settings(BaseSettings):
         default=None, description="branch, tag or commit of a model of the Hub; unset: its main branch"
     )
     retrieval_revision: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="the same of BLIP2_RETRIEVAL_MODEL"
+        default=None, description="the same for BLIP2_RETRIEVAL_MODEL"
     )
     image_size: Annotated[int, Field(ge=16, le=2048)] | None = Field(
         default=None,
@@ -43,7 +45,8 @@ class Settings(BaseSettings):
         description="of the image encoder and the language model",
     )
     qformer_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of the Q-Former's matrix products; bfloat16 halves them, on a CPU"
+        default="float32",
+        description="of the Q-Former's matrix products; bfloat16 halves their time, on a CPU",
     )
     quantize: Literal["none", "int8"] = Field(
         default="none", description="int8 holds the language model's linear layers in 8 bits (needs torchao)"
@@ -83,7 +86,7 @@ class Settings(BaseSettings):
     kv_bytes: int = Field(
         default=4 * 2**30,
         ge=2**20,
-        description="of the KV cache of the sequences that run at once; further ones wait",
+        description="of the KV cache of running sequences; others wait, one that could never fit is rejected",
     )
     stall_timeout_ms: Annotated[int, Field(ge=100)] | None = Field(
         default=None,

@@ -1,4 +1,4 @@
-"""The first steps of the engine: a self-test, as long as a step can be, so that its duration is known."""
+"""Warm-up: a self-test on a full batch of images; its longest step sets the default stall time-out."""
 
 import asyncio
 import logging

@@ -19,15 +19,15 @@ async def wait_until_lost(engine: Engine, readiness: Readiness, stall_timeout_s:
 
     After a pause of the whole process, in which nothing could run, the time-out starts anew.
     """
-    interval_s, excused_until = min(_INTERVAL_S, stall_timeout_s / 4), 0.0
+    interval_s, ignored_until = min(_INTERVAL_S, stall_timeout_s / 4), 0.0
     while True:
-        asleep = time.monotonic()
+        before = time.monotonic()
         await asyncio.sleep(interval_s)
-        awake = time.monotonic()
-        if awake - asleep > interval_s + _PAUSE_S:
-            excused_until = awake + stall_timeout_s
+        now = time.monotonic()
+        if now - before > interval_s + _PAUSE_S:
+            ignored_until = now + stall_timeout_s
         problem = readiness.engine_problem
-        if problem and (awake >= excused_until or not engine.is_alive):
+        if problem and (now >= ignored_until or not engine.is_alive):
             return problem
 
 

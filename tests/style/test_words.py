@@ -19,8 +19,6 @@ PROSE = re.compile(
     r"feel each other|what gives)\b",
     re.IGNORECASE,
 )
-# HTML and Kubernetes name these parts of theirs so.
-ALLOWED = {"tests/deploy/test_manifests.py": {"Kind"}}
 
 
 def tracked(*patterns: str) -> list[Path]:
@@ -64,7 +62,7 @@ def faults(path: Path, root: Path = ROOT) -> Iterator[str]:
     tree = ast.parse(source)
     name = path.relative_to(root).as_posix()
     for identifier, line in [(path.stem, 0), *identifiers(tree)]:
-        if {identifier, identifier.lstrip("_")} & (IDENTIFIERS - ALLOWED.get(name, set())):
+        if {identifier, identifier.lstrip("_")} & IDENTIFIERS:
             yield f"{name}:{line}: the name {identifier}"
     for text, line in docstrings(tree):
         if FIRST_WORDS.match(text):

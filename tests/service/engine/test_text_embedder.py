@@ -22,10 +22,10 @@ class CountingBackend(FakeBackend):
 def test_a_text_that_was_embedded_is_known_afterwards() -> None:
     embedder = CountingBackend()
     embeds = TextEmbedder(embedder, max_texts=10)
-    assert embeds.recall(["1", "2"]) == {}
+    assert embeds.get_cached(["1", "2"]) == {}
     computed = embeds.embed(["1", "2"])
     assert {text: row.tolist() for text, row in computed.items()} == {"1": [1.0, 1.0], "2": [2.0, 1.0]}
-    known = embeds.recall(["2", "3"])
+    known = embeds.get_cached(["2", "3"])
     assert {text: row.tolist() for text, row in known.items()} == {"2": [2.0, 1.0]}
     assert embedder.batches == [["1", "2"]]
 
@@ -34,15 +34,15 @@ def test_the_least_recently_used_text_is_forgotten_first() -> None:
     embeds = TextEmbedder(CountingBackend(), max_texts=2)
     embeds.embed(["1"])
     embeds.embed(["2"])
-    embeds.recall(["1"])
+    embeds.get_cached(["1"])
     embeds.embed(["3"])
-    assert embeds.recall(["1", "2", "3"]).keys() == {"1", "3"}
+    assert embeds.get_cached(["1", "2", "3"]).keys() == {"1", "3"}
 
 
 def test_more_texts_than_are_kept_are_still_all_given_back() -> None:
     embeds = TextEmbedder(CountingBackend(), max_texts=3)
     assert len(embeds.embed([str(number) for number in range(10)])) == 10
-    assert len(embeds.recall([str(number) for number in range(10)])) == 3
+    assert len(embeds.get_cached([str(number) for number in range(10)])) == 3
 
 
 def test_an_embedding_does_not_keep_its_batch_alive() -> None:
