@@ -1,4 +1,4 @@
-"""What an installation contains: the dependencies of each part, and the commands."""
+"""Contents of an installation: the dependencies of each part, and the commands."""
 
 import ast
 import re
