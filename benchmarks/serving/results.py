@@ -93,7 +93,8 @@ def _throughput_targets(repeats: Sequence[PerServer[Figures]]) -> Iterator[Targe
 def _overload_targets(repeats: Sequence[Sequence[LoadPoint]]) -> Iterator[Target]:
     overloads = [next(point for point in points if point.multiple == OVERLOAD) for points in repeats]
     peaks = [max(point.goodput_per_s for point in points) for points in repeats]
-    kept = spread_of(point.goodput_per_s / peak for point, peak in zip(overloads, peaks, strict=True))
+    ratios = [point.goodput_per_s / peak for point, peak in zip(overloads, peaks, strict=True) if peak]
+    kept = spread_of(ratios) if ratios else None
     yield Target(f"goodput at {OVERLOAD:g} times the capacity / peak goodput", kept, "at least", 0.9)
     fast = [point.share_rejected_fast for point in overloads if point.share_rejected_fast is not None]
     yield Target(
