@@ -60,6 +60,7 @@ class FakeDecoder:
 
     def add(self, job: DecodeRequest) -> None:
         self._steps[job] = 0
+        self._backend.num_added += 1
 
     def cancel(self, job: DecodeRequest) -> None:
         del self._steps[job]
@@ -106,6 +107,7 @@ class FakeBackend:
     match_batches: list[int] = field(default_factory=list)
     text_batches: list[int] = field(default_factory=list)
     decode_batches: list[int] = field(default_factory=list)
+    num_added: int = 0  # to the decoder
     num_cancelled: int = 0
     num_preprocessed: int = 0
     num_freed: int = 0

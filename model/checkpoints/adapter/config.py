@@ -74,7 +74,7 @@ class AdapterConfig:
             )
         fields.pop("format", None)
         config = build_record(cls, fields, where=str(path))
-        config._check(path)
+        config.check(path)
         return config
 
     def write(self, path: Path) -> None:
@@ -82,7 +82,8 @@ class AdapterConfig:
         text = json.dumps({"format": FORMAT, "version": VERSION, **fields}, indent=2)
         path.write_text(text + "\n", encoding="utf-8")
 
-    def _check(self, path: Path) -> None:
+    def check(self, path: Path) -> None:
+        """Raise CheckpointError where fields contradict each other."""
         has_text_branch = self.kind == "retrieval" or self.question_conditioned
         if has_text_branch and self.max_text_tokens > self.qformer.max_position_embeddings:
             raise CheckpointError(

@@ -235,7 +235,7 @@ def test_a_request_abandoned_while_it_runs_leaves_the_decoder() -> None:
     with running_engine() as harness:
         harness.backend.decode_gate.clear()
         request = harness.caption(1, "a b c d e f")
-        until(lambda: harness.engine.num_running == 1)
+        until(lambda: harness.backend.num_added == 1)
         assert request.future.cancel()
         harness.backend.decode_gate.set()
         until(lambda: harness.engine.num_running == 0)

@@ -234,7 +234,7 @@ def test_memory_that_runs_out_while_sequences_are_cancelled_does_not_shrink_the_
     with running_engine(backend) as harness:
         backend.decode_gate.clear()
         abandoned = harness.caption(1, "a b c d e f")
-        until(lambda: harness.engine.num_running == 1 and backend.vision_batches)
+        until(lambda: backend.num_added == 1)
         assert abandoned.future.cancel()
         backend.decode_gate.set()
         until(lambda: backend.num_freed == 1)
