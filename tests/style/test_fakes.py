@@ -1,4 +1,4 @@
-"""Tests replace our code through constructors: none of our own objects is patched. Private names: ruff's SLF."""
+"""Tests replace our code through constructors: nothing of ours is patched. Private names: ruff's SLF."""
 
 import ast
 from collections.abc import Iterator
