@@ -1,24 +1,34 @@
 """The entry point, `python -m service`; its settings are in `runtime.settings`."""
 
+import argparse
 import os
+import signal
 import sys
+from types import FrameType
+from typing import Final, NoReturn
 
 from service.runtime.listener import ListenError, open_listener
 from service.runtime.settings import SettingsError, load_settings
 
 # oneDNN caches a plan for each shape of product it meets, half a megabyte each: 1,024 by default.
-_MAX_PLANS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+_MAX_PLANS: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+
+_DESCRIPTION: Final = """The BLIP-2 service. It takes no arguments: its settings are environment variables
+such as BLIP2_MODEL, BLIP2_HOST and BLIP2_PORT; docs/settings.md lists them."""
 
 
 def main() -> int:
     """Serve until a signal; return the exit code."""
+    argparse.ArgumentParser(prog="blip2-serve", description=_DESCRIPTION).parse_args()
+    for sent in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sent, _exit_at_once)  # until the server handles them
     os.environ.update({name: value for name, value in _MAX_PLANS.items() if name not in os.environ})
     try:
         settings = load_settings()
         listener = open_listener(settings.host, settings.port)
     except (SettingsError, ListenError) as exc:
         return _report(exc)
-    # torch takes seconds to import: what can be wrong before is told before.
+    # torch takes seconds to import: errors that can be known before are reported before.
     from service.runtime.lifecycle import FatalError
     from service.server import serve
 
@@ -27,6 +37,10 @@ def main() -> int:
     except FatalError as exc:
         return _report(exc)
     return 0
+
+
+def _exit_at_once(_sig: int, _stack_frame: FrameType | None) -> NoReturn:
+    os._exit(0)  # nothing has been accepted yet; an exception here would surface in the middle of an import
 
 
 def _report(reason: Exception) -> int:

@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
         if self._draining is None:
             self._draining = asyncio.create_task(self._drain(), name="drain")
         else:
-            self.should_exit = self.force_exit = True
+            _exit_now("ended by a second signal")
 
     async def _drain(self) -> None:
         try:
@@ -67,8 +67,6 @@ def serve(settings: Settings, listener: socket.socket, load: Loader | None = Non
     server.run(sockets=[listener])
     if isinstance(server.failure, EngineLostError):
         _exit_now(str(server.failure))
-    if server.force_exit:
-        _exit_now("ended by a second signal")
     if server.failure is not None:
         raise server.failure
     if server.is_loading:

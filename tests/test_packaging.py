@@ -106,7 +106,7 @@ def test_the_commands_are_those_of_the_modules() -> None:
     assert {entry.name: entry.value for entry in entry_points} == COMMANDS
 
 
-@pytest.mark.parametrize("command", ["blip2", "blip2-train"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_prints_its_usage(command: str) -> None:
     done = run(command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -117,3 +117,9 @@ def test_the_server_command_starts_the_server() -> None:
     done = run("blip2-serve", BLIP2_MODLE="tiny")
     assert done.returncode == 1
     assert done.stderr == "blip2: BLIP2_MODLE is not a setting; the nearest is BLIP2_MODEL\n"
+
+
+def test_the_server_command_refuses_arguments() -> None:
+    done = run("blip2-serve", "--port", "8077")
+    assert done.returncode == 2
+    assert "unrecognized arguments: --port 8077" in done.stderr
