@@ -238,10 +238,9 @@ def test_memory_that_runs_out_while_sequences_are_cancelled_does_not_shrink_the_
         assert abandoned.future.cancel()
         backend.decode_gate.set()
         until(lambda: backend.num_freed == 1)
-        backend.encode_gate.clear()
         backend.decode_batches.clear()
-        later = [harness.caption(2, f"a b {index}") for index in range(8)]
-        until(lambda: harness.engine.num_running == 8)
-        backend.encode_gate.set()
-        assert [text_of(request) for request in later] == [f"2 a b {index} #0" for index in range(8)]
+        later = harness.caption(
+            2, *(f"a b {index}" for index in range(8))
+        )  # eight sequences that join together
+        assert [text_of(later, index) for index in range(8)] == [f"2 a b {index} #0" for index in range(8)]
         assert max(backend.decode_batches) == 8
