@@ -1,4 +1,4 @@
-"""The losses of both stages, as pure functions of scores and labels (BLIP-2, §3.2; details as in LAVIS).
+"""The losses of both stages and the sampling of hard negatives: pure functions (BLIP-2, §3.2; as in LAVIS).
 
 `matches` [B, B] is true at (i, j) if text j is true of image i. It is the identity where only the pairing is
 known. Where images recur or truth can be checked, other entries are true too; they are never negatives.

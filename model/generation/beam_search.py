@@ -23,7 +23,7 @@ class Candidates:
     log_probs: FloatArray
 
 
-def update(state: BeamSearchState, candidates: Candidates) -> None:
+def update_beams(state: BeamSearchState, candidates: Candidates) -> None:
     """Continue, finish or drop the beams of all sequences by the candidates of one step."""
     if state.num_tokens.max() == state.running.token_ids.shape[2]:
         state.resize()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.devices import upload
-from model.generation.beam_search import Candidates, update
+from model.generation.beam_search import Candidates, update_beams
 from model.generation.beam_search_state import BeamSearchState
 from model.generation.limits import DecoderLimits, check_fits
 from model.generation.request import (
@@ -20,7 +20,7 @@ from model.generation.request import (
     Generation,
     ScheduledSequence,
     build_generation,
-    schedule,
+    build_sequence,
 )
 from model.generation.sampler import SampledRows, Sampler, SamplerInput, TopK
 from model.language import DecodingState, IntArray, LanguageModel
@@ -90,7 +90,7 @@ class Decoder:
             num_soft_tokens=len(request.language_model_inputs),
             params=request.params,
         )
-        self._waiting.append(schedule(request, self._language_model))
+        self._waiting.append(build_sequence(request, self._language_model))
 
     def cancel(self, request: DecodeRequest) -> None:
         """Drop a request and its rows at once; does nothing where it is done already."""
@@ -112,7 +112,7 @@ class Decoder:
         outputs = [*self._decode(), *self._prefill()]
         if not outputs:
             return []
-        update(self._search_state, _download(outputs, self._search_state))
+        update_beams(self._search_state, _download(outputs, self._search_state))
         is_done = self._search_state.is_done.tolist()
         done = [
             (self._running[index].request, self._collect(index))

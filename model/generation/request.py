@@ -56,7 +56,7 @@ class ScheduledSequence:
     generator: torch.Generator | None
 
 
-def schedule(request: DecodeRequest, language_model: LanguageModel) -> ScheduledSequence:
+def build_sequence(request: DecodeRequest, language_model: LanguageModel) -> ScheduledSequence:
     """Build the sequence of a request."""
     num_soft_tokens, params = len(request.language_model_inputs), request.params
     requirement = memory_requirement(num_soft_tokens + len(request.prompt_ids), params)

@@ -39,7 +39,7 @@ class BatchSizeLimit:
         self._max_seconds = max_seconds
         self._fits_in_time = most
         self._fits_in_memory = most  # as far as is known
-        self._largest_success = 0  # the largest batch that succeeded
+        self._largest_success = 0
         self._num_successes = 0
         self._batches_before_growth = _BATCHES_BEFORE_GROWTH
         self._has_grown = False  # since memory ran out last
