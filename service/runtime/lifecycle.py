@@ -118,7 +118,7 @@ class Lifecycle:
             if not service.engine.is_alive:
                 raise StartupError(str(exc)) from exc
             return
-        readiness.stall_timeout_s = timeout_s = self._stall_timeout_s(service.engine.longest_step_s)
+        readiness.is_watched, timeout_s = True, self._stall_timeout_s(service.engine.longest_step_s)
         self._watching = asyncio.create_task(self._await_loss(service.engine, timeout_s), name="watchdog")
         readiness.is_started = True
         self._on_ready(backend)
@@ -153,7 +153,7 @@ class Lifecycle:
             if not is_lost:  # else it still has to report that the process must end
                 self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        self.readiness.stall_timeout_s = None  # an engine that was stopped is not lost
+        self.readiness.is_watched = False  # an engine that was stopped is not lost
         if self.readiness.service is not None and not is_lost:
             await asyncio.to_thread(self.readiness.service.stop_engine)
 

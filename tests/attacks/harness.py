@@ -1,4 +1,4 @@
-"""What every attack is measured with: a bystander who must be served meanwhile, and the memory it takes."""
+"""Measures of an attack: bystanders that must be served meanwhile, and the memory that it takes."""
 
 import threading
 import time
@@ -73,13 +73,13 @@ class Bystander:
 @contextmanager
 def bystander(service: ServiceProcess) -> Iterator[Bystander]:
     """Serve a bystander meanwhile; assert on exit that it was answered within the limits above."""
-    present = Bystander(service.url)
-    present.start()
+    watched = Bystander(service.url)
+    watched.start()
     try:
-        yield present
+        yield watched
     finally:
-        present.stop()
-    present.check()
+        watched.stop()
+    watched.check()
 
 
 class MemoryWatch:
