@@ -22,6 +22,7 @@ from model import (
     MemoryRequirement,
     check_fits,
 )
+from model.devices import check_computes
 from model.matching import Matcher
 
 
@@ -111,7 +112,10 @@ class Backend(Protocol):
         """Wait until the device has done all it was given, so that durations are right."""
 
     def free_memory(self) -> None:
-        """Release what the allocator caches, after the device ran out of memory."""
+        """Release what the allocator caches, after the device ran out of memory.
+
+        Raises model.errors.DeviceLostError where the device then computes nothing at all.
+        """
 
     def encode_images(self, pixel_values: Tensor, encoder: EncoderId) -> Tensor:
         """Encode [B, 3, S, S] into the [B, P, V] image_features of an encoder."""
@@ -231,6 +235,7 @@ class Blip2Backend:
     def free_memory(self) -> None:
         if self.generating_model.device.type == "cuda":
             torch.cuda.empty_cache()
+        check_computes(self.generating_model.device)
 
     def encode_images(self, pixel_values: Tensor, encoder: EncoderId) -> Tensor:
         return self._model_of(encoder).encode_images(pixel_values)
