@@ -78,6 +78,9 @@ class Backend(Protocol):
     @property
     def can_match(self) -> bool: ...
 
+    def empty_embedding(self, kind: EmbeddingKind, encoder: EncoderId) -> Tensor:
+        """Return a tensor on the device "meta" with the shape and dtype of one image's embedding."""
+
     def preprocess(self, image: Image.Image, encoder: EncoderId) -> Tensor:
         """Convert an image into the [3, S, S] pixel_values of an encoder, on the CPU."""
 
@@ -192,6 +195,10 @@ class Blip2Backend:
     @property
     def can_match(self) -> bool:
         return self.matching_model.matcher is not None
+
+    def empty_embedding(self, kind: EmbeddingKind, encoder: EncoderId) -> Tensor:
+        is_matching = kind is EmbeddingKind.IMAGE_EMBEDS
+        return (self.matching_model if is_matching else self._model_of(encoder)).empty_embedding(kind)
 
     def preprocess(self, image: Image.Image, encoder: EncoderId) -> Tensor:
         return self._model_of(encoder).preprocess(image)

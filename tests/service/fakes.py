@@ -117,6 +117,9 @@ class FakeBackend:
         self.encode_gate.set()
         self.decode_gate.set()
 
+    def empty_embedding(self, kind: EmbeddingKind, encoder: EncoderId) -> Tensor:
+        return torch.empty((2, 3) if kind is EmbeddingKind.IMAGE_FEATURES else (1, 2), device="meta")
+
     def preprocess(self, image: Image.Image, encoder: EncoderId) -> Tensor:
         self.num_preprocessed += 1
         red, _, _ = image.convert("RGB").getpixel((0, 0))  # type: ignore[misc]
