@@ -10,6 +10,7 @@ from typing import Final
 from model import ModelError
 from service.engine.engine import Engine
 from service.model_backend import Backend
+from service.request_ids import logged_for
 from service.runtime.assembly import assemble
 from service.runtime.logs import FIELDS
 from service.runtime.metrics import Metrics
@@ -126,7 +127,8 @@ class Lifecycle:
     async def _await_loss(self, engine: Engine, stall_timeout_s: float) -> None:
         reason = await wait_until_lost(engine, self.readiness, stall_timeout_s)
         self.readiness.lost_reason = reason
-        logger.critical("the engine is lost: %s", reason, extra={FIELDS: {"stacks": thread_stacks()}})
+        with logged_for(engine.request_ids):
+            logger.critical("the engine is lost: %s", reason, extra={FIELDS: {"stacks": thread_stacks()}})
         engine.abort_all(reason)
         await self._traffic.wait_idle(_LAST_ANSWERS_S)
         await asyncio.sleep(_LAST_PROBES_S)

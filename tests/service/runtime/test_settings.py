@@ -140,9 +140,9 @@ def test_a_redis_url_that_cannot_be_used_is_refused_without_its_value(
 )
 def test_a_redis_url_that_can_be_used_is_taken_as_it_is(environment: Environment, url: str) -> None:
     environment.setenv("BLIP2_REDIS_URL", url)
-    loaded = load_settings().redis_url
-    assert loaded is not None
-    assert loaded.get_secret_value() == url
+    redis_url = load_settings().redis_url
+    assert redis_url is not None
+    assert redis_url.get_secret_value() == url
 
 
 _AT_ONCE = {"BLIP2_MAX_IMAGES", "BLIP2_MAX_QUESTIONS", "BLIP2_MAX_CANDIDATES"}
