@@ -52,7 +52,7 @@ class Check:
 
 def checks_of(result: AttackResult) -> list[Check]:
     """Evaluate all conditions."""
-    quiet, attacked = (_p99(result.windows, attacked=attacked) for attacked in (False, True))
+    alone, attacked = (_p99(result.windows, attacked=attacked) for attacked in (False, True))
     peak = max(window.peak_bytes for window in result.windows)
     statuses = sum((window.statuses for window in result.windows), Counter[int]())
     kept = result.after_bytes - result.before_bytes
@@ -60,8 +60,8 @@ def checks_of(result: AttackResult) -> list[Check]:
     return [
         Check(
             f"p99 of ordinary requests under attack is at most {MAX_SLOWDOWN:g} times that without",
-            f"{attacked:.3f} s against {quiet:.3f} s: {attacked / quiet:.2f} times",
-            attacked <= MAX_SLOWDOWN * quiet,
+            f"{attacked:.3f} s against {alone:.3f} s: {attacked / alone:.2f} times",
+            attacked <= MAX_SLOWDOWN * alone,
         ),
         Check("every ordinary request is answered with 200", _listed(statuses), set(statuses) == {200}),
         Check("no attack is answered with a 5xx but 503 and 504", _listed(failed) or "none", not failed),
@@ -95,7 +95,7 @@ def _lines(command: str, about: str, result: AttackResult) -> Iterator[str]:
     yield "|---" * 6 + "|"
     for window in result.windows:
         cells = (
-            "attacked" if window.attacked else "quiet",
+            "attacked" if window.attacked else "alone",
             len(window.seconds),
             *(f"{value:.3f}" for value in (window.percentile(0.5), window.percentile(0.99))),
             f"{max(window.seconds):.3f}",

@@ -69,7 +69,7 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Service:
         throughput=throughput,
         metrics=metrics,
         max_rows=settings.max_rows,
-        max_kv_bytes=settings.kv_bytes,
+        max_kv_bytes=settings.kv_bytes_on(backend.device),
     )
     _register_gauges(metrics, backend, queue, engine, redis)
     inference = Inference(backend, image_decoder, cache, queue)
