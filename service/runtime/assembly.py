@@ -56,6 +56,7 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Service:
         redis,
         fingerprint=backend.fingerprint,
         preprocess_version=PREPROCESS_VERSION,
+        expected=backend.empty_embedding,
         count=metrics.count_lookup,
     )
     throughput = Throughput()
@@ -67,7 +68,7 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Service:
         throughput=throughput,
         metrics=metrics,
         max_rows=settings.max_rows,
-        max_kv_bytes=settings.kv_bytes,
+        max_kv_bytes=settings.kv_bytes_on(backend.device),
     )
     _register_gauges(metrics, backend, queue, engine, redis)
     inference = Inference(backend, image_decoder, cache, queue)

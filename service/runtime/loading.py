@@ -31,7 +31,9 @@ def load_backend(settings: Settings) -> Blip2Backend:
     blip2, matching = Blip2.from_pretrained(settings.model, options, revision=settings.revision), None
     if settings.retrieval_model is not None:
         matching = _load_matching(settings.retrieval_model, settings.retrieval_revision, options)
-    backend = Blip2Backend(blip2, matching, DecoderLimits(settings.max_rows, settings.kv_bytes))
+    backend = Blip2Backend(
+        blip2, matching, DecoderLimits(settings.max_rows, settings.kv_bytes_on(str(device)))
+    )
     backend.pack(qformer_dtype)
     return backend
 

@@ -8,7 +8,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "BLIP2_"
-_REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+_CPU_KV_BYTES, _GPU_KV_BYTES = 256 * 2**20, 4 * 2**30
 
 
 class SettingsError(Exception):
@@ -83,10 +83,10 @@ class Settings(BaseSettings):
     max_rows: int = Field(
         default=128, ge=16, description="rows (beams, pairs) that run on the device at once"
     )
-    kv_bytes: int = Field(
-        default=4 * 2**30,
-        ge=2**20,
-        description="of the KV cache of running sequences; others wait, one that could never fit is rejected",
+    kv_bytes: Annotated[int, Field(ge=2**20)] | None = Field(
+        default=None,
+        description="of the KV cache of running sequences; others wait, one that could never fit is "
+        "rejected; unset: 4 GiB on a GPU, 256 MiB on a CPU",
     )
     stall_timeout_ms: Annotated[int, Field(ge=100)] | None = Field(
         default=None,
@@ -95,12 +95,17 @@ class Settings(BaseSettings):
     )
     drain_timeout_ms: int = Field(default=30_000, ge=0, description="for running work after SIGTERM")
 
+    def kv_bytes_on(self, device: str) -> int:
+        """Return the limit of the KV cache on a device such as "cpu" or "cuda:0"."""
+        return self.kv_bytes or (_CPU_KV_BYTES if device == "cpu" else _GPU_KV_BYTES)
+
     @field_validator("redis_url")
     @classmethod
     def _check_redis_url(cls, url: SecretStr | None) -> SecretStr | None:
-        if url is not None and not url.get_secret_value().startswith(_REDIS_SCHEMES):
-            # Without the value: it may hold a password.
-            raise ValueError(f"has no scheme that is known; start it with {', '.join(_REDIS_SCHEMES)}")
+        if url is not None:
+            from service.cache.redis_store import check_redis_url  # imports the client, which takes a moment
+
+            check_redis_url(url.get_secret_value())
         return url
 
     @model_validator(mode="after")

@@ -116,6 +116,9 @@ class FakeBackend:
         self.encode_gate.set()
         self.decode_gate.set()
 
+    def empty_embedding(self, kind: EmbeddingKind, encoder: EncoderId) -> Tensor:
+        return torch.empty((2, 3) if kind is EmbeddingKind.IMAGE_FEATURES else (1, 2), device="meta")
+
     def image_size(self, encoder: EncoderId) -> int:
         return 2
 
