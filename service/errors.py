@@ -177,6 +177,8 @@ class OutOfDeviceMemoryError(InferenceFailedError):
 
 
 _FROM_MODEL: dict[type[model_errors.ModelError], type[ServiceError]] = {
+    model_errors.UnknownImageFormatError: UnsupportedImageError,
+    model_errors.InvalidImageFileError: InvalidImageError,
     model_errors.InvalidPromptError: InvalidPromptError,
     model_errors.InvalidParamsError: InvalidParamsError,
     model_errors.TaskUnavailableError: TaskUnavailableError,
