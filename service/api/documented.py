@@ -8,7 +8,7 @@ requests from the document, and compares what it allows with what is accepted.
 from collections.abc import Callable
 from typing import Annotated, Any, Final
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from model.generation import BOUNDS, MAX_BEAMS
 
@@ -22,6 +22,13 @@ _ONE_PLACE: Final = r"^(?:[^{]|\{+[^{}])*\{+\}(?:[^{]|\{+[^{}])*\{*$"
 _DEFAULT_BEAMS: Final = 5
 _CHARS: Final[Schema] = {"maxLength": "max_text_chars"}
 _TEXT: Final[Schema] = {**_CHARS, "minLength": 1, "pattern": NOT_BLANK}
+
+
+# A red square of 16 x 16 pixels: the examples can be sent as they are.
+EXAMPLE_IMAGE: Final = (
+    "iVBORw0KGgoAAAANSUhEUgAAABAAAAAQAQMAAAAlPW0iAAAABlBMVEX////cHh7/Hx2WAAAAFElEQVR42mNgQAL8H5gYGDARMgAAI20B"
+    "DofI/jkAAAAASUVORK5CYII="
+)
 
 
 def bound(**keywords: object) -> Change:
@@ -73,19 +80,27 @@ HISTORY: Final = bound_items("max_questions", least=0)
 CANDIDATE_IMAGES: Final = bound_items("max_candidates")
 CANDIDATE_TEXTS: Final = bound_items("max_candidates", each=_TEXT)
 
-NumAnswers = Annotated[int, Field(json_schema_extra=_bound_as("num_return_sequences"))]
+
+def _to_whole(value: object) -> object:
+    """Return 5 for 5.0, which JSON Schema calls an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_to_whole)]
+NumAnswers = Annotated[Integer, Field(json_schema_extra=_bound_as("num_return_sequences"))]
 NumBeams = Annotated[
-    int, Field(description="with do_sample it is 1 unless given", json_schema_extra=_bound_as("num_beams"))
+    Integer,
+    Field(description="with do_sample it is 1 unless given", json_schema_extra=_bound_as("num_beams")),
 ]
 MaxNewTokens = Annotated[
-    int,
+    Integer,
     Field(
         description="of each answer, its end token included",
         json_schema_extra=bound(minimum=1, maximum="max_new_tokens"),
     ),
 ]
 MinNewTokens = Annotated[
-    int,
+    Integer,
     Field(description="at most max_new_tokens", json_schema_extra=bound(minimum=0, maximum="max_new_tokens")),
 ]
 LengthPenalty = Annotated[
@@ -96,7 +111,9 @@ LengthPenalty = Annotated[
     ),
 ]
 RepetitionPenalty = Annotated[float, Field(json_schema_extra=_bound_as("repetition_penalty"))]
-NgramSize = Annotated[int, Field(description="0: off", json_schema_extra=_bound_as("no_repeat_ngram_size"))]
+NgramSize = Annotated[
+    Integer, Field(description="0: off", json_schema_extra=_bound_as("no_repeat_ngram_size"))
+]
 Sampled = Annotated[bool, Field(description="draws answers at random; needs num_beams 1")]
 Temperature = Annotated[float, Field(json_schema_extra=_bound_as("temperature"))]
 TopP = Annotated[
@@ -106,9 +123,9 @@ TopP = Annotated[
         json_schema_extra=_bound_as("top_p"),
     ),
 ]
-TopK = Annotated[int, Field(description="0: off", json_schema_extra=_bound_as("top_k"))]
+TopK = Annotated[Integer, Field(description="0: off", json_schema_extra=_bound_as("top_k"))]
 Seed = Annotated[
-    int | None, Field(description="equal seeds give equal samples", json_schema_extra=_bound_as("seed"))
+    Integer | None, Field(description="equal seeds give equal samples", json_schema_extra=_bound_as("seed"))
 ]
 Logprobs = Annotated[bool, Field(description="return each token with its log-probability")]
 
@@ -141,8 +158,17 @@ def retrieve_rules(schema: Schema) -> None:
     schema["allOf"] = [_exactly_one("text", "image"), {"anyOf": [by_cosine, *across]}]
 
 
-_GIVEN: Final[Schema] = {"not": {"type": "null"}}
+_GIVEN: Final[Schema] = {"type": ["string", "array"]}
 _ABSENT: Final[Schema] = {"type": "null"}
+
+
+def without_null(rule: Any) -> Any:
+    """Return a rule for forms, where a field is given or absent, but never null."""
+    if rule == _ABSENT:
+        return False
+    if isinstance(rule, dict):
+        return {key: without_null(value) for key, value in rule.items() if value != _GIVEN}
+    return [without_null(each) for each in rule] if isinstance(rule, list) else rule
 
 
 def _exactly_one(first: str, second: str) -> Schema:

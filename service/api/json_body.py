@@ -4,7 +4,7 @@ from typing import Any, Final
 
 import pydantic_core
 
-from service.errors import TooManyItemsError
+from service.errors import InvalidRequestError, TooManyItemsError, echo_value
 
 _STRUCTURE: Final = (b",", b"[", b"{")
 
@@ -38,9 +38,8 @@ class ValueLimit:
     def _count_outside_strings(self, data: bytes | bytearray) -> int:
         unescaped = data.replace(b"\\\\", b"").replace(b'\\"', b"")
         # Each string is a value or a key; the split below makes no more pieces than that.
-        self_limit = 2 * self._num_left + 2
-        if unescaped.count(b'"') > 2 * self_limit:
-            return self_limit
+        if unescaped.count(b'"') > 4 * self._num_left + 4:
+            return self._num_left + 1
         return sum(_count(outside, self._num_left) for outside in unescaped.split(b'"')[::2])
 
 
@@ -55,7 +54,20 @@ def _count(data: bytes | bytearray, limit: int) -> int:
     return found
 
 
-def parse_value(text: str, limit: ValueLimit) -> Any:
-    """Parse a JSON text inside a form. Raises ValueError, and TooManyItemsError beyond the limit."""
-    limit.count_json(text.encode())
-    return pydantic_core.from_json(text)
+def parse_objects(name: str, texts: list[str], max_values: int) -> list[Any]:
+    """Parse the JSON texts of one field of a form, within one limit.
+
+    Raises InvalidRequestError, and TooManyItemsError beyond the limit.
+    """
+    limit, parsed = ValueLimit(max_values), []
+    for text in texts:
+        limit.count_json(text.encode())
+        try:
+            parsed.append(pydantic_core.from_json(text))
+        except ValueError as exc:
+            raise InvalidRequestError.of(
+                name,
+                f"{echo_value(text)} is not JSON ({exc}); send an object in {{ and }}, "
+                "and repeat the field for a list",
+            ) from None
+    return parsed

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service.api.disconnect import MAX_TIMEOUT_MS, TIMEOUT_HEADER
+from service.api.documented import without_null
 from service.api.responses import Problem
 from service.api.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
 from service.errors import ServiceError
@@ -103,14 +104,16 @@ def _form_schema(schema: type[Body]) -> dict[str, Any]:
     if images:
         form["required"] = ["image"]
         form["allOf"] = form["allOf"][1:]
+    form["allOf"] = without_null(form["allOf"])
     return form
 
 
 def _not_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a field without its null, and of a list without the single value for it."""
     options = [option for option in schema.get("anyOf", ()) if option.get("type") != "null"]
-    if len(options) != 1:
+    if not options:
         return schema
-    return {**{key: value for key, value in schema.items() if key not in ("anyOf", "default")}, **options[0]}
+    return {**{key: value for key, value in schema.items() if key not in ("anyOf", "default")}, **options[-1]}
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:

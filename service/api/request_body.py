@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from service.api.body_errors import explain
 from service.api.disconnect import deadline_error
-from service.api.json_body import ValueLimit, parse_value
+from service.api.json_body import ValueLimit, parse_objects
 from service.api.schemas import Body
 from service.errors import (
     BodyTooLargeError,
@@ -191,23 +191,15 @@ def _to_fields(parts: dict[str, list[_Part]], schema: type[Body], max_values: in
             raise InvalidRequestError.of(name, f"is sent {len(same)} times; send it once")
         else:
             values: list[Any] = [part.value() for part in same]
-            values = _parse_objects(name, values, max_values) if name in schema.objects else values
-            fields[name] = values if name in schema.lists else values[0]
+            if name in schema.objects:
+                values = parse_objects(name, values, max_values)
+            fields[name] = _flatten(values) if name in schema.lists else values[0]
     return fields
 
 
-def _parse_objects(name: str, texts: list[str], max_values: int) -> list[Any]:
-    limit, parsed = ValueLimit(max_values), []
-    for text in texts:
-        try:
-            parsed.append(parse_value(text, limit))
-        except ValueError as exc:
-            raise InvalidRequestError.of(
-                name,
-                f"{echo_value(text)} is not JSON ({exc}); send an object in {{ and }}, "
-                "and repeat the field for a list",
-            ) from None
-    return parsed
+def _flatten(values: list[Any]) -> list[Any]:
+    """Return the values of a repeated part, in which a list of JSON may stand for several."""
+    return [each for value in values for each in (value if isinstance(value, list) else [value])]
 
 
 class _Form:

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from service.api.disconnect import cancel_on_disconnect_or_deadline, deadline_of
+from service.api.documented import EXAMPLE_IMAGE
 from service.api.middleware import context_of
 from service.api.openapi import PARAMETERS, problem_responses, request_body
 from service.api.request_body import BodyReader
@@ -43,7 +44,7 @@ class InferenceRoutes:
             openapi_extra={
                 "parameters": PARAMETERS,
                 "requestBody": request_body(
-                    CaptionRequest, self._settings, {"image": "iVBORw0KGgo…", "num_captions": 3}
+                    CaptionRequest, self._settings, {"image": EXAMPLE_IMAGE, "num_captions": 3}
                 ),
             },
         )
@@ -59,7 +60,7 @@ class InferenceRoutes:
                 "requestBody": request_body(
                     VqaRequest,
                     self._settings,
-                    {"image": "iVBORw0KGgo…", "question": "what colour is the circle?"},
+                    {"image": EXAMPLE_IMAGE, "question": "what colour is the square?"},
                 ),
             },
         )
@@ -75,7 +76,7 @@ class InferenceRoutes:
                 "requestBody": request_body(
                     RetrieveRequest,
                     self._settings,
-                    {"text": "a red circle", "candidates": {"images": ["iVBORw0KGgo…", "iVBORw0KGgo…"]}},
+                    {"text": "a red square", "candidates": {"images": [EXAMPLE_IMAGE, EXAMPLE_IMAGE]}},
                 ),
             },
         )

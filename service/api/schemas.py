@@ -206,8 +206,10 @@ class RetrieveRequest(Body):
         description="itc: cosines; itm: the matching head; rerank: the best rerank_k by itc, re-scored by "
         "itm. Unset: rerank between an image and texts or a text and images, else itc",
     )
-    rerank_k: int = Field(default=128, ge=1)
-    top_k: int = Field(default=10, ge=1, description="how many results; at most rerank_k in mode rerank")
+    rerank_k: documented.Integer = Field(default=128, ge=1)
+    top_k: documented.Integer = Field(
+        default=10, ge=1, description="how many results; at most rerank_k in mode rerank"
+    )
 
     def uploads(self) -> dict[str, Upload]:
         single = {} if self.image is None else {"image": self.image}
