@@ -29,6 +29,9 @@ def main() -> int:
     try:
         settings = load_settings()
         listener = open_listener(settings.host, settings.port)
+        probe_listener = (
+            None if settings.probe_port is None else open_listener(settings.host, settings.probe_port)
+        )
     except (SettingsError, ListenError) as exc:
         return _report(exc)
     # torch takes seconds to import: errors that can be known before are reported before.
@@ -36,7 +39,7 @@ def main() -> int:
     from service.server import serve
 
     try:
-        serve(settings, listener)
+        serve(settings, listener, probe_listener=probe_listener)
     except FatalError as exc:
         return _report(exc)
     return 0
