@@ -9,14 +9,14 @@ from functools import partial
 import torch
 
 from model.devices import is_out_of_memory
-from service.engine.decode_runner import DecodeRunner
-from service.engine.encoder_runner import EncoderRunner
 from service.engine.image_pool import ImagePool
 from service.engine.isolation import Isolation
-from service.engine.match_runner import MatchRunner, TextEmbedder
 from service.engine.protocols import EngineMetrics, LocalEmbeddingCache
 from service.engine.request import AnyRequest
 from service.engine.request_queue import RequestQueue, Throughput
+from service.engine.runners.decode_runner import DecodeRunner
+from service.engine.runners.encoder_runner import EncoderRunner
+from service.engine.runners.match_runner import MatchRunner, TextEmbedder
 from service.engine.scheduler import Scheduler
 from service.engine.step import DecodeStep, EncodeStep, Step
 from service.errors import NotReadyError, OutOfDeviceMemoryError
