@@ -1,4 +1,7 @@
-"""Image preprocessing: from an image to the pixel values that a vision encoder was trained on."""
+"""Image preprocessing: from an image to the pixel values that a vision encoder was trained on.
+
+image → resize_to_square → pixels, uint8 [S, S, 3] → normalise → pixel_values, float32 [3, S, S]
+"""
 
 import contextlib
 import struct
@@ -41,7 +44,7 @@ class ImagePreprocessor:
         # steps and precisions, because the last bit depends on them.
         levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
         means, stds = (np.array(values, dtype=np.float32)[:, None] for values in (self.mean, self.std))
-        self._normalised = (levels - means) / stds  # [3, 256]
+        self._normalised = torch.from_numpy((levels - means) / stds)  # [3, 256]
 
     def has_equal_output(self, other: "ImagePreprocessor") -> bool:
         """Return whether both produce the same pixels of every image."""
@@ -50,10 +53,20 @@ class ImagePreprocessor:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the [3, S, S] float32 pixel values of an image of any mode; transparency becomes white."""
-        size = (self.image_size, self.image_size)
-        pixels = np.asarray(_to_rgb(image).resize(size, Image.Resampling.BICUBIC))  # [S, S, 3]
-        channels = [table[pixels[..., index]] for index, table in enumerate(self._normalised)]
-        return torch.from_numpy(np.stack(channels))
+        pixels = torch.from_numpy(resize_to_square(image, self.image_size))  # [S, S, 3]
+        return self.normalise(pixels[None])[0]
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Convert [B, S, S, 3] uint8 pixels into [B, 3, S, S] float32 pixel values, on their device."""
+        first_levels = 256 * torch.arange(3, device=pixels.device)[:, None, None]
+        indices = pixels.permute(0, 3, 1, 2).long() + first_levels  # [B, 3, S, S]
+        return torch.take(self._normalised.to(pixels.device), indices)
+
+
+def resize_to_square(image: Image.Image, side: int) -> np.ndarray:
+    """Return the [side, side, 3] uint8 pixels of an image of any mode; transparency becomes white."""
+    resized = _to_rgb(image).resize((side, side), Image.Resampling.BICUBIC)
+    return np.array(resized)  # a copy: torch wants pixels it may write to
 
 
 def make_upright(image: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Image decoding: bytes to an upright image to pixel_values, in CPU threads. Bad input fails here.
+"""Image decoding: bytes to an upright image to its pixels, in CPU threads. Bad input fails here.
 
 Formats: JPEG, PNG, WebP, GIF and TIFF (their first frame), BMP. 16-bit grey is scaled to 8 bits; the
 orientation in EXIF is applied; transparency turns white.
@@ -14,15 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from model.errors import InvalidPixelsError
-from model.preprocess import DAMAGE, make_upright
+from model.preprocess import DAMAGE, make_upright, resize_to_square
 from service.errors import ImageTooLargeError, InvalidImageError, UnsupportedImageError
-from service.model_backend import EncoderId
 
-# To be increased when the same file would be decoded into other pixel_values than before.
+# To be increased when the same file would be decoded into other pixels than before.
 PREPROCESS_VERSION: Final = "1"
 
 _SIGNATURES: Final = {
@@ -46,17 +46,9 @@ class ImageFile:
 
 
 class ImageDecoder:
-    """preprocess: converts an image into pixel_values of an encoder; called in `num_threads` threads."""
+    """Reads and decodes image files in `num_threads` threads."""
 
-    def __init__(
-        self,
-        preprocess: Callable[[Image.Image, EncoderId], Tensor],
-        *,
-        max_bytes: int,
-        max_pixels: int,
-        num_threads: int,
-    ) -> None:
-        self._preprocess = preprocess
+    def __init__(self, *, max_bytes: int, max_pixels: int, num_threads: int) -> None:
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
         # Pillow's own limit is process-wide and only warns up to twice its value; here it is checked always.
@@ -70,9 +62,9 @@ class ImageDecoder:
         """
         return await self._in_thread(self._read, source)
 
-    async def decode_pixels(self, file: ImageFile, encoder: EncoderId) -> Tensor:
-        """Decode a file into [3, S, S] pixel_values. Raises InvalidImageError where the file is damaged."""
-        return await self._in_thread(self._decode_pixels, file, encoder)
+    async def decode_pixels(self, file: ImageFile, image_size: int) -> Tensor:
+        """Decode a file into [S, S, 3] uint8 pixels. Raises InvalidImageError where the file is damaged."""
+        return await self._in_thread(self._decode_pixels, file, image_size)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -87,9 +79,9 @@ class ImageDecoder:
         check_header(source, self._max_pixels)
         return ImageFile(source, hashlib.sha256(source).hexdigest())
 
-    def _decode_pixels(self, file: ImageFile, encoder: EncoderId) -> Tensor:
+    def _decode_pixels(self, file: ImageFile, image_size: int) -> Tensor:
         try:
-            return self._preprocess(decode_image(file.data), encoder)
+            return torch.from_numpy(resize_to_square(decode_image(file.data), image_size))
         except InvalidImageError:
             raise
         except DAMAGE as exc:

@@ -175,8 +175,10 @@ class Inference:
         digest = _digest_for(file, encoder)
         known = cached[digest]
         is_known = required <= known.keys() or EmbeddingKind.IMAGE_FEATURES in known
-        pixel_values = None if is_known else await self._image_decoder.decode_pixels(file, encoder)
-        return ImageInput(digest, pixel_values, known, encoder)
+        if is_known:
+            return ImageInput(digest, None, known, encoder)
+        pixels = await self._image_decoder.decode_pixels(file, self._backend.image_size(encoder))
+        return ImageInput(digest, pixels, known, encoder)
 
 
 def _digest_for(file: ImageFile, encoder: EncoderId) -> str:

@@ -7,7 +7,6 @@ from enum import StrEnum
 from typing import Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from model import (
@@ -77,8 +76,8 @@ class Backend(Protocol):
     @property
     def can_match(self) -> bool: ...
 
-    def preprocess(self, image: Image.Image, encoder: EncoderId) -> Tensor:
-        """Convert an image into the [3, S, S] pixel_values of an encoder, on the CPU."""
+    def image_size(self, encoder: EncoderId) -> int:
+        """Return the side S of the images that an encoder reads, in pixels."""
 
     @property
     def num_query_tokens(self) -> int:
@@ -113,8 +112,8 @@ class Backend(Protocol):
     def free_memory(self) -> None:
         """Release what the allocator caches, after the device ran out of memory."""
 
-    def encode_images(self, pixel_values: Tensor, encoder: EncoderId) -> Tensor:
-        """Encode [B, 3, S, S] into the [B, P, V] image_features of an encoder."""
+    def encode_images(self, pixels: Tensor, encoder: EncoderId) -> Tensor:
+        """Encode [B, S, S, 3] uint8 pixels into the [B, P, V] image_features of an encoder."""
 
     def encode(self, kind: EmbeddingKind, image_features: Tensor) -> Tensor:
         """Compute the [B, ...] embeddings of a kind from [B, P, V] image_features."""
@@ -189,8 +188,8 @@ class Blip2Backend:
     def can_match(self) -> bool:
         return self.matching_model.matcher is not None
 
-    def preprocess(self, image: Image.Image, encoder: EncoderId) -> Tensor:
-        return self._model_of(encoder).preprocess(image)
+    def image_size(self, encoder: EncoderId) -> int:
+        return self._model_of(encoder).image_size
 
     @property
     def num_query_tokens(self) -> int:
@@ -232,8 +231,9 @@ class Blip2Backend:
         if self.generating_model.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def encode_images(self, pixel_values: Tensor, encoder: EncoderId) -> Tensor:
-        return self._model_of(encoder).encode_images(pixel_values)
+    def encode_images(self, pixels: Tensor, encoder: EncoderId) -> Tensor:
+        model = self._model_of(encoder)
+        return model.encode_images(model.preprocess.normalise(pixels))
 
     def encode(self, kind: EmbeddingKind, image_features: Tensor) -> Tensor:
         is_matching = kind is EmbeddingKind.IMAGE_EMBEDS

@@ -46,7 +46,6 @@ class Service:
 def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Service:
     """Build the service; the engine is not started yet. To be called on the event loop."""
     image_decoder = ImageDecoder(
-        backend.preprocess,
         max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
         num_threads=settings.preprocess_threads,

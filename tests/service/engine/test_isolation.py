@@ -200,10 +200,10 @@ def test_images_of_a_bisection_are_freed_when_their_callers_leave() -> None:
     class Held(FakeBackend):
         """Waits for the gate in the second image batch, which is a half of the first."""
 
-        def encode_images(self, pixel_values: Tensor, encoder: EncoderId) -> Tensor:
+        def encode_images(self, pixels: Tensor, encoder: EncoderId) -> Tensor:
             if self.vision_batches:
                 self.encode_gate.clear()
-            return super().encode_images(pixel_values, encoder)
+            return super().encode_images(pixels, encoder)
 
     backend = Held()
     with no_log_records(), running_engine(backend, started=False) as harness:
