@@ -177,6 +177,24 @@ class Blip2(nn.Module):
             case EmbeddingKind.IMAGE_FEATURES:
                 return image_features
 
+    def empty_embedding(self, kind: EmbeddingKind) -> Tensor:
+        """Return a tensor on the device "meta", of the shape and dtype of one image's embedding of a kind.
+
+        Raises TaskUnavailableError where IMAGE_EMBEDS need a matcher and the checkpoint has none.
+        """
+        match kind:
+            case EmbeddingKind.QUERY_OUTPUT:
+                return torch.empty(self.query_tokens.shape[1:], device="meta")
+            case EmbeddingKind.IMAGE_EMBEDS:
+                matcher = self.require_matcher()
+                joint_size = matcher.config.joint_size
+                return torch.empty(matcher.query_tokens.shape[1], joint_size, device="meta")
+            case EmbeddingKind.IMAGE_FEATURES:
+                vision = self.vision_model
+                return torch.empty(
+                    vision.num_image_tokens, vision.hidden_size, dtype=vision.dtype, device="meta"
+                )
+
     def project_queries(self, query_output: Tensor) -> Tensor:
         """Project [B, Q, D] query outputs to [B, Q, L] soft tokens for the language model, float32.
 

@@ -1,20 +1,22 @@
 """Devices: selection, uploads, out-of-memory errors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.errors import DeviceUnavailableError
+from model.errors import DeviceLostError, DeviceUnavailableError
 
 CPU = torch.device("cpu")
+_NOT_INITIALIZED = "CUBLAS_STATUS_NOT_INITIALIZED"  # no room for cuBLAS' workspace, or a lost context
 # torch has an error class for its own GPU allocator alone; these are other allocators' messages.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUBLAS_STATUS_NOT_INITIALIZED",  # raised where its workspace cannot be allocated
+    _NOT_INITIALIZED,
 )
 
 
@@ -31,6 +33,20 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
+
+
+def check_computes(device: torch.device, multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> None:
+    """Raise DeviceLostError unless the device multiplies two small matrices, or only lacks the memory to.
+
+    A lost context and a lack of memory share a message. This distinguishes them once cached memory is free.
+    """
+    try:
+        ones = torch.ones(2, 2, device=device)
+        multiply(ones, ones).tolist()  # waits for the device
+    except RuntimeError as exc:
+        if is_out_of_memory(exc) and _NOT_INITIALIZED not in str(exc):
+            return
+        raise DeviceLostError(f"the device {str(device)!r} fails at a product of 2 x 2: {exc}") from exc
 
 
 def find_device(name: str) -> torch.device:

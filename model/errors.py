@@ -17,6 +17,10 @@ class DeviceUnavailableError(ModelError):
     """The requested device is absent."""
 
 
+class DeviceLostError(ModelError):
+    """The device computes nothing any more; only a new process can use it."""
+
+
 class InvalidPixelsError(ModelError):
     """An image holds samples of unknown range."""
 

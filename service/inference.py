@@ -163,7 +163,7 @@ class Inference:
         files = await _gather_or_cancel(
             _with_field_name(image.field, self._image_decoder.read(image.source)) for image in images
         )
-        known = await self._cache.lookup([_digest_for(file, encoder) for file in files], required)
+        known = await self._cache.lookup([_digest_for(file, encoder) for file in files], required, encoder)
         return await _gather_or_cancel(
             _with_field_name(image.field, self._build_input(file, known, required, encoder))
             for image, file in zip(images, files, strict=True)

@@ -21,6 +21,7 @@ from model import (
     MemoryRequirement,
     check_fits,
 )
+from model.devices import check_computes
 from model.matching import Matcher
 
 
@@ -79,6 +80,9 @@ class Backend(Protocol):
     def image_size(self, encoder: EncoderId) -> int:
         """Return the side S of the images that an encoder reads, in pixels."""
 
+    def empty_embedding(self, kind: EmbeddingKind, encoder: EncoderId) -> Tensor:
+        """Return a tensor on the device "meta" with the shape and dtype of one image's embedding."""
+
     @property
     def num_query_tokens(self) -> int:
         """Number of tokens an image is to the language model."""
@@ -110,7 +114,10 @@ class Backend(Protocol):
         """Wait until the device has done all it was given, so that durations are right."""
 
     def free_memory(self) -> None:
-        """Release what the allocator caches, after the device ran out of memory."""
+        """Release what the allocator caches, after the device ran out of memory.
+
+        Raises model.errors.DeviceLostError where the device then computes nothing at all.
+        """
 
     def encode_images(self, pixels: Tensor, encoder: EncoderId) -> Tensor:
         """Encode [B, S, S, 3] uint8 pixels into the [B, P, V] image_features of an encoder."""
@@ -191,6 +198,10 @@ class Blip2Backend:
     def image_size(self, encoder: EncoderId) -> int:
         return self._model_of(encoder).image_size
 
+    def empty_embedding(self, kind: EmbeddingKind, encoder: EncoderId) -> Tensor:
+        is_matching = kind is EmbeddingKind.IMAGE_EMBEDS
+        return (self.matching_model if is_matching else self._model_of(encoder)).empty_embedding(kind)
+
     @property
     def num_query_tokens(self) -> int:
         return self.generating_model.query_tokens.shape[1]
@@ -230,6 +241,7 @@ class Blip2Backend:
     def free_memory(self) -> None:
         if self.generating_model.device.type == "cuda":
             torch.cuda.empty_cache()
+        check_computes(self.generating_model.device)
 
     def encode_images(self, pixels: Tensor, encoder: EncoderId) -> Tensor:
         model = self._model_of(encoder)

@@ -35,6 +35,7 @@ from model.vision import FAMILIES, VisionEncoder
 
 IMAGE_SIZE = 32
 NUM_QUERY_TOKENS = 8
+QFORMER_WIDTH = 32
 MAX_POSITIONS = 96
 MAX_TEXT_TOKENS = 12
 END = 3  # the id of the newline
@@ -80,7 +81,7 @@ def build_vision_config() -> Blip2VisionConfig:
 
 def build_qformer_config(*, num_hidden_layers: int = 4) -> QFormerConfig:
     return QFormerConfig(
-        hidden_size=32,
+        hidden_size=QFORMER_WIDTH,
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         intermediate_size=64,

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.request_ids import REQUEST_IDS
 from service.runtime.logs import FIELDS
 from service.runtime.metrics import OTHER_ROUTE, ROUTES, Metrics
 from service.runtime.readiness import Readiness, Traffic
@@ -70,6 +71,7 @@ class ContextMiddleware:
             await self._app(scope, receive, send)
             return
         context = RequestContext(_request_id(Headers(scope=scope)))
+        REQUEST_IDS.set((context.request_id,))  # in the context of this request's task, and its children's
         scope.setdefault("state", {})[_STATE_KEY] = context
         status = 500
 

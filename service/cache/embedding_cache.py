@@ -12,6 +12,7 @@ from service.cache.lru import LruTier
 from service.cache.redis_tier import RedisTier
 from service.cache.wire import redis_key
 from service.engine.image_pool import ComputedEmbedding
+from service.model_backend import EncoderId
 
 _BUDGET_S = 1.0  # that a request spends on Redis at most
 
@@ -24,10 +25,17 @@ class CacheCounter(Protocol):
     def __call__(self, tier: str, kind: EmbeddingKind, result: str) -> None: ...
 
 
+class EmptyEmbedding(Protocol):
+    """Return a tensor without storage that has the shape and dtype of the embeddings of one kind."""
+
+    def __call__(self, kind: EmbeddingKind, encoder: EncoderId) -> Tensor: ...
+
+
 class EmbeddingCache:
     """Read on the event loop before the request queue, written after the answer.
 
-    fingerprint, preprocess_version: with the digest of the file they determine an embedding.
+    fingerprint, preprocess_version: with the digest of the file they determine an embedding. expected: what
+    an embedding in Redis must be like.
     """
 
     def __init__(
@@ -37,28 +45,34 @@ class EmbeddingCache:
         *,
         fingerprint: str,
         preprocess_version: str,
+        expected: EmptyEmbedding,
         count: CacheCounter,
     ) -> None:
         self._memory = memory
         self._redis = redis
         self._fingerprint = fingerprint
         self._preprocess_version = preprocess_version
+        self._expected = expected
         self._count = count
 
-    async def lookup(self, digests: Sequence[str], required: frozenset[EmbeddingKind]) -> Lookup:
-        """Look up what is required of each image, or else the image features, to compute it from."""
+    async def lookup(
+        self, digests: Sequence[str], required: frozenset[EmbeddingKind], encoder: EncoderId
+    ) -> Lookup:
+        """Look up what is required of images of one encoder, or else the features, to compute it from."""
         found: Lookup = {digest: {} for digest in digests}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_BUDGET_S):
-                await self._look_up_all(found, required)
+                await self._look_up_all(found, required, encoder)
         return found
 
-    async def _look_up_all(self, found: Lookup, required: frozenset[EmbeddingKind]) -> None:
+    async def _look_up_all(
+        self, found: Lookup, required: frozenset[EmbeddingKind], encoder: EncoderId
+    ) -> None:
         for kind in sorted(required):
-            await self._look_up(kind, found)
+            await self._look_up(kind, found, encoder)
         lacking = {digest: known for digest, known in found.items() if required - known.keys()}
         if lacking and EmbeddingKind.IMAGE_FEATURES not in required:
-            await self._look_up(EmbeddingKind.IMAGE_FEATURES, lacking)
+            await self._look_up(EmbeddingKind.IMAGE_FEATURES, lacking, encoder)
 
     def store(self, computed: Iterable[ComputedEmbedding]) -> None:
         """Schedule writes to Redis; the engine has put the embeddings into this process's memory already."""
@@ -66,11 +80,12 @@ class EmbeddingCache:
             for embedding in computed:
                 self._redis.put(self._key(embedding.digest, embedding.kind), embedding.tensor)
 
-    async def _look_up(self, kind: EmbeddingKind, found: Lookup) -> None:
+    async def _look_up(self, kind: EmbeddingKind, found: Lookup, encoder: EncoderId) -> None:
         lacking = [digest for digest, known in found.items() if not self._get_local(digest, kind, known)]
         if not lacking or self._redis is None:
             return
-        reads = await self._redis.get(kind, [self._key(digest, kind) for digest in lacking])
+        keys = [self._key(digest, kind) for digest in lacking]
+        reads = await self._redis.get(kind, keys, self._expected(kind, encoder))
         for digest, read in zip(lacking, reads, strict=True):
             self._count("redis", kind, read.result)
             if read.tensor is not None:

@@ -4,6 +4,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,10 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class CacheRead:
-    """result: hit, miss, error (Redis failed, or the entry is corrupt), or skipped (the breaker is open)."""
+    """result: hit, miss, error (Redis failed, or the entry is corrupt), or skipped (the breaker is open).
+
+    problem: why the entry is corrupt; "" where it is not.
+    """
 
     tensor: Tensor | None
     result: str
+    problem: str = ""
 
 
 FAILED = CacheRead(None, "error")
@@ -68,7 +73,8 @@ class ReadBatcher:
         num_needed = math.ceil(len(self._pending) / self._per_read)
         for _ in range(min(num_needed, self._max_reads - self._num_readers)):
             self._num_readers += 1
-            reader = asyncio.create_task(self._read_all(), name="redis-reader")
+            # It serves many requests: the context of the first must not be that of its log lines.
+            reader = asyncio.create_task(self._read_all(), name="redis-reader", context=Context())
             self._readers.add(reader)
             reader.add_done_callback(self._readers.discard)
 

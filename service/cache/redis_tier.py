@@ -3,7 +3,8 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
 
 from torch import Tensor
 
@@ -26,6 +27,8 @@ _MAX_WAITING_BYTES = 64 * 2**20
 class RedisTier:
     """Reads on the event loop; writes after the answers, in a task of its own, and drops any excess.
 
+    An entry that is corrupt, or not like the embeddings of this model, counts as an error and is deleted.
+
     count_writes(result, number of values) is called with the result of each write: written, refused (Redis is
     full or read-only), error, skipped (the breaker is open) or dropped (too many bytes waited).
     """
@@ -47,23 +50,32 @@ class RedisTier:
         )
         self._large = ReadBatcher(self._read, per_read=1, max_reads=_MAX_LARGE_READS, budget_s=_READ_BUDGET_S)
         self._waiting: deque[tuple[str, Tensor]] = deque()
+        self._unusable: list[str] = []  # keys to delete
         self._waiting_bytes = 0
         self._writer: asyncio.Task[None] | None = None
         self._is_refused = False
+        self._last_error = ""
 
     @property
     def breaker_open(self) -> bool:
         return self._breaker.is_open
 
     async def ping(self) -> None:
-        """Log a warning where Redis does not answer; it is used all the same, as soon as it does."""
+        """Log a warning where Redis cannot be used; it is used all the same, as soon as it can."""
         (read,) = await self._small.get(["blip2:greeting"])
         if read.result == "error":
-            logger.warning("Redis does not answer; until it does, embeddings are kept in this process alone")
+            logger.warning(
+                "Redis %s; meanwhile embeddings are kept in this process alone",
+                self._last_error or "does not answer",
+            )
 
-    async def get(self, kind: EmbeddingKind, keys: Sequence[str]) -> list[CacheRead]:
-        """Read values of one kind within a second, batched with the reads of other requests."""
-        return await (self._large if kind in _LARGE else self._small).get(keys)
+    async def get(self, kind: EmbeddingKind, keys: Sequence[str], expected: Tensor) -> list[CacheRead]:
+        """Read values of one kind within a second, batched with the reads of other requests.
+
+        expected: a tensor of the shape and dtype of this kind, for instance on the device "meta".
+        """
+        reads = await (self._large if kind in _LARGE else self._small).get(keys)
+        return [self._check(key, read, expected) for key, read in zip(keys, reads, strict=True)]
 
     def put(self, key: str, tensor: Tensor) -> None:
         """Schedule a tensor to be written; drop it where too many bytes wait already."""
@@ -72,8 +84,7 @@ class RedisTier:
             return
         self._waiting.append((key, tensor))
         self._waiting_bytes += tensor.nbytes
-        if self._writer is None or self._writer.done():
-            self._writer = asyncio.create_task(self._write_all(), name="redis-writer")
+        self._start_writer()
 
     async def aclose(self, timeout_s: float) -> None:
         """Write what waits, within the time-out, and close the store."""
@@ -83,6 +94,15 @@ class RedisTier:
         await self._small.aclose()
         await self._large.aclose()
         await self._store.aclose()
+
+    def _check(self, key: str, read: CacheRead, expected: Tensor) -> CacheRead:
+        problem = read.problem or (read.tensor is not None and _difference(read.tensor, expected))
+        if not problem:
+            return read
+        logger.warning("an entry in Redis is not used and is deleted: %s", problem)
+        self._unusable.append(key)
+        self._start_writer()
+        return FAILED
 
     async def _read(self, keys: Sequence[str]) -> list[CacheRead]:
         if not self._breaker.allow():
@@ -99,17 +119,27 @@ class RedisTier:
         self._report_success()
         return [_read_value(key, value) for key, value in zip(keys, values, strict=True)]
 
+    def _start_writer(self) -> None:
+        if self._writer is None or self._writer.done():
+            # It serves many requests: the context of the first must not be that of its log lines.
+            self._writer = asyncio.create_task(self._write_all(), name="redis-writer", context=Context())
+
     async def _write_all(self) -> None:
-        while self._waiting:
+        while self._unusable or self._waiting:
+            keys, self._unusable = self._unusable, []
+            if keys:  # first, or it would delete what replaces an entry
+                await self._change(self._store.delete_many, keys)
             batch = [self._waiting.popleft() for _ in range(min(_VALUES_PER_WRITE, len(self._waiting)))]
             self._waiting_bytes -= sum(tensor.nbytes for _, tensor in batch)
-            self._count_writes(await self._write(batch), len(batch))
+            if batch:
+                values = {key: pack(key, tensor) for key, tensor in batch}
+                self._count_writes(await self._change(self._store.set_many, values, self._ttl_s), len(batch))
 
-    async def _write(self, batch: Sequence[tuple[str, Tensor]]) -> str:
+    async def _change(self, change: Callable[..., Awaitable[None]], *args: object) -> str:
         if not self._breaker.allow():
             return "skipped"
         try:
-            await self._store.set_many({key: pack(key, tensor) for key, tensor in batch}, self._ttl_s)
+            await change(*args)
         except RefusedError as exc:
             self._report_success()  # it answers, and what it holds can be read
             self._report_refusal(exc)
@@ -135,10 +165,10 @@ class RedisTier:
         self._breaker.succeeded()
 
     def _report_failure(self, error: Exception) -> None:
-        was_open = self._breaker.is_open
+        was_open, self._last_error = self._breaker.is_open, str(error) or "does not answer in time"
         self._breaker.failed()
         if self._breaker.is_open and not was_open:
-            logger.warning("Redis fails; the circuit breaker keeps it out for a while: %s", error)
+            logger.warning("the circuit breaker keeps Redis out for a while: it %s", self._last_error)
 
 
 def _read_value(key: str, value: bytes | None) -> CacheRead:
@@ -147,5 +177,14 @@ def _read_value(key: str, value: bytes | None) -> CacheRead:
     try:
         return CacheRead(unpack(key, value), "hit")
     except WireError as exc:
-        logger.warning("an entry in Redis is ignored: %s", exc)
-        return CacheRead(None, "error")
+        return CacheRead(None, "error", problem=str(exc))
+
+
+def _difference(tensor: Tensor, expected: Tensor) -> str:
+    """Return why a tensor cannot be an embedding like the expected one; "" if it can."""
+    if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+        return (
+            f"it is {list(tensor.shape)} of {tensor.dtype}, and this model's are {list(expected.shape)} of "
+            f"{expected.dtype}"
+        )
+    return "" if bool(tensor.isfinite().all()) else "it holds numbers that are not finite"

@@ -33,7 +33,10 @@ def pack(key: str, tensor: Tensor) -> bytes:
 
 
 def unpack(key: str, data: bytes) -> Tensor:
-    """Deserialize a tensor. Raises WireError where magic, version, size, checksum or key is wrong."""
+    """Deserialize a tensor.
+
+    Raises WireError where magic, version, size, checksum or key is wrong, or it has no elements.
+    """
     if len(data) < _START:
         raise WireError(f"{len(data)} bytes are shorter than the header")
     magic, version, dtype_index, num_dims, *shape = _HEADER.unpack_from(data)
@@ -42,7 +45,7 @@ def unpack(key: str, data: bytes) -> Tensor:
         raise WireError("the header is not of this version")
     dtype, shape = _DTYPES[dtype_index], shape[:num_dims]
     body = memoryview(data)[_START:]
-    if len(body) != math.prod(shape) * dtype.itemsize:
+    if not body or len(body) != math.prod(shape) * dtype.itemsize:
         raise WireError(f"{len(body)} bytes do not hold {shape} of {dtype}")
     if _checksum(key, data[: _HEADER.size], body) != checksum:
         raise WireError("the checksum differs")

@@ -21,6 +21,7 @@ from service.engine.scheduler import Scheduler
 from service.engine.step import DecodeStep, EncodeStep, Step
 from service.errors import NotReadyError, OutOfDeviceMemoryError
 from service.model_backend import Backend
+from service.request_ids import REQUEST_IDS, logged_for
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,11 @@ class Engine:
         return sum(request.num_items for request in self._scheduler.requests)
 
     @property
+    def request_ids(self) -> tuple[str, ...]:
+        """The ids of the requests that were taken from the queue and are not answered yet."""
+        return _ids_of(self._scheduler.requests)
+
+    @property
     def num_images(self) -> int:
         """Number of images held on the device for the running requests."""
         return len(self._pool)
@@ -110,6 +116,7 @@ class Engine:
                     self._heartbeat = None
         finally:
             self._has_ended, self._heartbeat = True, None
+            REQUEST_IDS.set(_ids_of(self._scheduler.requests))  # for the traceback, where the thread dies
             # Also where the device was lost: nobody may wait for an answer that cannot come.
             _refuse(self._queue.close("the engine has stopped; this process must be restarted"))
             _refuse(self._scheduler.requests)
@@ -126,7 +133,7 @@ class Engine:
 
     def _admit(self) -> None:
         while request := self._scheduler.admit(self._queue):
-            if error := self._attempt(partial(self._acquire_images, request)):
+            if error := self._attempt(partial(self._acquire_images, request), lambda: [request]):
                 request.fail(_image_error(error))
 
     def _acquire_images(self, request: AnyRequest) -> None:
@@ -137,7 +144,7 @@ class Engine:
 
     def _run_and_update(self, step: Step) -> None:
         started = time.monotonic()
-        error = self._attempt(partial(self._run, step))
+        error = self._attempt(partial(self._run, step), lambda: _served_by(step, self._scheduler.requests))
         if error is not None:
             if isinstance(step, DecodeStep):
                 self._decode_runner.reset()
@@ -154,18 +161,36 @@ class Engine:
         else:
             self._match_runner.run(step)
 
-    def _attempt(self, work: Callable[[], None]) -> Exception | None:
-        """Run `work`; return the error it raised, unless the device is lost: that ends the thread."""
+    def _attempt(
+        self, work: Callable[[], None], served: Callable[[], Iterable[AnyRequest]]
+    ) -> Exception | None:
+        """Run `work`; return the error it raised, unless the device is lost: that ends the thread.
+
+        served: returns the requests that the work is for.
+        """
         failure: Exception | None = None
         try:
             work()
         except Exception as exc:  # the only broad one that is not raised again
             if isinstance(exc, torch.AcceleratorError) and not is_out_of_memory(exc):
                 raise  # the device's context is lost: nothing can run any more, and /livez must show it
-            logger.warning("a step of the engine failed", exc_info=exc)
+            with logged_for(_ids_of(served())):
+                logger.warning("a step of the engine failed", exc_info=exc)
             failure = exc.with_traceback(None)  # its frames hold device tensors
         self._heartbeat = time.monotonic()
         return failure
+
+
+def _ids_of(requests: Iterable[AnyRequest]) -> tuple[str, ...]:
+    """Return the ids of requests, for log lines."""
+    return tuple(request_id for request in requests for request_id in request.request_ids)
+
+
+def _served_by(step: Step, requests: Iterable[AnyRequest]) -> list[AnyRequest]:
+    """Return the requests that a step is for, among all that are admitted."""
+    if isinstance(step, EncodeStep):
+        return [request for request in requests if not set(step.items).isdisjoint(request.images)]
+    return [item.request for item in step.items]
 
 
 def _image_error(error: Exception) -> Exception:

@@ -10,6 +10,7 @@ from typing import Any, Final, Generic, TypeVar
 from model import EmbeddingKind, Generation, GenerationParams
 from service.engine.image_pool import ComputedEmbedding, EncodedImage, ImageInput
 from service.errors import for_caller
+from service.request_ids import REQUEST_IDS
 
 MAX_SHORT_TOKENS: Final = 32
 
@@ -154,7 +155,8 @@ class Request(Generic[T]):
 
     deadline, submitted, admitted, work_started: readings of the monotonic clock, in seconds.
     num_items: what the queue counts: captions, questions or candidates. image_cached: see `Answer`.
-    holds_rows: whether one of its sequences has entered the decoder.
+    holds_rows: whether one of its sequences has entered the decoder. request_ids: for log lines; one where
+    a caller sent it.
     """
 
     inputs: GenerateInput | MatchInput
@@ -168,6 +170,7 @@ class Request(Generic[T]):
     admitted: float | None = None
     work_started: float | None = None
     max_rows: int = 1
+    request_ids: tuple[str, ...] = field(default_factory=REQUEST_IDS.get)
     _claim_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property

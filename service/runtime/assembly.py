@@ -56,6 +56,7 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Service:
         redis,
         fingerprint=backend.fingerprint,
         preprocess_version=PREPROCESS_VERSION,
+        expected=backend.empty_embedding,
         count=metrics.count_lookup,
     )
     throughput = Throughput()

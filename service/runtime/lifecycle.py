@@ -10,6 +10,7 @@ from typing import Final
 from model import ModelError
 from service.engine.engine import Engine
 from service.model_backend import Backend
+from service.request_ids import logged_for
 from service.runtime.assembly import assemble
 from service.runtime.logs import FIELDS
 from service.runtime.metrics import Metrics
@@ -118,7 +119,7 @@ class Lifecycle:
             if not service.engine.is_alive:
                 raise StartupError(str(exc)) from exc
             return
-        readiness.stall_timeout_s = timeout_s = self._stall_timeout_s(service.engine.longest_step_s)
+        readiness.is_watched, timeout_s = True, self._stall_timeout_s(service.engine.longest_step_s)
         self._watching = asyncio.create_task(self._await_loss(service.engine, timeout_s), name="watchdog")
         readiness.is_started = True
         self._on_ready(backend)
@@ -126,7 +127,8 @@ class Lifecycle:
     async def _await_loss(self, engine: Engine, stall_timeout_s: float) -> None:
         reason = await wait_until_lost(engine, self.readiness, stall_timeout_s)
         self.readiness.lost_reason = reason
-        logger.critical("the engine is lost: %s", reason, extra={FIELDS: {"stacks": thread_stacks()}})
+        with logged_for(engine.request_ids):
+            logger.critical("the engine is lost: %s", reason, extra={FIELDS: {"stacks": thread_stacks()}})
         engine.abort_all(reason)
         await self._traffic.wait_idle(_LAST_ANSWERS_S)
         await asyncio.sleep(_LAST_PROBES_S)
@@ -153,7 +155,7 @@ class Lifecycle:
             if not is_lost:  # else it still has to report that the process must end
                 self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        self.readiness.stall_timeout_s = None  # an engine that was stopped is not lost
+        self.readiness.is_watched = False  # an engine that was stopped is not lost
         if self.readiness.service is not None and not is_lost:
             await asyncio.to_thread(self.readiness.service.stop_engine)
 

@@ -7,11 +7,18 @@ import threading
 from datetime import UTC, datetime
 from typing import Final
 
+from service.request_ids import REQUEST_IDS
+
+_MAX_IDS: Final = 64  # of one line; a step of the engine may serve more requests
+
 FIELDS: Final = "fields"  # logger.info("request", extra={FIELDS: {…}}) puts the fields beside the message
 
 
 class JsonFormatter(logging.Formatter):
-    """time, level, logger, message, the extra fields, and the traceback of an error."""
+    """time, level, logger, message, the extra fields, and the traceback of an error.
+
+    request_id: of the request that the line concerns; request_ids: of several.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -19,11 +26,17 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
+            **_request_ids(),
             **getattr(record, FIELDS, {}),
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def _request_ids() -> dict[str, object]:
+    ids = REQUEST_IDS.get()
+    return {"request_id": ids[0]} if len(ids) == 1 else {"request_ids": ids[:_MAX_IDS]} if ids else {}
 
 
 def configure_logs(level: str) -> None:

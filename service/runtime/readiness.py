@@ -42,14 +42,15 @@ class Traffic:
 class Readiness:
     """The state of the service from loading to draining.
 
-    service: the assembled parts, once the model is loaded. stall_timeout_s: how long the engine may make no
-    progress while it has something to do; None while it is not watched. lost_reason: why it is lost for good.
+    service: the assembled parts, once the model is loaded. is_watched: whether the watchdog runs, which sets
+    stall_reason while the engine makes no progress. lost_reason: why the engine is lost for good.
     not_ready_reason: what start-up waits for, or what failed.
     """
 
     def __init__(self) -> None:
         self.service: Service | None = None
-        self.stall_timeout_s: float | None = None
+        self.is_watched = False
+        self.stall_reason: str | None = None
         self.lost_reason: str | None = None
         self.not_ready_reason = "the weights are being loaded"
         self.is_started = False
@@ -71,17 +72,11 @@ class Readiness:
     @property
     def engine_problem(self) -> str | None:
         """Why the engine is lost or stalled; None while it makes progress or has nothing to do."""
-        if self.lost_reason or self.service is None or self.stall_timeout_s is None:
+        if self.lost_reason or self.service is None or not self.is_watched:
             return self.lost_reason
         if not self.service.engine.is_alive:
             return "the engine's thread has died; this process must be restarted"
-        age_s = self.service.engine.heartbeat_age_s()
-        if age_s > self.stall_timeout_s:
-            return (
-                f"the engine has made no progress for {age_s:.1f} s, the limit is "
-                f"{self.stall_timeout_s:g} s; this process must be restarted (BLIP2_STALL_TIMEOUT_MS)"
-            )
-        return None
+        return self.stall_reason
 
     def check_started(self) -> None:
         """Raise NotReadyError until the weights are loaded and have passed their self-test."""

@@ -8,7 +8,6 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "BLIP2_"
-_REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
 class SettingsError(Exception):
@@ -98,9 +97,10 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _check_redis_url(cls, url: SecretStr | None) -> SecretStr | None:
-        if url is not None and not url.get_secret_value().startswith(_REDIS_SCHEMES):
-            # Without the value: it may hold a password.
-            raise ValueError(f"has no scheme that is known; start it with {', '.join(_REDIS_SCHEMES)}")
+        if url is not None:
+            from service.cache.redis_store import check_redis_url  # imports the client, which takes a moment
+
+            check_redis_url(url.get_secret_value())
         return url
 
     @model_validator(mode="after")

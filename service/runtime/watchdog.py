@@ -17,7 +17,8 @@ _PAUSE_S: Final = 1.0  # a check that comes so much too late shows that the whol
 async def wait_until_lost(engine: Engine, readiness: Readiness, stall_timeout_s: float) -> str:
     """Return the reason once the engine is dead, or stalled for longer than the time-out.
 
-    After a pause of the whole process, in which nothing could run, the time-out starts anew.
+    Only this loop declares a stall: after a pause of the whole process, in which nothing could run, the
+    time-out starts anew, and a probe that is answered first must not take the pause for a stall.
     """
     interval_s, ignored_until = min(_INTERVAL_S, stall_timeout_s / 4), 0.0
     while True:
@@ -26,8 +27,13 @@ async def wait_until_lost(engine: Engine, readiness: Readiness, stall_timeout_s:
         now = time.monotonic()
         if now - before > interval_s + _PAUSE_S:
             ignored_until = now + stall_timeout_s
-        problem = readiness.engine_problem
-        if problem and (now >= ignored_until or not engine.is_alive):
+        age_s = engine.heartbeat_age_s()
+        if age_s > stall_timeout_s and now >= ignored_until:
+            readiness.stall_reason = (
+                f"the engine has made no progress for {age_s:.1f} s, the limit is {stall_timeout_s:g} s; "
+                "this process must be restarted (BLIP2_STALL_TIMEOUT_MS)"
+            )
+        if problem := readiness.engine_problem:
             return problem
 
 

@@ -7,7 +7,10 @@ from typing import Any
 import httpx
 import pytest
 import redis as redis_client
+import torch
 
+from service.cache.wire import pack
+from tests.builders import NUM_QUERY_TOKENS, QFORMER_WIDTH
 from tests.integration.pictures import in_base64, picture
 from tests.integration.processes import RedisProcess, ServiceProcess, poll, redis_server, service
 
@@ -214,3 +217,39 @@ def test_redis_absent_at_the_start_is_no_reason_not_to_serve(
         server.terminate()
         assert server.wait() == 0
         assert "secret-word" not in server.errors + server.output
+
+
+@pytest.mark.parametrize("url", ["redis://:secret-word@{place}", "redis://{place}"])
+def test_a_wrong_password_is_named_as_the_reason(random_checkpoint: Path, tmp_path: Path, url: str) -> None:
+    with redis_server() as own, redis_client.Redis.from_url(own.url) as client:
+        client.config_set("requirepass", "another-word")
+        place = own.url.removeprefix("redis://")
+        with service(tmp_path, model=random_checkpoint, redis_url=url.format(place=place)) as server:
+            caption(server, 1)
+            assert "Redis refuses the user or the password of BLIP2_REDIS_URL" in server.errors
+            assert "secret-word" not in server.errors
+
+
+WRONG_TENSORS: dict[str, torch.Tensor] = {
+    "another shape": torch.zeros(7, 5),
+    "no elements": torch.zeros(0, 5),
+    "not numbers": torch.full((NUM_QUERY_TOKENS, QFORMER_WIDTH), float("nan")),
+    "another dtype": torch.zeros(NUM_QUERY_TOKENS, QFORMER_WIDTH, dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_TENSORS)
+def test_an_entry_with_a_right_checksum_that_is_no_embedding_is_computed_anew_and_replaced(
+    redis: RedisProcess, first: ServiceProcess, second: ServiceProcess, wrong: str
+) -> None:
+    flush(redis)
+    computed = caption(first, 7, wrong)
+    wait_for_keys(redis, 1)
+    with redis_client.Redis.from_url(redis.url) as client:
+        (key,) = client.keys()
+        right = client.get(key)
+        client.set(key, pack(key.decode(), WRONG_TENSORS[wrong]))
+        again = caption(second, 7, wrong)
+        assert (again["captions"], again["image_cached"]) == (computed["captions"], False)
+        poll(lambda: client.get(key) == right, 30, "the right entry")
+    assert "is not used and is deleted" in second.errors

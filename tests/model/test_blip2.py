@@ -124,6 +124,18 @@ def test_each_kind_of_embedding_is_computed_from_image_features(blip2: Blip2) ->
     assert torch.equal(blip2.project(query_output[0]), blip2.project_queries(query_output[:1])[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_an_empty_embedding_has_the_shape_and_dtype_of_computed_ones(
+    random_checkpoint: Path, dtype: torch.dtype
+) -> None:
+    blip2 = Blip2.from_pretrained(str(random_checkpoint), LoadOptions(dtype=dtype))
+    image_features = blip2.encode_images(random_pixels(1))
+    for kind in EmbeddingKind:
+        computed, empty = blip2.encode(kind, image_features)[0], blip2.empty_embedding(kind)
+        assert (empty.shape, empty.dtype) == (computed.shape, computed.dtype)
+
+
 def test_embeddings_of_an_absent_matcher_are_refused() -> None:
     blip2 = Blip2(build_components(), name="no-matcher")
     with pytest.raises(TaskUnavailableError, match="'no-matcher' has no ITC and ITM heads"):

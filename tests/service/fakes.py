@@ -119,6 +119,9 @@ class FakeBackend:
     def image_size(self, encoder: EncoderId) -> int:
         return 2
 
+    def empty_embedding(self, kind: EmbeddingKind, encoder: EncoderId) -> Tensor:
+        return torch.empty((2, 3) if kind is EmbeddingKind.IMAGE_FEATURES else (1, 2), device="meta")
+
     def caption_prompt(self) -> str:
         return "a photo"
 

@@ -15,6 +15,9 @@ from service.cache.redis_tier import RedisTier
 from service.cache.wire import pack
 from tests.service.running import until_async
 
+KIND = EmbeddingKind.QUERY_OUTPUT
+EXPECTED = torch.empty(2, device="meta")
+
 
 class FakeStore:
     """Keeps bytes in a dictionary; failing, it raises; hanging, it never answers."""
@@ -46,6 +49,13 @@ class FakeStore:
             raise RefusedError("OOM command not allowed when used memory > 'maxmemory'.")
         self.values.update(items)
 
+    async def delete_many(self, keys: Sequence[str]) -> None:
+        await self._misbehave()
+        if self.refusing:
+            raise RefusedError("READONLY You can't write against a read only replica.")
+        for key in keys:
+            self.values.pop(key, None)
+
     async def aclose(self) -> None:
         self.closed = True
 
@@ -54,7 +64,7 @@ class FakeStore:
             await asyncio.Event().wait()
         await asyncio.sleep(0)
         if self.failing:
-            raise StoreError("down")
+            raise StoreError("is down")
 
 
 def tier(store: FakeStore, clock: Callable[[], float] = lambda: 0.0) -> RedisTier:
@@ -64,7 +74,7 @@ def tier(store: FakeStore, clock: Callable[[], float] = lambda: 0.0) -> RedisTie
 async def test_hits_and_misses_come_back_in_the_order_of_the_keys() -> None:
     store = FakeStore()
     store.values = {"b": pack("b", torch.ones(2))}
-    reads = await tier(store).get(EmbeddingKind.QUERY_OUTPUT, ["a", "b", "c"])
+    reads = await tier(store).get(EmbeddingKind.QUERY_OUTPUT, ["a", "b", "c"], EXPECTED)
     assert [read.result for read in reads] == ["miss", "hit", "miss"]
     assert reads[1].tensor is not None
     assert reads[1].tensor.tolist() == [1, 1]
@@ -73,22 +83,22 @@ async def test_hits_and_misses_come_back_in_the_order_of_the_keys() -> None:
 async def test_small_values_are_read_many_at_once_and_large_ones_one_by_one() -> None:
     store = FakeStore()
     under_test = tier(store)
-    await under_test.get(EmbeddingKind.QUERY_OUTPUT, [str(index) for index in range(70)])
+    await under_test.get(EmbeddingKind.QUERY_OUTPUT, [str(index) for index in range(70)], EXPECTED)
     assert store.reads == [32, 32, 6]
     store.reads.clear()
-    await under_test.get(EmbeddingKind.IMAGE_FEATURES, [str(index) for index in range(20)])
+    await under_test.get(EmbeddingKind.IMAGE_FEATURES, [str(index) for index in range(20)], EXPECTED)
     assert store.reads == [1] * 20
     assert store.most_concurrent <= 8
 
 
 async def test_requests_that_come_while_one_is_read_share_the_next_round_trip() -> None:
     store = FakeStore()
-    store.values = {str(index): pack(str(index), torch.tensor([float(index)])) for index in range(10)}
+    store.values = {str(index): pack(str(index), torch.full((2,), float(index))) for index in range(10)}
     under_test = tier(store)
     reads = await asyncio.gather(
-        *(under_test.get(EmbeddingKind.QUERY_OUTPUT, [str(index)]) for index in range(10))
+        *(under_test.get(EmbeddingKind.QUERY_OUTPUT, [str(index)], EXPECTED) for index in range(10))
     )
-    assert [read.tensor.item() for (read,) in reads if read.tensor is not None] == list(range(10))
+    assert [read.tensor[0].item() for (read,) in reads if read.tensor is not None] == list(range(10))
     assert sum(store.reads) == 10
     assert len(store.reads) <= 3
 
@@ -110,8 +120,8 @@ async def test_a_request_that_is_given_up_costs_the_others_nothing() -> None:
     store = FakeStore()
     store.values = {"b": pack("b", torch.ones(2))}
     under_test = tier(store)
-    given_up = asyncio.create_task(under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"]))
-    kept = asyncio.create_task(under_test.get(EmbeddingKind.QUERY_OUTPUT, ["b"]))
+    given_up = asyncio.create_task(under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"], EXPECTED))
+    kept = asyncio.create_task(under_test.get(EmbeddingKind.QUERY_OUTPUT, ["b"], EXPECTED))
     await asyncio.sleep(0)
     given_up.cancel()
     assert [read.result for read in await kept] == ["hit"]
@@ -128,7 +138,9 @@ async def test_a_store_that_refuses_writes_is_read_all_the_same() -> None:
     for index in range(100):
         under_test.put(str(index), torch.ones(2))
     await until_async(lambda: counts["refused"] == 100)
-    assert [read.result for read in await under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"])] == ["hit"]
+    assert [read.result for read in await under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"], EXPECTED)] == [
+        "hit"
+    ]
     store.refusing = False
     under_test.put("b", torch.ones(2))
     await under_test.aclose(5)
@@ -142,13 +154,13 @@ async def test_a_store_that_does_not_answer_at_the_start_is_told_of_in_the_log(
     store = FakeStore()
     store.failing = failing
     await tier(store).ping()
-    assert ("Redis does not answer" in caplog.text) is failing
+    assert ("Redis is down" in caplog.text) is failing
 
 
 async def test_a_corrupt_entry_is_an_error_and_gives_no_tensor() -> None:
     store = FakeStore()
     store.values = {"a": b"garbage", "b": pack("b", torch.ones(2))[:-1] + b"\xff"}
-    reads = await tier(store).get(EmbeddingKind.QUERY_OUTPUT, ["a", "b"])
+    reads = await tier(store).get(EmbeddingKind.QUERY_OUTPUT, ["a", "b"], EXPECTED)
     assert [(read.result, read.tensor) for read in reads] == [("error", None)] * 2
 
 
@@ -157,9 +169,13 @@ async def test_a_store_that_fails_gives_errors_then_is_left_alone() -> None:
     store.failing = True
     under_test = tier(store)
     for _ in range(5):
-        assert [read.result for read in await under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"])] == ["error"]
+        assert [
+            read.result for read in await under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"], EXPECTED)
+        ] == ["error"]
     assert under_test.breaker_open
-    assert [read.result for read in await under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"])] == ["skipped"]
+    assert [read.result for read in await under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"], EXPECTED)] == [
+        "skipped"
+    ]
     assert len(store.reads) == 5
 
 
@@ -169,10 +185,12 @@ async def test_a_store_that_comes_back_is_used_again() -> None:
     under_test = tier(store, lambda: now)
     store.failing = True
     for _ in range(5):
-        await under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"])
+        await under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"], EXPECTED)
     store.failing = False
     now = 2.0
-    assert [read.result for read in await under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"])] == ["miss"]
+    assert [read.result for read in await under_test.get(EmbeddingKind.QUERY_OUTPUT, ["a"], EXPECTED)] == [
+        "miss"
+    ]
     assert not under_test.breaker_open
 
 
@@ -180,7 +198,9 @@ async def test_a_store_that_hangs_costs_a_second_at_most() -> None:
     store = FakeStore()
     store.hanging = True
     async with asyncio.timeout(10):
-        reads = await tier(store).get(EmbeddingKind.IMAGE_FEATURES, [str(index) for index in range(30)])
+        reads = await tier(store).get(
+            EmbeddingKind.IMAGE_FEATURES, [str(index) for index in range(30)], EXPECTED
+        )
     assert [read.result for read in reads] == ["error"] * 30
     await until_async(lambda: store.concurrent == 0)
 
@@ -229,3 +249,50 @@ async def test_writes_to_a_store_that_fails_are_dropped() -> None:
     await under_test.aclose(5)
     assert under_test.breaker_open
     assert store.num_writes == 5
+
+
+BAD_TENSORS = {
+    "another shape": torch.ones(3),
+    "more dimensions": torch.ones(2, 1),
+    "another dtype": torch.ones(2, dtype=torch.float16),
+    "not a number": torch.tensor([1.0, float("nan")]),
+    "infinite": torch.tensor([float("-inf"), 1.0]),
+    "no dimensions": torch.tensor(1.0),
+}
+
+
+@pytest.mark.parametrize("kind", [EmbeddingKind.QUERY_OUTPUT, EmbeddingKind.IMAGE_FEATURES])
+@pytest.mark.parametrize("bad", BAD_TENSORS)
+async def test_an_entry_unlike_the_models_embeddings_is_not_used_and_is_deleted(
+    bad: str, kind: EmbeddingKind, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FakeStore()
+    store.values = {"a": pack("a", BAD_TENSORS[bad]), "b": pack("b", torch.ones(2))}
+    under_test = tier(store)
+    assert [read.result for read in await under_test.get(kind, ["a", "b"], EXPECTED)] == ["error", "hit"]
+    assert "is not used and is deleted" in caplog.text
+    await until_async(lambda: "a" not in store.values)
+    assert "b" in store.values
+    assert not under_test.breaker_open
+
+
+@pytest.mark.parametrize("value", [b"", b"garbage", pack("other", torch.ones(2))])
+async def test_a_corrupt_entry_is_deleted_and_what_replaces_it_stays(value: bytes) -> None:
+    store = FakeStore()
+    store.values = {"a": value}
+    under_test = tier(store)
+    assert [read.result for read in await under_test.get(KIND, ["a"], EXPECTED)] == ["error"]
+    under_test.put("a", torch.ones(2))
+    await under_test.aclose(5)
+    assert store.values == {"a": pack("a", torch.ones(2))}
+
+
+async def test_while_nothing_can_be_deleted_bad_entries_are_still_not_used() -> None:
+    store = FakeStore()
+    store.values = {"a": pack("a", torch.ones(3))}
+    store.refusing = True
+    under_test = tier(store)
+    for _ in range(3):
+        assert [read.result for read in await under_test.get(KIND, ["a"], EXPECTED)] == ["error"]
+    await under_test.aclose(5)
+    assert not under_test.breaker_open

@@ -48,6 +48,12 @@ def test_other_bytes_are_refused(data: bytes) -> None:
         unpack("key", data)
 
 
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (2, 0, 4)])
+def test_a_tensor_without_elements_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(WireError):
+        unpack("key", pack("key", torch.zeros(shape)))
+
+
 def test_the_value_of_another_key_is_refused() -> None:
     data = pack("one", torch.ones(3))
     assert unpack("one", data).tolist() == [1, 1, 1]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from model import DecodeRequest, EmbeddingKind, GenerationParams
+from model.errors import DeviceLostError
 from service.engine.image_pool import ImageInput
 from service.engine.request import Mode
-from service.errors import InferenceFailedError, OutOfDeviceMemoryError
+from service.errors import InferenceFailedError, NotReadyError, OutOfDeviceMemoryError
 from service.model_backend import EncoderId
 from tests.service.fakes import (
     POISON_RED,
@@ -134,6 +135,21 @@ def test_memory_that_runs_out_while_a_request_is_admitted_is_told_as_such() -> N
         with pytest.raises(OutOfDeviceMemoryError, match="images"):
             request.future.result(TIMEOUT_S)
         assert harness.engine.is_alive
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it is meant to die
+def test_a_device_that_is_lost_under_the_message_of_missing_memory_ends_the_engine() -> None:
+    class Lost(FakeBackend):
+        def free_memory(self) -> None:
+            raise DeviceLostError("the device fails at a product of 2 x 2")
+
+    with running_engine(Lost(memory_rows=1), started=False) as harness:
+        requests = [harness.caption(red) for red in (20, 21)]
+        harness.engine.start()
+        for request in requests:
+            with pytest.raises(NotReadyError):
+                request.future.result(TIMEOUT_S)
+        until(lambda: not harness.engine.is_alive)
 
 
 def test_a_failed_trial_that_cannot_begin_loses_nobody() -> None:

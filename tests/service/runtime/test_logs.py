@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 
+from service.request_ids import logged_for
 from service.runtime.logs import FIELDS, JsonFormatter
 
 
@@ -28,6 +29,16 @@ def test_queue_breaks_cannot_forge_a_second_line() -> None:
 
 def test_what_json_does_not_know_is_written_as_text() -> None:
     assert line("x", **{FIELDS: {"path": object}})["path"] == str(object)
+
+
+def test_a_line_carries_the_ids_of_the_requests_it_concerns() -> None:
+    assert "request_id" not in line("x")
+    with logged_for(["one", "one"]):
+        assert line("x")["request_id"] == "one"
+        assert line("x", **{FIELDS: {"request_id": "own"}})["request_id"] == "own"
+    with logged_for(map(str, range(100))):
+        assert line("x")["request_ids"] == [str(index) for index in range(64)]
+    assert "request_ids" not in line("x")
 
 
 def test_an_error_brings_its_traceback() -> None:

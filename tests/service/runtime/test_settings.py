@@ -94,6 +94,57 @@ def test_a_password_in_the_redis_url_is_never_shown(environment: Environment) ->
     assert "hunter2" not in refusal()
 
 
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("redis://:hun#ter2@redis:6379/0", "percent-encode"),
+        ("redis://:hun/ter2@redis:6379/0", "percent-encode"),
+        ("redis://:hun?ter2@redis:6379/0", "percent-encode"),
+        ("redis://:hun[ter2@redis:6379/0", "percent-encode"),
+        ("redis://:hunter2@redis:port/0", "percent-encode"),
+        ("redis://:hunter2@redis:70000/0", "percent-encode"),
+        ("redis://:hunter2@redis:0/0", "percent-encode"),
+        ("redis://:hunter2@/0", "percent-encode"),
+        ("redis://", "percent-encode"),
+        ("unix://", "percent-encode"),
+        ("redis://:hunter2@redis/main", "database number"),
+        ("redis://:hunter2@redis/0/1", "database number"),
+        ("redis://:hunter2@redis/0?timeout=hunter2", "option that is not known"),
+        ("redis://:hunter2@redis/0?socket_timeout=100", "option that is not known"),
+        ("redis://:hunter2@redis/0?protocol=hunter2", "option whose value"),
+        ("redis://:hunter2@redis/0?ssl_cert_reqs=none", "option whose value"),
+        ("rediss://:hunter2@redis/0?ssl_cert_reqs=hunter2", "option whose value"),
+        ("redis://:hunter2@redis/0 ", "white space"),
+        ("redis://:hun ter2@redis/0", "white space"),
+    ],
+)
+def test_a_redis_url_that_cannot_be_used_is_refused_without_its_value(
+    environment: Environment, url: str, problem: str
+) -> None:
+    environment.setenv("BLIP2_REDIS_URL", url)
+    assert refusal().startswith("BLIP2_REDIS_URL has") or refusal().startswith("BLIP2_REDIS_URL holds")
+    assert problem in refusal()
+    assert "ter2" not in refusal()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://redis",
+        "redis://:hun%23%2F%3Fter2@redis:6379/15",
+        "redis://user:hunter2@[::1]:6379",
+        "rediss://:hunter2@redis:6380/0?ssl_cert_reqs=none",
+        "unix:///run/redis.sock?db=1",
+        "redis://redis/?db=2&protocol=3&client_name=blip2",
+    ],
+)
+def test_a_redis_url_that_can_be_used_is_taken_as_it_is(environment: Environment, url: str) -> None:
+    environment.setenv("BLIP2_REDIS_URL", url)
+    redis_url = load_settings().redis_url
+    assert redis_url is not None
+    assert redis_url.get_secret_value() == url
+
+
 _AT_ONCE = {"BLIP2_MAX_IMAGES", "BLIP2_MAX_QUESTIONS", "BLIP2_MAX_CANDIDATES"}
 
 
