@@ -10,9 +10,9 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 from service.engine.request import AdmissionClass, AnyRequest
 from service.errors import NotReadyError, OverloadedError
@@ -20,6 +20,8 @@ from service.errors import NotReadyError, OverloadedError
 _DECAY_S = 30.0
 _MIN_RETRY_S, _MAX_RETRY_S = 1, 60
 _RETRY_SPREAD = 0.25
+
+T = TypeVar("T")
 
 
 class Throughput:
@@ -44,6 +46,33 @@ class Throughput:
         seconds = num_items * self._busy_s / self._items if self._items > 0 else 0.0
         seconds *= 1 + _RETRY_SPREAD * self._jitter()
         return max(_MIN_RETRY_S, min(_MAX_RETRY_S, math.ceil(seconds)))
+
+
+class WeightedFairScheduler(Generic[T]):
+    """Fair queueing: workloads get device time in proportion to their weights, while several have work.
+
+    After a pause a workload starts at the current virtual time: it has neither credit nor debt.
+    """
+
+    def __init__(self, weights: Mapping[T, float]) -> None:
+        self._weights = weights
+        self._virtual_times_s = dict.fromkeys(weights, 0.0)  # divided by the weight
+        self._virtual_time_s = 0.0  # of the one that was served last
+        self._contending: frozenset[T] = frozenset()
+
+    def next(self, ready: Collection[T]) -> T:
+        """Return the one of `ready`, all of which have work, that has had the least time by weight."""
+        for name in ready:
+            if name not in self._contending:
+                self._virtual_times_s[name] = max(self._virtual_times_s[name], self._virtual_time_s)
+        self._contending = frozenset(ready)
+        chosen = min(ready, key=self._virtual_times_s.__getitem__)
+        self._virtual_time_s = self._virtual_times_s[chosen]
+        return chosen
+
+    def charge(self, name: T, seconds: float) -> None:
+        """Add the duration of one step."""
+        self._virtual_times_s[name] += seconds / self._weights[name]
 
 
 class Reservation:

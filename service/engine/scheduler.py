@@ -7,9 +7,9 @@ decoder enforces the same limits of rows and bytes for those who use it without 
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from itertools import chain, islice, zip_longest
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from service.engine.candidate_scores import CandidateScores
 from service.engine.image_pool import EncodedImage
 from service.engine.isolation import Bisection
 from service.engine.request import AdmissionClass, AnyRequest, GenerateInput
-from service.engine.request_queue import RequestQueue
+from service.engine.request_queue import RequestQueue, WeightedFairScheduler
 from service.engine.sequence import Sequence, build_sequences
 from service.engine.step import BatchSizeLimit, DecodeStep, EncodeStep, MatchStep, Step, Workload
 from service.errors import DeadlineExceededError
@@ -41,33 +41,6 @@ WEIGHTS: Final = {
 
 
 T = TypeVar("T")
-
-
-class WeightedFairScheduler(Generic[T]):
-    """Fair queueing: workloads get device time in proportion to their weights, while several have work.
-
-    After a pause a workload starts at the current virtual time: it has neither credit nor debt.
-    """
-
-    def __init__(self, weights: Mapping[T, float]) -> None:
-        self._weights = weights
-        self._virtual_times_s = dict.fromkeys(weights, 0.0)  # divided by the weight
-        self._virtual_time_s = 0.0  # of the one that was served last
-        self._contending: frozenset[T] = frozenset()
-
-    def next(self, ready: Collection[T]) -> T:
-        """Return the one of `ready`, all of which have work, that has had the least time by weight."""
-        for name in ready:
-            if name not in self._contending:
-                self._virtual_times_s[name] = max(self._virtual_times_s[name], self._virtual_time_s)
-        self._contending = frozenset(ready)
-        chosen = min(ready, key=self._virtual_times_s.__getitem__)
-        self._virtual_time_s = self._virtual_times_s[chosen]
-        return chosen
-
-    def charge(self, name: T, seconds: float) -> None:
-        """Add the duration of one step."""
-        self._virtual_times_s[name] += seconds / self._weights[name]
 
 
 def open_classes(requests: Iterable[AnyRequest], max_rows: int) -> frozenset[AdmissionClass]:

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from service.engine.scheduler import WeightedFairScheduler
+from service.engine.request_queue import WeightedFairScheduler
 
 
 def serve(
