@@ -5,7 +5,7 @@ from typing import TypeVar
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from service.api.disconnect import cancel_on_disconnect_or_deadline, deadline_of
+from service.api.disconnect import caller_of, cancel_on_disconnect_or_deadline, deadline_of
 from service.api.middleware import context_of
 from service.api.openapi import problem_responses, request_body
 from service.api.request_body import read_body
@@ -87,13 +87,15 @@ class InferenceRoutes:
         body.check(self._settings)
         params = body.generation_params("num_captions")
         prompt = service.backend.caption_prompt() if body.prompt is None else body.prompt
-        deadline, context = deadline_of(request), context_of(request)
+        deadline, context, caller = deadline_of(request), context_of(request), caller_of(request)
         if body.image is not None:
-            work = service.inference.generate(Upload("image", body.image), [prompt], params, deadline)
+            work = service.inference.generate(
+                Upload("image", body.image), [prompt], params, deadline, caller=caller
+            )
             served = await cancel_on_disconnect_or_deadline(request, deadline, work)
             return _json(self._responses(service).caption(served, context, logprobs=body.logprobs))
         images = [Upload(f"images.{index}", image) for index, image in enumerate(body.images or [])]
-        all_work = service.inference.generate_each(images, prompt, params, deadline)
+        all_work = service.inference.generate_each(images, prompt, params, deadline, caller=caller)
         outcomes = await cancel_on_disconnect_or_deadline(request, deadline, all_work)
         return _json(self._responses(service).captions(outcomes, context, logprobs=body.logprobs))
 
@@ -110,7 +112,12 @@ class InferenceRoutes:
         ]
         deadline = deadline_of(request)
         work = service.inference.generate(
-            Upload("image", body.image), prompts, params, deadline, questions=body.question
+            Upload("image", body.image),
+            prompts,
+            params,
+            deadline,
+            questions=body.question,
+            caller=caller_of(request),
         )
         served = await cancel_on_disconnect_or_deadline(request, deadline, work)
         answer = self._responses(service).vqa(
@@ -135,6 +142,7 @@ class InferenceRoutes:
             rerank_k=body.rerank_k,
             top_k=body.num_results,
             deadline=deadline,
+            caller=caller_of(request),
         )
         served = await cancel_on_disconnect_or_deadline(request, deadline, work)
         return _json(self._responses(service).retrieve(body.chosen_mode, served, context_of(request)))

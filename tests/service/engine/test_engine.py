@@ -310,6 +310,21 @@ def test_an_answer_tells_where_its_time_went_and_with_how_many_rows() -> None:
             assert answer.times.work_s > 0
 
 
+def test_waiting_for_rows_is_time_in_the_queue_and_not_in_the_decoder() -> None:
+    with running_engine(max_rows=16) as harness:
+        harness.backend.decode_gate.clear()
+        wide = harness.caption(1, "a b", params=GenerationParams(num_beams=16))
+        until(lambda: harness.backend.num_added == 1)
+        submitted = time.monotonic()
+        waiting = harness.caption(2, "a")
+        until(lambda: time.monotonic() - submitted > 0.2)
+        harness.backend.decode_gate.set()
+        assert waiting.future.result(TIMEOUT_S).times.queue_s >= 0.2
+        assert waiting.future.result().times.work_s < 0.2
+        assert wide.future.result(TIMEOUT_S).times.work_s >= 0.2
+        assert wide.future.result().times.queue_s < 0.2
+
+
 @pytest.mark.parametrize("can_match", [True, False])
 def test_a_checkpoint_without_a_head_still_serves_the_other(can_match: bool) -> None:
     backend = FakeBackend(can_generate=not can_match, can_match=can_match)
