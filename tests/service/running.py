@@ -69,11 +69,12 @@ class EngineHarness:
         params: GenerationParams = GREEDY,
         deadline: float | None = None,
         image: ImageInput | None = None,
+        caller: str = "",
     ) -> Request[Generations]:
         """Submit a request and return it."""
         prompt_ids = tuple(self.backend.tokenize_prompt(prompt, params) for prompt in prompts or ("a photo",))
         inputs = GenerateInput(image or self.image(red), prompt_ids, params)
-        request: Request[Generations] = Request(inputs, deadline)
+        request: Request[Generations] = Request(inputs, deadline, caller=caller)
         self.submit(request)
         return request
 
