@@ -46,13 +46,6 @@ def prepare_process() -> None:
             library.mallopt(_M_ARENA_MAX, 1)  # another one for a thread would count 64 MiB
 
 
-def give_memory_back() -> None:
-    """Return to the system what was allocated for images and freed; takes about a millisecond."""
-    if _HAS_LIMITS:
-        with contextlib.suppress(AttributeError):  # musl
-            ctypes.CDLL(None).malloc_trim(0)
-
-
 def decode_within_limits(
     data: bytes, side: int, *, max_pixels: int, max_bytes: int, max_cpu_s: float
 ) -> bytes:
