@@ -155,6 +155,12 @@ def jpeg_of_scans(num_scans: int, size: tuple[int, int] = (64, 64)) -> bytes:
     return data[:last] + data[last:end] * (num_scans - data.count(b"\xff\xda") + 1) + data[end:]
 
 
+def bmp_of_short_rows(width: int, height: int) -> bytes:
+    """Build a run-length BMP whose rows end after one pixel; 0.1 s of CPU time for each million of pixels."""
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, 0, 0, 0, 2, 0)
+    return b"BM" + struct.pack("<IHHI", 0, 0, 0, 62) + header + bytes(8) + b"\1\1\0\0" * height
+
+
 def one_of_each_type(width: int = 64, height: int = 48) -> dict[str, bytes]:
     """Build the same picture in each type of file that is read."""
     rgb, rgba = noise(width, height), noise(width, height, channels=4)

@@ -16,6 +16,7 @@ from PIL import Image
 from benchmarks.process_memory import descendants
 from tests.attacks.harness import MemoryWatch, bystander
 from tests.image_files import (
+    bmp_of_short_rows,
     encode,
     jpeg_of_scans,
     noise,
@@ -44,12 +45,6 @@ def gif_of_canvas(width: int, height: int) -> bytes:
     data = bytearray(encode(noise(8, 8).convert("P"), "GIF"))
     data[6:10] = struct.pack("<HH", width, height)
     return bytes(data)
-
-
-def bmp_of_short_rows(width: int, height: int) -> bytes:
-    """Build a run-length BMP whose rows end after one pixel; 0.1 s of CPU time for each million of pixels."""
-    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, 0, 0, 0, 2, 0)
-    return b"BM" + struct.pack("<IHHI", 0, 0, 0, 62) + header + bytes(8) + b"\1\1\0\0" * height
 
 
 # Each: a function that makes the files which are sent at once, and the statuses that may answer them.

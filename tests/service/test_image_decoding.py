@@ -1,9 +1,11 @@
 """The decoder: what it takes, what it refuses and why, and that the pixels are upright."""
 
+import asyncio
 import base64
 import io
 import random
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -15,7 +17,8 @@ from torch import Tensor
 from model.images.decoding import decode_image
 from model.images.resize import resize_to_square
 from service.errors import ImageTooLargeError, InvalidImageError, ServiceError, UnsupportedImageError
-from service.image_decoding import ImageDecoder
+from service.image_decoding import ByteBudget, ImageDecoder
+from tests.image_files import bmp_of_short_rows
 
 SIZE = 16
 
@@ -220,3 +223,38 @@ async def test_damaged_files_are_answered_or_refused_never_a_crash(decoder: Imag
 async def test_bad_base64_is_informed_apart(decoder: ImageDecoder, source: str, message: str) -> None:
     with pytest.raises(InvalidImageError, match=message):
         await decoder.read(source)
+
+
+async def test_who_needs_many_bytes_is_not_passed_for_ever_and_a_cancelled_one_holds_none() -> None:
+    budget, order = ByteBudget(100), []
+
+    async def hold(name: str, num_bytes: int) -> None:
+        async with budget.hold(num_bytes):
+            order.append(name)
+            await asyncio.sleep(0)
+
+    async with budget.hold(60):
+        waiting = [
+            asyncio.create_task(hold(name, size)) for name, size in (("gone", 90), ("all", 100), ("one", 1))
+        ]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        await asyncio.sleep(0)
+        assert order == []
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert order == ["all", "one"]
+
+
+async def test_an_image_that_is_small_and_slow_is_decoded_as_a_large_one(decoder: ImageDecoder) -> None:
+    slow = bmp_of_short_rows(2000, 2500)  # 5 MB, half a second and more
+    assert (await pixels_of(decoder, slow)).shape == (SIZE, SIZE, 3)
+
+
+async def test_cancelling_ends_the_decoding(decoder: ImageDecoder) -> None:
+    file = await decoder.read(bmp_of_short_rows(8000, 4990))  # four seconds and more
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await decoder.decode_pixels(file, SIZE)
+    assert time.monotonic() - started < 3
+    assert (await pixels_of(decoder, encode(photo()))).shape == (SIZE, SIZE, 3)
