@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from service.api.body_errors import explain
 from service.api.disconnect import deadline_error
-from service.api.json_body import ValueLimit, parse_objects
+from service.api.json_body import JsonCheck, TextLimits, parse_objects
 from service.api.schemas import Body
 from service.errors import (
     BodyTooLargeError,
@@ -57,7 +57,9 @@ class BodyReader:
         self._max_bytes = settings.max_body_bytes
         self._timeout_s = settings.upload_timeout_ms / 1000
         most_items = max(settings.max_images, settings.max_questions, settings.max_candidates)
-        self._max_values = _VALUES_PER_ITEM * most_items + _OTHER_VALUES
+        self._limits = TextLimits(
+            max_values=_VALUES_PER_ITEM * most_items + _OTHER_VALUES, max_chars=settings.max_text_chars
+        )
         self._one_at_a_time = asyncio.Semaphore(1)
 
     async def read(self, request: Request, schema: type[B], lease: UploadLease, deadline: float | None) -> B:
@@ -70,9 +72,9 @@ class BodyReader:
         parse = _parser_for(request)
         body = await self._receive_in_time(request, lease, deadline)
         if len(body) <= _MAX_INLINE_BYTES:
-            return parse(body, schema, self._max_values)
+            return parse(body, schema, self._limits)
         async with self._one_at_a_time:
-            return await asyncio.to_thread(parse, body, schema, self._max_values)
+            return await asyncio.to_thread(parse, body, schema, self._limits)
 
     async def _receive_in_time(
         self, request: Request, lease: UploadLease, deadline: float | None
@@ -138,15 +140,16 @@ class _Part:
         self.is_file = b"filename" in disposition or not (media_type or b"text/").startswith(b"text/")
         self.encoding = _encoding(parameters, self.encoding)
 
-    def value(self) -> str | bytes:
-        """Return the bytes of an image file, else text: browsers send JSON as a file part too."""
+    def value(self, limits: TextLimits) -> str | bytes:
+        """Return the bytes of an image file, else text: browsers send values as a file part too."""
         data, self.data = self.data, b""  # held once
         if self.is_file and self.name in _IMAGE_FIELDS:
             return bytes(data)
+        limits.check_wide(data)
         return _decode(data, self.encoding, self.name)
 
 
-def _parser_for(request: Request) -> Callable[[bytearray, type[B], int], B]:
+def _parser_for(request: Request) -> Callable[[bytearray, type[B], TextLimits], B]:
     """Return the parser of the body, which may run in a thread. Raises UnsupportedContentTypeError."""
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.strip().lower() not in ("", "identity"):
@@ -164,23 +167,23 @@ def _parser_for(request: Request) -> Callable[[bytearray, type[B], int], B]:
     )
 
 
-def _parse_json_body(body: bytearray, schema: type[B], max_values: int) -> B:
-    ValueLimit(max_values).count_json(body)
+def _parse_json_body(body: bytearray, schema: type[B], limits: TextLimits) -> B:
+    JsonCheck(limits).check(body)
     try:
         return schema.model_validate_json(body, strict=True)
     except ValidationError as exc:
         raise explain(exc, schema) from None
 
 
-def _parse_form_body(content_type: str, body: bytearray, schema: type[B], max_values: int) -> B:
-    parts = _Form(content_type).parse(body, max_values)
+def _parse_form_body(content_type: str, body: bytearray, schema: type[B], limits: TextLimits) -> B:
+    parts = _Form(content_type).parse(body, limits.max_values)
     try:
-        return schema.model_validate(_to_fields(parts, schema, max_values))
+        return schema.model_validate(_to_fields(parts, schema, limits))
     except ValidationError as exc:
         raise explain(exc, schema) from None
 
 
-def _to_fields(parts: dict[str, list[_Part]], schema: type[Body], max_values: int) -> dict[str, Any]:
+def _to_fields(parts: dict[str, list[_Part]], schema: type[Body], limits: TextLimits) -> dict[str, Any]:
     if len(parts.get("image", ())) > 1 and "images" in schema.lists:
         parts["images"] += parts.pop("image")
     fields: dict[str, Any] = {}
@@ -190,9 +193,11 @@ def _to_fields(parts: dict[str, list[_Part]], schema: type[Body], max_values: in
         elif len(same) > 1 and name not in schema.lists:
             raise InvalidRequestError.of(name, f"is sent {len(same)} times; send it once")
         else:
-            values: list[Any] = [part.value() for part in same]
-            if name in schema.objects:
-                values = parse_objects(name, values, max_values)
+            values: list[Any] = (
+                parse_objects(name, [part.data for part in same], limits)
+                if name in schema.objects
+                else [part.value(limits) for part in same]
+            )
             fields[name] = _flatten(values) if name in schema.lists else values[0]
     return fields
 

@@ -1,11 +1,13 @@
 """Connections within a limit: slow and idle ones are closed, so that a request always finds one.
 
-Every connection is busy with a request, or waits for one. At the limit, the one that has waited longest makes
-room, silent ones first. If all are busy, a few more still answer probes, and refuse the rest with 503.
+Every connection is busy with a whole request, or waits for one. At the limit, the one that has waited longest
+makes room: silent ones first, then those with a part of a head, then those with a part of a body. If all are
+busy, a few more still answer probes, and refuse the rest with 503.
 """
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections.abc import Callable
@@ -52,9 +54,10 @@ class ConnectionPool:
         self._access = access
         self._num_extra = num_extra
         self._open: set[BoundedProtocol] = set()
-        # Those that wait for a request, each until a time: without a byte of it, and with some. Oldest first.
+        # Those that wait, each until a time, oldest first. The time for a body is the application's.
         self._silent: dict[BoundedProtocol, float] = {}
-        self._partial: dict[BoundedProtocol, float] = {}
+        self._in_head: dict[BoundedProtocol, float] = {}
+        self._in_body: dict[BoundedProtocol, float] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._num_closed = 0
         self._reported_at = -_REPORT_S
@@ -73,8 +76,8 @@ class ConnectionPool:
 
     def remove(self, connection: "BoundedProtocol") -> None:
         self._open.discard(connection)
-        self._silent.pop(connection, None)
-        self._partial.pop(connection, None)
+        for waiting in (self._silent, self._in_head, self._in_body):
+            waiting.pop(connection, None)
 
     def access(self) -> Access:
         """Return what a request that comes now may use."""
@@ -83,18 +86,23 @@ class ConnectionPool:
     def note_bytes(self, connection: "BoundedProtocol") -> None:
         """Begin the time for the head of a request, where these are its first bytes."""
         if self._silent.pop(connection, None) is not None:
-            self._partial[connection] = time.monotonic() + _HEADER_TIMEOUT_S
+            self._in_head[connection] = time.monotonic() + _HEADER_TIMEOUT_S
 
-    def update(self, connection: "BoundedProtocol", *, is_busy: bool) -> None:
-        """Note whether a connection is busy with a request, or waits for one."""
-        if is_busy:
+    def update(self, connection: "BoundedProtocol") -> None:
+        """Note whether a connection is busy with a request, or for what it waits."""
+        if connection.is_busy or connection.awaits_body:
             self._silent.pop(connection, None)
-            self._partial.pop(connection, None)
-        elif connection in self._open and connection not in self._partial:
+            self._in_head.pop(connection, None)
+            if connection.awaits_body:
+                self._in_body.setdefault(connection, math.inf)
+            else:
+                self._in_body.pop(connection, None)
+        elif connection in self._open and connection not in self._in_head:
+            self._in_body.pop(connection, None)
             self._silent.setdefault(connection, time.monotonic() + KEEP_ALIVE_S)
 
     def _close_longest_waiting(self) -> None:
-        for waiting in (self._silent, self._partial):
+        for waiting in (self._silent, self._in_head, self._in_body):
             if waiting:
                 self._close(next(iter(waiting)))
                 break
@@ -111,7 +119,7 @@ class ConnectionPool:
 
     def _sweep(self) -> None:
         now = time.monotonic()
-        for waiting in (self._silent, self._partial):
+        for waiting in (self._silent, self._in_head):
             for connection in [each for each, until in waiting.items() if until <= now]:
                 self._close(connection)
         is_empty = not self._open
@@ -142,7 +150,17 @@ class BoundedProtocol(H11Protocol):
         self._lifespan_state = self.app_state
 
     @property
+    def awaits_body(self) -> bool:
+        """Whether a part of the body is still to come."""
+        return self._has_request and self.cycle.more_body
+
+    @property
     def is_busy(self) -> bool:
+        """Whether a whole request is not answered yet."""
+        return self._has_request and not self.cycle.more_body
+
+    @property
+    def _has_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn does
@@ -159,11 +177,11 @@ class BoundedProtocol(H11Protocol):
         self._pool.note_bytes(self)
         self.app_state = {**self._lifespan_state, ACCESS: self._pool.access()}
         super().data_received(data)
-        self._pool.update(self, is_busy=self.is_busy)
+        self._pool.update(self)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._pool.update(self, is_busy=self.is_busy)
+        self._pool.update(self)
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's text
         """Answer bytes that are no HTTP with a problem, unless an answer is under way, and close."""
