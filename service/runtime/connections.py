@@ -1,13 +1,11 @@
 """Connections within a limit: slow and idle ones are closed, so that a request always finds one.
 
-Every connection is busy with a whole request, or waits for one. At the limit, the one that has waited longest
-makes room: silent ones first, then those with a part of a head, then those with a part of a body. If all are
-busy, a few more still answer probes, and refuse the rest with 503.
+Every connection is busy with a whole request, or waits for bytes. At the limit, the one that has waited
+longest makes room. If all are busy, a few more still answer probes, and refuse the rest with 503.
 """
 
 import asyncio
 import logging
-import math
 import time
 import uuid
 from collections.abc import Callable
@@ -54,8 +52,10 @@ class ConnectionPool:
         self._access = access
         self._num_extra = num_extra
         self._open: set[BoundedProtocol] = set()
-        # Those that wait, each until a time, oldest first. The time for a body is the application's.
-        self._silent: dict[BoundedProtocol, float] = {}
+        # Those that wait: for the first byte of the first or of another request, for the rest of a head, for
+        # more of a body. Each since when, oldest first.
+        self._new: dict[BoundedProtocol, float] = {}
+        self._kept: dict[BoundedProtocol, float] = {}
         self._in_head: dict[BoundedProtocol, float] = {}
         self._in_body: dict[BoundedProtocol, float] = {}
         self._sweeper: asyncio.TimerHandle | None = None
@@ -69,15 +69,14 @@ class ConnectionPool:
         if len(self._open) >= self._limit + self._num_extra:
             return False
         self._open.add(connection)
-        self._silent[connection] = time.monotonic() + _HEADER_TIMEOUT_S
+        self._new[connection] = time.monotonic()
         if self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
         return True
 
     def remove(self, connection: "BoundedProtocol") -> None:
         self._open.discard(connection)
-        for waiting in (self._silent, self._in_head, self._in_body):
-            waiting.pop(connection, None)
+        self._end_wait(connection)
 
     def access(self) -> Access:
         """Return what a request that comes now may use."""
@@ -85,27 +84,32 @@ class ConnectionPool:
 
     def note_bytes(self, connection: "BoundedProtocol") -> None:
         """Begin the time for the head of a request, where these are its first bytes."""
-        if self._silent.pop(connection, None) is not None:
-            self._in_head[connection] = time.monotonic() + _HEADER_TIMEOUT_S
+        if connection in self._new or connection in self._kept:
+            self._end_wait(connection)
+            self._in_head[connection] = time.monotonic()
 
     def update(self, connection: "BoundedProtocol") -> None:
-        """Note whether a connection is busy with a request, or for what it waits."""
-        if connection.is_busy or connection.awaits_body:
-            self._silent.pop(connection, None)
-            self._in_head.pop(connection, None)
-            if connection.awaits_body:
-                self._in_body.setdefault(connection, math.inf)
-            else:
-                self._in_body.pop(connection, None)
-        elif connection in self._open and connection not in self._in_head:
+        """Note whether a connection is busy with a whole request, or for what it waits."""
+        if connection not in self._open:
+            return
+        if connection.awaits_body:
+            self._end_wait(connection)
+            self._in_body[connection] = time.monotonic()  # since its last byte
+        elif connection.is_busy:
+            self._end_wait(connection)
+        elif connection not in self._in_head and connection not in self._new:
             self._in_body.pop(connection, None)
-            self._silent.setdefault(connection, time.monotonic() + KEEP_ALIVE_S)
+            self._kept.setdefault(connection, time.monotonic())
+
+    def _end_wait(self, connection: "BoundedProtocol") -> None:
+        for group in (self._new, self._kept, self._in_head, self._in_body):
+            group.pop(connection, None)
 
     def _close_longest_waiting(self) -> None:
-        for waiting in (self._silent, self._in_head, self._in_body):
-            if waiting:
-                self._close(next(iter(waiting)))
-                break
+        waiting = [group for group in (self._new, self._kept, self._in_head, self._in_body) if group]
+        if waiting:
+            oldest = min(waiting, key=lambda group: next(iter(group.values())))
+            self._close(next(iter(oldest)))
         self._num_closed += 1
         now = time.monotonic()
         if now - self._reported_at >= _REPORT_S:
@@ -119,8 +123,12 @@ class ConnectionPool:
 
     def _sweep(self) -> None:
         now = time.monotonic()
-        for waiting in (self._silent, self._in_head):
-            for connection in [each for each, until in waiting.items() if until <= now]:
+        for group, timeout_s in (
+            (self._new, _HEADER_TIMEOUT_S),
+            (self._kept, KEEP_ALIVE_S),
+            (self._in_head, _HEADER_TIMEOUT_S),
+        ):
+            for connection in [each for each, since in group.items() if now - since >= timeout_s]:
                 self._close(connection)
         is_empty = not self._open
         self._sweeper = None if is_empty else asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
