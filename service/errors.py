@@ -228,7 +228,16 @@ class OutOfDeviceMemoryError(InferenceFailedError):
     title = "The device's memory is too small for this"
 
 
+class LostRequestError(ServiceError):
+    """The engine was lost while this was on the device. It may be the cause: it must not be retried."""
+
+    code = "engine_lost"
+    title = "The engine was lost"
+
+
 _FROM_MODEL: dict[type[model_errors.ModelError], type[ServiceError]] = {
+    model_errors.UnknownImageFormatError: UnsupportedImageError,
+    model_errors.InvalidImageFileError: InvalidImageError,
     model_errors.InvalidPromptError: InvalidPromptError,
     model_errors.InvalidParamsError: InvalidParamsError,
     model_errors.TaskUnavailableError: TaskUnavailableError,

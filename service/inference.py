@@ -83,19 +83,27 @@ class TokenizedPrompts:
 class Inference:
     """Runs requests: decodes images, looks up embeddings, queues, awaits the answer.
 
-    deadline: on the monotonic clock, or None; past it a request never reaches the device.
+    deadline: on the monotonic clock, or None; past it a request never reaches the device. caller: see
+    `Request`.
 
     All methods raise OverloadedError or NotReadyError where the queue refuses the work, a RequestError where
     an image cannot be used, and InferenceFailedError where the model fails on it.
     """
 
     def __init__(
-        self, backend: Backend, image_decoder: ImageDecoder, cache: EmbeddingCache, queue: RequestQueue
+        self,
+        backend: Backend,
+        image_decoder: ImageDecoder,
+        cache: EmbeddingCache,
+        queue: RequestQueue,
+        *,
+        observe_queue_s: Callable[[float], None],
     ) -> None:
         self._backend = backend
         self._image_decoder = image_decoder
         self._cache = cache
         self._queue = queue
+        self._observe_queue_s = observe_queue_s
 
     async def generate(
         self,
@@ -105,6 +113,7 @@ class Inference:
         deadline: float | None,
         *,
         questions: Sequence[str] | None = None,
+        caller: str = "",
     ) -> ServedAnswer[Generations]:
         """Generate texts for several prompts about one image, which is encoded once.
 
@@ -114,10 +123,16 @@ class Inference:
         tokenized = self._tokenize(prompts, prompts if questions is None else questions, params)
         (reservation,) = self._queue.make_reservations(len(prompts))
         with reservation:
-            return await self._generate(reservation, image, tokenized, deadline)
+            return await self._generate(reservation, image, tokenized, deadline, caller)
 
     async def generate_each(
-        self, images: Sequence[Upload], prompt: str, params: GenerationParams, deadline: float | None
+        self,
+        images: Sequence[Upload],
+        prompt: str,
+        params: GenerationParams,
+        deadline: float | None,
+        *,
+        caller: str = "",
     ) -> list[ServedAnswer[Generations] | ServiceError]:
         """Generate texts for one prompt about each image, all queued or none. A bad image fails alone."""
         tokenized = self._tokenize([prompt], [prompt], params)
@@ -127,7 +142,7 @@ class Inference:
                 stack.enter_context(reservation)
             outcomes = await asyncio.gather(
                 *(
-                    self._generate(reservation, image, tokenized, deadline)
+                    self._generate(reservation, image, tokenized, deadline, caller)
                     for reservation, image in zip(reservations, images, strict=True)
                 ),
                 return_exceptions=True,
@@ -143,6 +158,7 @@ class Inference:
         rerank_k: int,
         top_k: int,
         deadline: float | None,
+        caller: str = "",
     ) -> ServedAnswer[Matches]:
         """Score candidates, texts or images, against a query."""
         (reservation,) = self._queue.make_reservations(len(candidates))
@@ -154,7 +170,7 @@ class Inference:
             images = iter(await self._load_images(uploads, required_to_match(mode), encoder))
             resolved = [side if isinstance(side, str) else next(images) for side in sides]
             inputs = MatchInput(resolved[0], tuple(resolved[1:]), mode, rerank_k, top_k)
-            return await self._submit(reservation, Request(inputs, deadline), started)
+            return await self._submit(reservation, Request(inputs, deadline, caller=caller), started)
 
     def _tokenize(
         self, prompts: Sequence[str], questions: Sequence[str], params: GenerationParams
@@ -164,18 +180,28 @@ class Inference:
         return TokenizedPrompts(prompt_ids, params, tuple(questions) if is_conditioned else ())
 
     async def _generate(
-        self, reservation: Reservation, image: Upload, tokenized: TokenizedPrompts, deadline: float | None
+        self,
+        reservation: Reservation,
+        image: Upload,
+        tokenized: TokenizedPrompts,
+        deadline: float | None,
+        caller: str,
     ) -> ServedAnswer[Generations]:
         started = time.monotonic()
         required = required_to_generate(is_question_conditioned=bool(tokenized.questions))
         (image_input,) = await self._load_images([image], required, EncoderId.MAIN)
         inputs = GenerateInput(image_input, tokenized.prompt_ids, tokenized.params, tokenized.questions)
-        return await self._submit(reservation, Request(inputs, deadline), started)
+        return await self._submit(reservation, Request(inputs, deadline, caller=caller), started)
 
     async def _submit(self, reservation: Reservation, request: Request[T], started: float) -> ServedAnswer[T]:
         reservation.submit(request)
         preprocess_s = time.monotonic() - started
-        answer = await asyncio.wrap_future(request.future)
+        try:
+            answer = await asyncio.wrap_future(request.future)
+        except BaseException:
+            self._observe_queue_s(request.times.queue_s)  # it has expired, was cancelled, or failed
+            raise
+        self._observe_queue_s(answer.times.queue_s)
         self._cache.store(answer.computed)
         return ServedAnswer(answer, preprocess_s)
 
@@ -204,9 +230,11 @@ class Inference:
         digest = _digest_for(file, encoder)
         known = cached[digest]
         is_known = required <= known.keys() or EmbeddingKind.IMAGE_FEATURES in known
-        pixel_values = None if is_known else await self._image_decoder.decode_pixels(file, encoder)
+        pixels = None
+        if not is_known:
+            pixels = await self._image_decoder.decode_pixels(file, self._backend.image_size(encoder))
         image.drop()
-        return ImageInput(digest, pixel_values, known, encoder)
+        return ImageInput(digest, pixels, known, encoder)
 
 
 def _digest_for(file: ImageFile, encoder: EncoderId) -> str:

@@ -7,7 +7,6 @@ from enum import StrEnum
 from typing import Protocol
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from model import (
@@ -81,8 +80,8 @@ class Backend(Protocol):
     def empty_embedding(self, kind: EmbeddingKind, encoder: EncoderId) -> Tensor:
         """Return a tensor on the device "meta" with the shape and dtype of one image's embedding."""
 
-    def preprocess(self, image: Image.Image, encoder: EncoderId) -> Tensor:
-        """Convert an image into the [3, S, S] pixel_values of an encoder, on the CPU."""
+    def image_size(self, encoder: EncoderId) -> int:
+        """Return the side S of the images that an encoder reads, in pixels."""
 
     @property
     def num_query_tokens(self) -> int:
@@ -120,8 +119,8 @@ class Backend(Protocol):
         Raises model.errors.DeviceLostError where the device then computes nothing at all.
         """
 
-    def encode_images(self, pixel_values: Tensor, encoder: EncoderId) -> Tensor:
-        """Encode [B, 3, S, S] into the [B, P, V] image_features of an encoder."""
+    def encode_images(self, pixels: Tensor, encoder: EncoderId) -> Tensor:
+        """Encode [B, S, S, 3] uint8 pixels into the [B, P, V] image_features of an encoder."""
 
     def encode(self, kind: EmbeddingKind, image_features: Tensor) -> Tensor:
         """Compute the [B, ...] embeddings of a kind from [B, P, V] image_features."""
@@ -200,8 +199,8 @@ class Blip2Backend:
         is_matching = kind is EmbeddingKind.IMAGE_EMBEDS
         return (self.matching_model if is_matching else self._model_of(encoder)).empty_embedding(kind)
 
-    def preprocess(self, image: Image.Image, encoder: EncoderId) -> Tensor:
-        return self._model_of(encoder).preprocess(image)
+    def image_size(self, encoder: EncoderId) -> int:
+        return self._model_of(encoder).image_size
 
     @property
     def num_query_tokens(self) -> int:
@@ -244,8 +243,9 @@ class Blip2Backend:
             torch.cuda.empty_cache()
         check_computes(self.generating_model.device)
 
-    def encode_images(self, pixel_values: Tensor, encoder: EncoderId) -> Tensor:
-        return self._model_of(encoder).encode_images(pixel_values)
+    def encode_images(self, pixels: Tensor, encoder: EncoderId) -> Tensor:
+        model = self._model_of(encoder)
+        return model.encode_images(model.preprocess.normalise(pixels))
 
     def encode(self, kind: EmbeddingKind, image_features: Tensor) -> Tensor:
         is_matching = kind is EmbeddingKind.IMAGE_EMBEDS

@@ -240,6 +240,13 @@ def random_pixels(num_images: int, *, seed: int = 0) -> torch.Tensor:
     return torch.randn(num_images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
 
 
+def random_images(num_images: int) -> torch.Tensor:
+    """Return [B, S, S, 3] uint8 noise that differs from image to image: pixels before they are normalised."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_images, IMAGE_SIZE, IMAGE_SIZE, 3)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
 def build_word_tokenizer(vocabulary: list[str], **special_tokens: object) -> PreTrainedTokenizerFast:
     """Build a tokenizer with one token per word; the vocabulary holds the padding and unknown tokens."""
     ids = {word: index for index, word in enumerate(vocabulary)}

@@ -1,9 +1,10 @@
-"""The caller's deadline and disconnection, while the body arrives and while the work runs.
+"""The caller: its name, its deadline and its disconnection, while its body arrives and while the work runs.
 
-Both end the work through cancellation alone.
+Deadline and disconnection end the work by cancellation alone.
 """
 
 import asyncio
+import ipaddress
 import time
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
@@ -27,8 +28,22 @@ from service.runtime.settings import Settings
 TIMEOUT_HEADER: Final = "X-Request-Timeout-Ms"
 MAX_TIMEOUT_MS: Final = 3_600_000
 _RETRY_S: Final = 5
+_MAX_CALLER_CHARS: Final = 60
 
 T = TypeVar("T")
+
+
+def caller_of(request: Request) -> str:
+    """Return what tells callers apart: the client's address, of IPv6 its network of 64 bits.
+
+    uvicorn takes it from X-Forwarded-For where the proxy is trusted (FORWARDED_ALLOW_IPS).
+    """
+    host = request.client.host if request.client is not None else ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # whatever the proxy wrote
+        return host[:_MAX_CALLER_CHARS]
+    return host if address.version == 4 else str(ipaddress.ip_network((address, 64), strict=False))
 
 
 def deadline_of(request: Request) -> float | None:

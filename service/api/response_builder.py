@@ -118,7 +118,6 @@ class ResponseBuilder:
             "qformer": answer.times.qformer_s,
             work: answer.times.work_s,
         }
-        self._metrics.queue_seconds.observe(answer.times.queue_s)
         for stage in ("preprocess", "vision", "qformer", work):
             self._metrics.stage_seconds.labels(stage).observe(seconds[stage])
         # Of several images in one request, the header and the log tell of the slowest of each stage.

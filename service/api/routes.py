@@ -5,7 +5,7 @@ from typing import TypeVar
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from service.api.disconnect import cancel_on_disconnect_or_deadline, deadline_of
+from service.api.disconnect import caller_of, cancel_on_disconnect_or_deadline, deadline_of
 from service.api.documented import EXAMPLE_IMAGE
 from service.api.middleware import context_of
 from service.api.openapi import PARAMETERS, problem_responses, request_body
@@ -103,11 +103,12 @@ class InferenceRoutes:
         body = await self._read(request, CaptionRequest, deadline)
         params = body.generation_params("num_captions")
         prompt = service.backend.caption_prompt() if body.prompt is None else body.prompt
+        caller = caller_of(request)
         if body.image is not None:
-            work = service.inference.generate(body.image, [prompt], params, deadline)
+            work = service.inference.generate(body.image, [prompt], params, deadline, caller=caller)
             served = await cancel_on_disconnect_or_deadline(request, deadline, work)
             return _json(self._responses(service).caption(served, context, logprobs=body.logprobs))
-        all_work = service.inference.generate_each(body.images or [], prompt, params, deadline)
+        all_work = service.inference.generate_each(body.images or [], prompt, params, deadline, caller=caller)
         outcomes = await cancel_on_disconnect_or_deadline(request, deadline, all_work)
         return _json(self._responses(service).captions(outcomes, context, logprobs=body.logprobs))
 
@@ -122,7 +123,9 @@ class InferenceRoutes:
             service.backend.question_prompt(question, history, body.prompt_template)
             for question in body.question
         ]
-        work = service.inference.generate(body.image, prompts, params, deadline, questions=body.question)
+        work = service.inference.generate(
+            body.image, prompts, params, deadline, questions=body.question, caller=caller_of(request)
+        )
         served = await cancel_on_disconnect_or_deadline(request, deadline, work)
         answer = self._responses(service).vqa(
             body.question, served, context_of(request), logprobs=body.logprobs
@@ -144,6 +147,7 @@ class InferenceRoutes:
             rerank_k=body.rerank_k,
             top_k=body.num_results,
             deadline=deadline,
+            caller=caller_of(request),
         )
         served = await cancel_on_disconnect_or_deadline(request, deadline, work)
         return _json(self._responses(service).retrieve(body.chosen_mode, served, context_of(request)))

@@ -9,17 +9,17 @@ from functools import partial
 import torch
 
 from model.devices import is_out_of_memory
-from service.engine.decode_runner import DecodeRunner
-from service.engine.encoder_runner import EncoderRunner
 from service.engine.image_pool import ImagePool
 from service.engine.isolation import Isolation
-from service.engine.match_runner import MatchRunner, TextEmbedder
 from service.engine.protocols import EngineMetrics, LocalEmbeddingCache
 from service.engine.request import AnyRequest
 from service.engine.request_queue import RequestQueue, Throughput
+from service.engine.runners.decode_runner import DecodeRunner
+from service.engine.runners.encoder_runner import EncoderRunner
+from service.engine.runners.match_runner import MatchRunner, TextEmbedder
 from service.engine.scheduler import Scheduler
 from service.engine.step import DecodeStep, EncodeStep, Step
-from service.errors import NotReadyError, OutOfDeviceMemoryError
+from service.errors import LostRequestError, NotReadyError, OutOfDeviceMemoryError
 from service.model_backend import Backend
 from service.request_ids import REQUEST_IDS, logged_for
 
@@ -75,13 +75,14 @@ class Engine:
         if self._thread.ident is None:  # it was never started
             return
         self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            self.abort_all("the engine did not end in time")
+        if self._thread.is_alive():  # in its last step
+            _refuse(self._scheduler.requests)
 
     def abort_all(self, reason: str) -> None:
         """Fail every request, because the thread hangs or has died. For any thread."""
         self._is_stopping = True
-        _refuse([*self._queue.close(reason), *self._scheduler.requests])
+        _refuse(self._queue.close(reason))
+        _fail_as_lost(self._scheduler.requests)
 
     @property
     def is_alive(self) -> bool:
@@ -119,7 +120,9 @@ class Engine:
             REQUEST_IDS.set(_ids_of(self._scheduler.requests))  # for the traceback, where the thread dies
             # Also where the device was lost: nobody may wait for an answer that cannot come.
             _refuse(self._queue.close("the engine has stopped; this process must be restarted"))
-            _refuse(self._scheduler.requests)
+            if self._is_stopping:
+                _refuse(self._scheduler.requests)
+            _fail_as_lost(self._scheduler.requests)
 
     def _step(self) -> None:
         started = self._heartbeat = time.monotonic()
@@ -201,6 +204,15 @@ def _image_error(error: Exception) -> Exception:
     return error
 
 
+def _fail_as_lost(requests: Iterable[AnyRequest]) -> None:
+    """Fail requests that were on the device when it was lost: one of them may be the cause."""
+    for request in requests:
+        request.fail(
+            LostRequestError("the engine was lost while it ran this request; do not send it again unchanged")
+        )
+
+
 def _refuse(requests: Iterable[AnyRequest]) -> None:
+    """Fail requests that any other replica may serve."""
     for request in requests:
         request.fail(NotReadyError("the service stopped before this was answered; send it again"))

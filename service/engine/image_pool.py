@@ -16,11 +16,11 @@ class ImageInput:
     """One image on its way to the device.
 
     digest: SHA-256 of the file, with a suffix unless the main encoder reads it; names the image's embeddings.
-    pixel_values: [3, S, S], or None where the cached `embeddings` suffice without the image encoder.
+    pixels: uint8 [S, S, 3], or None where the cached `embeddings` suffice without the image encoder.
     """
 
     digest: str
-    pixel_values: Tensor | None
+    pixels: Tensor | None
     embeddings: Mapping[EmbeddingKind, Tensor]
     encoder: EncoderId = EncoderId.MAIN
 
@@ -54,7 +54,7 @@ class EncodedImage:
 
     digest: str
     encoder: EncoderId
-    pixel_values: Tensor | None = None
+    pixels: Tensor | None = None
     required: set[EmbeddingKind] = field(default_factory=set)
     available: dict[EmbeddingKind, Tensor] = field(default_factory=dict)
     computed: list[ComputedEmbedding] = field(default_factory=list)
@@ -103,8 +103,8 @@ class ImagePool:
         if pooled is None or pooled.error is not None:
             pooled = self._images[image.digest] = EncodedImage(image.digest, image.encoder)
         pooled.required |= required
-        if pooled.pixel_values is None:
-            pooled.pixel_values = image.pixel_values
+        if pooled.pixels is None:
+            pooled.pixels = image.pixels
         for kind in pooled.missing:
             # Once more from memory: it may have been computed since the event loop looked.
             known = image.embeddings.get(kind)

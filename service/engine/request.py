@@ -8,11 +8,13 @@ from enum import StrEnum
 from typing import Any, Final, Generic, TypeVar
 
 from model import EmbeddingKind, Generation, GenerationParams
-from service.engine.image_pool import ComputedEmbedding, EncodedImage, ImageInput
+from service.engine.image_pool import ComputedEmbedding, EncodeBatch, EncodedImage, ImageInput
 from service.errors import for_caller
 from service.request_ids import REQUEST_IDS
 
-MAX_SHORT_TOKENS: Final = 32
+MAX_SHORT_TOKENS: Final = 32  # of each answer: how many steps a short request may hold its rows
+MAX_SHORT_ROW_TOKENS: Final = 2048  # of a whole request: as much as 16 steps of 128 rows
+MAX_PAIRS_PER_STEP: Final = 32
 
 T = TypeVar("T")
 
@@ -28,8 +30,8 @@ class Mode(StrEnum):
 class AdmissionClass(StrEnum):
     """Requests that are admitted by one rule: short and long share the rows, match has rows of its own."""
 
-    SHORT = "short"  # generates at most MAX_SHORT_TOKENS tokens
-    LONG = "long"  # generates more, and so holds its rows for long
+    SHORT = "short"  # at most MAX_SHORT_TOKENS tokens an answer, and MAX_SHORT_ROW_TOKENS in all
+    LONG = "long"  # more: it holds its rows for long, or many of them
     MATCH = "match"
 
 
@@ -37,7 +39,9 @@ class AdmissionClass(StrEnum):
 class DeviceTimes:
     """Seconds in the queue, the image encoder, the Q-Former, and decoding or matching.
 
-    Work that was shared with other requests counts in full for each.
+    queue_s: until the work began (generation: until its first sequence had rows), less the passes of image
+    encoder and Q-Former until then. work_s: since then, less the passes since then. Passes that were
+    shared with other requests count in full for each.
     """
 
     queue_s: float
@@ -96,8 +100,18 @@ class GenerateInput:
         return (self.image,)
 
     @property
+    def num_rows(self) -> int:
+        """Number of rows it may hold at once: beams and samples of all prompts."""
+        return len(self.prompts) * self.params.num_rows
+
+    @property
+    def cost(self) -> int:
+        """Number of row-tokens: rows times the most tokens of each."""
+        return self.num_rows * self.params.max_new_tokens
+
+    @property
     def admission_class(self) -> AdmissionClass:
-        is_short = self.params.max_new_tokens <= MAX_SHORT_TOKENS
+        is_short = self.params.max_new_tokens <= MAX_SHORT_TOKENS and self.cost <= MAX_SHORT_ROW_TOKENS
         return AdmissionClass.SHORT if is_short else AdmissionClass.LONG
 
     @property
@@ -125,6 +139,16 @@ class MatchInput:
     @property
     def texts(self) -> tuple[str, ...]:
         return tuple(side for side in (self.query, *self.candidates) if isinstance(side, str))
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows it may hold at once: pairs."""
+        return min(len(self.candidates), MAX_PAIRS_PER_STEP)
+
+    @property
+    def cost(self) -> int:
+        """Number of candidates."""
+        return len(self.candidates)
 
     @property
     def admission_class(self) -> AdmissionClass:
@@ -155,6 +179,7 @@ class Request(Generic[T]):
 
     deadline, submitted, admitted, work_started: readings of the monotonic clock, in seconds.
     num_items: what the queue counts: captions, questions or candidates. image_cached: see `Answer`.
+    caller: who sent it, to share the device fairly; "" where callers cannot be told apart.
     holds_rows: whether one of its sequences has entered the decoder. request_ids: for log lines; one where
     a caller sent it.
     """
@@ -162,6 +187,7 @@ class Request(Generic[T]):
     inputs: GenerateInput | MatchInput
     deadline: float | None = None
     num_items: int = 1
+    caller: str = ""
     submitted: float = field(default_factory=time.monotonic)
     future: Future[Answer[T]] = field(default_factory=Future)
     images: tuple[EncodedImage, ...] = ()
@@ -193,6 +219,27 @@ class Request(Generic[T]):
     def has_expired(self, now: float) -> bool:
         return self.deadline is not None and now >= self.deadline
 
+    def start_work(self) -> None:
+        """Note that the device begins with it now: its time in the queue ends."""
+        if self.work_started is None:
+            self.work_started = time.monotonic()
+
+    @property
+    def times(self) -> DeviceTimes:
+        """The times so far."""
+        now = time.monotonic()
+        started = now if self.work_started is None else self.work_started
+        passes = self._passes()
+        early_s = sum(batch.vision_s + batch.qformer_s for batch in passes if batch.started < started)
+        vision_s = sum(batch.vision_s for batch in passes)
+        qformer_s = sum(batch.qformer_s for batch in passes)
+        return DeviceTimes(
+            queue_s=max(0.0, started - self.submitted - early_s),
+            vision_s=vision_s,
+            qformer_s=qformer_s,
+            work_s=max(0.0, now - started - (vision_s + qformer_s - early_s)),
+        )
+
     def observe_rows(self, num_rows: int) -> None:
         self.max_rows = max(self.max_rows, num_rows)
 
@@ -214,23 +261,18 @@ class Request(Generic[T]):
             is_free = not (self.future.done() or self.future.running())
             return is_free and self.future.set_running_or_notify_cancel()
 
+    def _passes(self) -> set[EncodeBatch]:
+        """Return the passes over its images; those before it was admitted did not cost it time."""
+        if self.admitted is None:
+            return set()
+        return {batch for image in self.images for batch in image.batches if batch.started >= self.admitted}
+
     def _build_answer(self, value: T) -> Answer[T]:
-        assert self.admitted is not None
-        assert self.work_started is not None
-        # Passes before this request was admitted did not cost it time; those it shared count in full.
-        batches = {
-            batch for image in self.images for batch in image.batches if batch.started >= self.admitted
-        }
         return Answer(
             value=value,
-            times=DeviceTimes(
-                queue_s=self.admitted - self.submitted,
-                vision_s=sum(batch.vision_s for batch in batches),
-                qformer_s=sum(batch.qformer_s for batch in batches),
-                work_s=time.monotonic() - self.work_started,
-            ),
+            times=self.times,
             image_cached=self.image_cached,
-            max_rows=max([self.max_rows, *(batch.num_images for batch in batches)]),
+            max_rows=max([self.max_rows, *(batch.num_images for batch in self._passes())]),
             computed=tuple(computed for image in self.images for computed in image.drain_computed()),
         )
 

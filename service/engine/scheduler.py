@@ -7,25 +7,24 @@ decoder enforces the same limits of rows and bytes for those who use it without 
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from itertools import chain, islice, zip_longest
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
 from service.engine.candidate_scores import CandidateScores
 from service.engine.image_pool import EncodedImage
 from service.engine.isolation import Bisection
-from service.engine.request import AdmissionClass, AnyRequest, GenerateInput
-from service.engine.request_queue import RequestQueue
-from service.engine.sequence import Sequence, build_sequences
+from service.engine.request import MAX_PAIRS_PER_STEP, AdmissionClass, AnyRequest, GenerateInput
+from service.engine.request_queue import RequestQueue, WeightedFairScheduler
+from service.engine.sequence import Sequence, WaitingSequences, build_sequences
 from service.engine.step import BatchSizeLimit, DecodeStep, EncodeStep, MatchStep, Step, Workload
 from service.errors import DeadlineExceededError
 from service.model_backend import Backend
 
 MAX_IMAGES_PER_STEP: Final = 8
 MAX_TEXTS_PER_STEP: Final = 64
-MAX_PAIRS_PER_STEP: Final = 32
 MAX_PROMPT_TOKENS_PER_STEP: Final = 1024  # prefilled at once, image tokens and padding included
 MAX_STEP_S: Final = 0.5  # batches of images, texts and pairs are sized to take about so long at most
 MAX_PREFETCHED: Final = 8  # requests of a class whose images are encoded while others hold the rows
@@ -43,33 +42,6 @@ WEIGHTS: Final = {
 T = TypeVar("T")
 
 
-class WeightedFairScheduler(Generic[T]):
-    """Fair queueing: workloads get device time in proportion to their weights, while several have work.
-
-    After a pause a workload starts at the current virtual time: it has neither credit nor debt.
-    """
-
-    def __init__(self, weights: Mapping[T, float]) -> None:
-        self._weights = weights
-        self._virtual_times_s = dict.fromkeys(weights, 0.0)  # divided by the weight
-        self._virtual_time_s = 0.0  # of the one that was served last
-        self._contending: frozenset[T] = frozenset()
-
-    def next(self, ready: Collection[T]) -> T:
-        """Return the one of `ready`, all of which have work, that has had the least time by weight."""
-        for name in ready:
-            if name not in self._contending:
-                self._virtual_times_s[name] = max(self._virtual_times_s[name], self._virtual_time_s)
-        self._contending = frozenset(ready)
-        chosen = min(ready, key=self._virtual_times_s.__getitem__)
-        self._virtual_time_s = self._virtual_times_s[chosen]
-        return chosen
-
-    def charge(self, name: T, seconds: float) -> None:
-        """Add the duration of one step."""
-        self._virtual_times_s[name] += seconds / self._weights[name]
-
-
 def open_classes(requests: Iterable[AnyRequest], max_rows: int) -> frozenset[AdmissionClass]:
     """Return the classes that may admit one more request, given the admitted ones.
 
@@ -78,7 +50,7 @@ def open_classes(requests: Iterable[AnyRequest], max_rows: int) -> frozenset[Adm
     """
     num_rows, num_prefetched = Counter[AdmissionClass](), Counter[AdmissionClass]()
     for request in requests:
-        num_rows[request.admission_class] += num_rows_of(request)
+        num_rows[request.admission_class] += request.inputs.num_rows
         num_prefetched[request.admission_class] += not request.holds_rows
     short, long, match = AdmissionClass.SHORT, AdmissionClass.LONG, AdmissionClass.MATCH
     has_rows = num_rows[short] + num_rows[long] < max_rows
@@ -88,14 +60,6 @@ def open_classes(requests: Iterable[AnyRequest], max_rows: int) -> frozenset[Adm
         long: (has_rows and num_rows[long] < LONG_SHARE * max_rows) or num_prefetched[long] < MAX_PREFETCHED,
     }
     return frozenset(name for name in AdmissionClass if is_open[name])
-
-
-def num_rows_of(request: AnyRequest) -> int:
-    """Return the rows a request may occupy at once: beams and samples of all its prompts, or pairs."""
-    inputs = request.inputs
-    if isinstance(inputs, GenerateInput):
-        return len(inputs.prompts) * inputs.params.num_rows
-    return min(len(inputs.candidates), MAX_PAIRS_PER_STEP)
 
 
 class Scheduler:
@@ -125,9 +89,12 @@ class Scheduler:
         self._text_limit = BatchSizeLimit(MAX_TEXTS_PER_STEP, max_seconds=MAX_STEP_S)
         self._pair_limit = BatchSizeLimit(MAX_PAIRS_PER_STEP, max_seconds=MAX_STEP_S)
         self._row_limit = BatchSizeLimit(max_rows)
+        self._encoding: list[AnyRequest] = []  # those whose images are not encoded yet
         self._matching: deque[CandidateScores] = deque()
-        self._waiting: deque[Sequence] = deque()  # for rows, in the order of their arrival
+        self._waiting = WaitingSequences()
         self._running: list[Sequence] = []
+        self._blocked_at: tuple[int, ...] = ()  # the state in which nothing could join, and need not be tried
+        self._is_cut = False  # rows keep sequences out
         self._is_quarantined = False  # what runs is a group of a bisection, which nothing may join
 
     @property
@@ -135,13 +102,14 @@ class Scheduler:
         return not (self.requests or self._running)  # the running ones may be left of abandoned requests
 
     def admit(self, queue: RequestQueue) -> AnyRequest | None:
-        """Admit the oldest request whose class has room; None where there is none."""
+        """Admit the next request whose class has room; None where there is none."""
         while request := queue.take(open_classes(self.requests, self._max_rows)):
             if request.has_expired(time.monotonic()):
                 request.fail(DeadlineExceededError("the deadline passed while the request was in the queue"))
             elif not request.is_done:
                 request.admitted = time.monotonic()
                 self.requests.append(request)
+                self._encoding.append(request)
                 return request
         return None
 
@@ -171,7 +139,7 @@ class Scheduler:
         """Charge a step's device time; learn from its success, or requeue its sequences after a failure."""
         self._fairness.charge(step.workload, seconds)
         if has_failed and isinstance(step, DecodeStep):
-            self._waiting.extendleft(reversed(step.items))  # all begin anew
+            self._waiting.put_back(step.items)  # all begin anew
             self._running, self._is_quarantined = [], False
         elif not has_failed and step.limit is not None and step.size:
             step.limit.observe_success(step.size, seconds, is_cut=step.is_cut)
@@ -182,35 +150,34 @@ class Scheduler:
         done = [request for request in self.requests if request.is_done]
         for request in done:
             request.images = ()  # the caller may hold the request; the device's memory is freed now
+            self._waiting.forget(request)
         self.requests = [request for request in self.requests if request not in done]
+        self._encoding = [request for request in self._encoding if not request.is_done]
         self._matching = deque(scores for scores in self._matching if not scores.is_done)
-        self._waiting = deque(sequence for sequence in self._waiting if not sequence.is_done)
         if not self.requests:
             self._bisections.clear()  # or they would hold the images of abandoned requests
         return [request for request in done if not request.future.cancelled()]
 
     def _start_encoded(self) -> None:
         """Start the work of requests whose images are encoded; fail those whose images cannot be."""
-        for request in self.requests:
-            if request.work_started is not None or request.is_done:
-                continue
+        for request in self._encoding:
             if request.image_error is not None:
                 request.fail(request.image_error)
-            elif request.is_encoded:
-                request.work_started = time.monotonic()
+            elif not request.is_done and request.is_encoded:
                 if isinstance(request.inputs, GenerateInput):
-                    self._waiting += build_sequences(request, self._backend.num_query_tokens)
+                    self._waiting.add(build_sequences(request, self._backend.num_query_tokens))
                 else:
                     self._matching.append(CandidateScores(request, self._cached_texts(request.inputs.texts)))
+        self._encoding = [
+            request for request in self._encoding if not (request.is_done or request.is_encoded)
+        ]
 
     def _pending_images(self, *, for_matching: bool) -> list[EncodedImage]:
         """Return the images to encode: one of each request, then a second of each, and so on."""
         pending = [
             [image for image in request.images if image.is_pending]
-            for request in self.requests
-            if (request.admission_class is AdmissionClass.MATCH) == for_matching
-            and request.work_started is None
-            and not request.is_done
+            for request in self._encoding
+            if (request.admission_class is AdmissionClass.MATCH) == for_matching and not request.is_done
         ]
         rounds = chain.from_iterable(zip_longest(*pending))
         return list(dict.fromkeys(image for image in rounds if image is not None))
@@ -229,6 +196,7 @@ class Scheduler:
         if not group:
             group = list(self._matching)
             self._matching.rotate(-1)
+        group[0].request.start_work()
         if group[0].missing_texts:
             missing = dict.fromkeys(text for scores in group for text in scores.missing_texts)
             texts = list(islice(missing, self._text_limit.max_size))
@@ -247,11 +215,13 @@ class Scheduler:
         if not self._running:
             joining = self._next_quarantined_decode()
             self._is_quarantined = bool(joining)
+            for sequence in joining:
+                self._waiting.remove(sequence)
         if not self._is_quarantined:
-            joining, is_cut = self._choose_joining()
+            joining, is_cut = self._join()
         for sequence in joining:
-            self._waiting.remove(sequence)
             sequence.request.holds_rows = True
+            sequence.request.start_work()
         self._running += joining
         return DecodeStep(list(self._running), joining, dropped, self._row_limit, is_cut)
 
@@ -267,28 +237,36 @@ class Scheduler:
             self._bisections[Workload.GENERATE].split(group)  # they may have joined one after the other
         return []
 
-    def _choose_joining(self) -> tuple[list[Sequence], bool]:
-        """Return the waiting sequences that may join now, oldest first, and whether rows kept others out.
+    def _join(self) -> tuple[list[Sequence], bool]:
+        """Remove the waiting sequences that join now; return them, and whether rows kept others out.
 
         Long ones wait while they hold their share of the rows, and short ones pass them; none else is passed.
         """
-        chosen, are_long_blocked = list[Sequence](), False
-        for sequence in self._waiting:
-            running = [*self._running, *chosen]
-            if sequence.is_long:
-                are_long_blocked = are_long_blocked or self._exceeds_long_share(sequence, running)
-                if are_long_blocked:
-                    continue
-            after = [*running, sequence]
-            if running and _num_padded_tokens([*chosen, sequence]) > MAX_PROMPT_TOKENS_PER_STEP:
+        state = (self._waiting.num_changes, len(self._running), self._row_limit.max_size)
+        if state == self._blocked_at:  # as it was a token ago
+            return [], self._is_cut
+        joining, classes, self._is_cut = list[Sequence](), set(AdmissionClass), False
+        while sequence := self._waiting.next(classes):
+            running = [*self._running, *joining]
+            if sequence.is_long and self._exceeds_long_share(sequence, running):
+                classes.remove(AdmissionClass.LONG)
+                continue
+            if joining and _num_padded_tokens([*joining, sequence]) > MAX_PROMPT_TOKENS_PER_STEP:
                 break
-            if running and sum(each.num_rows for each in after) > self._row_limit.max_size:
-                return chosen, True
-            requirements = [each.memory_requirement for each in after]
-            if running and self._backend.kv_bytes(requirements) > self._max_kv_bytes:
+            self._is_cut = bool(running) and self._exceeds_rows([*running, sequence])
+            if self._is_cut or (running and self._exceeds_kv_bytes([*running, sequence])):
                 break
-            chosen.append(sequence)
-        return chosen, False
+            joining.append(sequence)
+            self._waiting.join(sequence)
+        self._blocked_at = () if joining else state
+        return joining, self._is_cut
+
+    def _exceeds_rows(self, sequences: Iterable[Sequence]) -> bool:
+        return sum(sequence.num_rows for sequence in sequences) > self._row_limit.max_size
+
+    def _exceeds_kv_bytes(self, sequences: Iterable[Sequence]) -> bool:
+        requirements = [sequence.memory_requirement for sequence in sequences]
+        return self._backend.kv_bytes(requirements) > self._max_kv_bytes
 
     def _exceeds_long_share(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
         num_long = sum(each.num_rows for each in running if each.is_long)

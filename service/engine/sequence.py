@@ -1,12 +1,17 @@
-"""One prompt on its way through the decoder, and the group of those that belong to one request."""
+"""One prompt on its way through the decoder, the group of its request, and the order in which they join."""
 
 import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor
 
 from model import Generation, GenerationParams, MemoryRequirement, memory_requirement
-from service.engine.request import AdmissionClass, GenerateInput, Generations, Request
+from service.engine.request import AdmissionClass, AnyRequest, GenerateInput, Generations, Request
+from service.engine.request_queue import FairOrder
 from service.errors import InferenceFailedError
 
 
@@ -44,6 +49,11 @@ class Sequence:
         return self.params.num_rows
 
     @property
+    def num_row_tokens(self) -> int:
+        """Rows times the most tokens of each: what it may cost."""
+        return self.params.num_rows * self.params.max_new_tokens
+
+    @property
     def is_long(self) -> bool:
         return self.request.admission_class is AdmissionClass.LONG
 
@@ -73,6 +83,74 @@ class Sequence:
             self.request.resolve(all_generations)
         else:
             self.fail(InferenceFailedError("the model gave a score that is not a number"))
+
+
+class WaitingSequences:
+    """The sequences that wait for rows. In each admission class requests take turns; see `FairOrder`.
+
+    num_changes: increases with each change.
+    """
+
+    def __init__(self) -> None:
+        self.num_changes = 0
+        self._orders = {name: FairOrder() for name in AdmissionClass}
+        self._waiting: dict[AdmissionClass, dict[AnyRequest, deque[Sequence]]] = {
+            name: {} for name in AdmissionClass
+        }
+
+    def __len__(self) -> int:
+        return sum(len(sequences) for requests in self._waiting.values() for sequences in requests.values())
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for requests in self._waiting.values():
+            yield from chain.from_iterable(requests.values())
+
+    def __contains__(self, item: object) -> bool:
+        return any(sequence is item for sequence in self)
+
+    def add(self, sequences: SequenceOf[Sequence]) -> None:
+        """Append the sequences of one request that came last."""
+        request = sequences[0].request
+        self._waiting[request.admission_class][request] = deque(sequences)
+        self.num_changes += 1
+
+    def put_back(self, sequences: SequenceOf[Sequence]) -> None:
+        """Insert sequences that must begin anew where they were before: requests in order of arrival."""
+        for sequence in reversed(sequences):
+            requests = self._waiting[sequence.request.admission_class]
+            requests.setdefault(sequence.request, deque()).appendleft(sequence)
+        for name, requests in self._waiting.items():
+            self._waiting[name] = dict(sorted(requests.items(), key=lambda each: each[0].submitted))
+        self.num_changes += 1
+
+    def next(self, classes: Iterable[AdmissionClass]) -> Sequence | None:
+        """Return the next sequence of each class in its order; of two the one whose request is older."""
+        first = [
+            self._orders[name].next(self._waiting[name].keys()) for name in classes if self._waiting[name]
+        ]
+        if not first:
+            return None
+        request = min(first, key=lambda each: each.submitted)
+        return self._waiting[request.admission_class][request][0]
+
+    def join(self, sequence: Sequence) -> None:
+        """Remove the next sequence, and charge its request for it."""
+        request = sequence.request
+        self._orders[request.admission_class].charge(request, sequence.num_row_tokens)
+        self.remove(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        requests = self._waiting[sequence.request.admission_class]
+        requests[sequence.request].remove(sequence)
+        if not requests[sequence.request]:
+            del requests[sequence.request]
+        self.num_changes += 1
+
+    def forget(self, request: AnyRequest) -> None:
+        """Remove all sequences of a request that is done."""
+        self._orders[request.admission_class].forget(request)
+        if self._waiting[request.admission_class].pop(request, None):
+            self.num_changes += 1
 
 
 def build_sequences(request: Request[Generations], num_query_tokens: int) -> list[Sequence]:

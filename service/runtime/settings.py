@@ -56,7 +56,21 @@ class Settings(BaseSettings):
         default=0, ge=0, le=1024, description="torch's CPU threads; 0: torch's own choice"
     )
     preprocess_threads: int = Field(
-        default=4, ge=1, le=64, description="CPU threads that decode and resize images"
+        default=4,
+        ge=1,
+        le=64,
+        description="images decoded at once, each in a process; large ones: half as many",
+    )
+    decode_bytes: int = Field(
+        default=528 * 2**20,
+        ge=32 * 2**20,
+        description="memory to decode large images in, together and one alone; small ones take 32 MiB each",
+    )
+    decode_timeout_ms: int = Field(
+        default=10_000,
+        ge=100,
+        le=600_000,
+        description="CPU time to decode one image; then its process is killed",
     )
 
     host: str = Field(default="127.0.0.1", min_length=1)

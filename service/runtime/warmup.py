@@ -4,7 +4,8 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from PIL import Image
+import torch
+from torch import Tensor
 
 from model import GenerationParams
 from service.engine.image_pool import ImageInput
@@ -58,8 +59,12 @@ def _match_request(backend: Backend) -> Request[Matches]:
 
 def _warmup_images(backend: Backend, encoder: EncoderId) -> tuple[ImageInput, ...]:
     shades = [255 * index // MAX_IMAGES_PER_STEP for index in range(MAX_IMAGES_PER_STEP)]
-    pictures = [Image.new("RGB", (64, 64), (shade, 128, 255 - shade)) for shade in shades]
+    side = backend.image_size(encoder)
     return tuple(
-        ImageInput(f"warm-up-{encoder}-{index}", backend.preprocess(picture, encoder), {}, encoder)
-        for index, picture in enumerate(pictures)
+        ImageInput(f"warm-up-{encoder}-{index}", _one_colour(shade, 128, 255 - shade, side=side), {}, encoder)
+        for index, shade in enumerate(shades)
     )
+
+
+def _one_colour(*rgb: int, side: int) -> Tensor:
+    return torch.tensor(rgb, dtype=torch.uint8).expand(side, side, 3)

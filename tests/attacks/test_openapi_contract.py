@@ -27,7 +27,11 @@ LIMITS = {
 
 def test_requests_generated_from_the_document_are_accepted_or_refused_as_it_says(tmp_path: Path) -> None:
     program = Path(sysconfig.get_path("scripts")) / "schemathesis"
-    environment = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.attacks.contract_hooks"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(HERE.parents[1]),
+        "SCHEMATHESIS_HOOKS": "tests.attacks.contract_hooks",
+    }
     with service(tmp_path, **LIMITS) as server:
         done = subprocess.run(
             [
@@ -39,7 +43,7 @@ def test_requests_generated_from_the_document_are_accepted_or_refused_as_it_says
                 "--generation-database=none",
                 "--no-color",
             ],
-            cwd=HERE.parents[1],
+            cwd=tmp_path,  # it writes a cache
             env=environment,
             capture_output=True,
             text=True,

@@ -88,9 +88,9 @@ class FaultyBackend:
     def build_decoder(self) -> StepDecoder:
         return FaultyDecoder(self._backend.build_decoder(), self._device)
 
-    def encode_images(self, pixel_values: Tensor, encoder: EncoderId) -> Tensor:
-        self._device.compute(len(pixel_values))
-        return self._backend.encode_images(pixel_values, encoder)
+    def encode_images(self, pixels: Tensor, encoder: EncoderId) -> Tensor:
+        self._device.compute(len(pixels))
+        return self._backend.encode_images(pixels, encoder)
 
 
 def main() -> int:

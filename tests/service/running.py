@@ -69,11 +69,12 @@ class EngineHarness:
         params: GenerationParams = GREEDY,
         deadline: float | None = None,
         image: ImageInput | None = None,
+        caller: str = "",
     ) -> Request[Generations]:
         """Submit a request and return it."""
         prompt_ids = tuple(self.backend.tokenize_prompt(prompt, params) for prompt in prompts or ("a photo",))
         inputs = GenerateInput(image or self.image(red), prompt_ids, params)
-        request: Request[Generations] = Request(inputs, deadline)
+        request: Request[Generations] = Request(inputs, deadline, caller=caller)
         self.submit(request)
         return request
 
@@ -153,7 +154,10 @@ async def site(
     ready = asyncio.Event()
     model = backend or FakeBackend()
     app = create_app(
-        settings or Settings(), lambda: model, on_ready=lambda _: ready.set(), on_failure=on_failure
+        settings or Settings(preprocess_threads=1),
+        lambda: model,
+        on_ready=lambda _: ready.set(),
+        on_failure=on_failure,
     )
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (

@@ -5,11 +5,15 @@ import weakref
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 from model import Blip2, GenerationParams
 from model.checkpoints import save_hub, save_retrieval_adapter
+from model.images.resize import resize_to_square
 from service.engine.image_pool import ImageInput
 from service.engine.request import GenerateInput, Generations, Matches, MatchInput, Mode, Request
 from service.model_backend import Blip2Backend, EncoderId
@@ -50,9 +54,13 @@ def load(generation: str, retrieval: str, *, dtype: Dtype = "float32") -> Blip2B
     return load_backend(Settings(model=generation, retrieval_model=retrieval, device="cpu", dtype=dtype))
 
 
+def resized(picture: Image.Image, side: int) -> Tensor:
+    return torch.from_numpy(np.array(resize_to_square(picture, side)))
+
+
 def inputs(backend: Blip2Backend, encoder: EncoderId) -> list[ImageInput]:
     return [
-        ImageInput(f"{index}:{encoder}", backend.preprocess(picture, encoder), {}, encoder)
+        ImageInput(f"{index}:{encoder}", resized(picture, backend.image_size(encoder)), {}, encoder)
         for index, picture in enumerate(PICTURES)
     ]
 

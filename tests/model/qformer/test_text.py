@@ -23,6 +23,7 @@ from tests.builders import (
     build_matcher,
     build_qformer_config,
     build_text_tokenizer,
+    random_images,
     random_pixels,
 )
 from tests.service.runtime.test_loading import serve
@@ -104,7 +105,7 @@ def test_the_service_and_bulk_work_show_each_question_to_the_q_former(adapter: P
     blip2 = Blip2.from_pretrained(str(adapter))
     backend = load_backend(Settings(model=str(adapter), device="cpu", dtype="float32"))
     assert backend.is_question_conditioned
-    features = blip2.encode_images(random_pixels(2))
+    features = blip2.encode_images(blip2.preprocess.normalise(random_images(2)))
     prompts = [blip2.prompts.question_prompt(question) for question in QUESTIONS]
     expected = [
         [
@@ -118,7 +119,7 @@ def test_the_service_and_bulk_work_show_each_question_to_the_q_former(adapter: P
     requests: list[Request[Generations]] = [
         Request(
             GenerateInput(
-                ImageInput(str(index), random_pixels(2)[index], {}),
+                ImageInput(str(index), random_images(2)[index], {}),
                 tuple(
                     backend.tokenize_prompt(prompt, GenerationParams(max_new_tokens=8)) for prompt in prompts
                 ),

@@ -13,7 +13,7 @@ from torch import Tensor
 from model import EmbeddingKind, GenerationParams
 from service.engine.image_pool import ImageInput
 from service.engine.request import Answer, MatchInput, Mode, Request
-from service.errors import DeadlineExceededError, InferenceFailedError, NotReadyError
+from service.errors import DeadlineExceededError, InferenceFailedError, LostRequestError, NotReadyError
 from service.model_backend import EncoderId
 from tests.service.fakes import DEADLY_WORD, NAN_WORD, POISON_RED, POISON_WORD, TIMEOUT_S, FakeBackend, pixels
 from tests.service.running import running_engine, text_of, until
@@ -265,13 +265,17 @@ def test_a_request_that_nobody_takes_counts_as_no_progress() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it is meant to die
-def test_where_the_device_is_lost_all_requests_are_told_and_no_more_are_taken() -> None:
-    with running_engine(started=False) as harness:
+def test_where_the_device_is_lost_what_it_ran_must_not_be_retried_and_what_waited_may_be() -> None:
+    with running_engine(max_rows=16, started=False) as harness:
         requests = [harness.caption(1, DEADLY_WORD), harness.caption(2, "a b c"), harness.caption(3, "a b c")]
+        wide = GenerationParams(num_beams=13)
+        later = [harness.caption(4, params=wide) for _ in range(9)]  # eight are admitted ahead of their rows
         harness.engine.start()
-        for request in requests:
-            with pytest.raises(NotReadyError):
+        for request in (*requests, *later[:5]):
+            with pytest.raises(LostRequestError):
                 request.future.result(TIMEOUT_S)
+        with pytest.raises(NotReadyError):
+            later[-1].future.result(TIMEOUT_S)
         until(lambda: not harness.engine.is_alive)
         with pytest.raises(NotReadyError, match="restarted"):
             harness.queue.make_reservations(1)
@@ -310,6 +314,21 @@ def test_an_answer_tells_where_its_time_went_and_with_how_many_rows() -> None:
             assert answer.times.work_s > 0
 
 
+def test_waiting_for_rows_is_time_in_the_queue_and_not_in_the_decoder() -> None:
+    with running_engine(max_rows=16) as harness:
+        harness.backend.decode_gate.clear()
+        wide = harness.caption(1, "a b", params=GenerationParams(num_beams=16))
+        until(lambda: harness.backend.num_added == 1)
+        submitted = time.monotonic()
+        waiting = harness.caption(2, "a")
+        until(lambda: time.monotonic() - submitted > 0.2)
+        harness.backend.decode_gate.set()
+        assert waiting.future.result(TIMEOUT_S).times.queue_s >= 0.2
+        assert waiting.future.result().times.work_s < 0.2
+        assert wide.future.result(TIMEOUT_S).times.work_s >= 0.2
+        assert wide.future.result().times.queue_s < 0.2
+
+
 @pytest.mark.parametrize("can_match", [True, False])
 def test_a_checkpoint_without_a_head_still_serves_the_other(can_match: bool) -> None:
     backend = FakeBackend(can_generate=not can_match, can_match=can_match)
@@ -328,8 +347,9 @@ def test_a_device_lost_while_a_request_is_admitted_leaves_nobody_waiting() -> No
 
     with running_engine(Lost(), started=False) as harness:
         known = ImageInput("known", None, {EmbeddingKind.QUERY_OUTPUT: torch.zeros(1, 2)})
-        requests = [harness.caption(0, image=known), harness.caption(1)]
+        admitted, waiting = harness.caption(0, image=known), harness.caption(1)
         harness.engine.start()
-        for request in requests:
-            with pytest.raises(NotReadyError):
-                request.future.result(TIMEOUT_S)
+        with pytest.raises(LostRequestError):
+            admitted.future.result(TIMEOUT_S)
+        with pytest.raises(NotReadyError):
+            waiting.future.result(TIMEOUT_S)

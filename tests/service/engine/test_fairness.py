@@ -146,3 +146,48 @@ def test_pairs_are_scored_beside_an_endless_stream_of_cosines() -> None:
         harness.engine.start()
         assert len(pairs.future.result(TIMEOUT_S).value) == 2
         assert num_cosines < 100
+
+
+def test_a_short_caption_is_answered_before_any_request_of_many_rows() -> None:
+    wide = GenerationParams(num_beams=4, max_new_tokens=32)
+    with running_engine(max_rows=16, started=False) as harness:
+        questions = [f"{STORY} {number}" for number in range(20)]  # 80 rows of 32 tokens: more than is short
+        many = {f"many{index}": harness.caption(1, *questions, params=wide) for index in range(8)}
+        short = harness.caption(2, "a b c", params=SHORT)
+        assert order_of_answers(harness, **many, short=short)[0] == "short"
+        assert max(harness.backend.decode_batches) == 4  # three of the many, and the short one
+
+
+def test_a_request_of_one_question_overtakes_the_questions_of_an_older_one() -> None:
+    with running_engine(max_rows=4, started=False) as harness:
+        many = harness.caption(1, *(f"a {number}" for number in range(32)), params=SHORT)
+        one = harness.caption(2, "a b", params=SHORT)
+        num_steps: list[int] = []
+        one.future.add_done_callback(lambda _: num_steps.append(len(harness.backend.decode_batches)))
+        order_of_answers(harness, many=many, one=one)
+        assert num_steps[0] <= 4  # one question before it, and its own two tokens
+
+
+def test_many_questions_are_answered_beside_an_endless_stream_of_single_ones() -> None:
+    with running_engine(max_rows=4, started=False) as harness:
+        many = harness.caption(1, *(f"a {number}" for number in range(16)), params=SHORT)
+        num_sent = 0
+
+        def send(_: object = None) -> None:
+            nonlocal num_sent
+            num_sent += 1
+            if not many.future.done():
+                harness.caption(2, "a b", params=SHORT).future.add_done_callback(send)
+
+        for _ in range(4):
+            send()
+        harness.engine.start()
+        assert text_of(many, 15) == "1 a 15 #0"
+        assert num_sent < 200
+
+
+def test_who_sends_one_request_does_not_wait_for_all_of_who_sent_many() -> None:
+    with running_engine(max_rows=4, started=False) as harness:
+        many = {f"many{index}": harness.caption(1, "a b", params=SHORT, caller="many") for index in range(30)}
+        one = harness.caption(2, "a b", params=SHORT, caller="one")
+        assert order_of_answers(harness, **many, one=one).index("one") <= 2

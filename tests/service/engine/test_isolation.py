@@ -12,7 +12,7 @@ from model import DecodeRequest, EmbeddingKind, GenerationParams
 from model.errors import DeviceLostError
 from service.engine.image_pool import ImageInput
 from service.engine.request import Mode
-from service.errors import InferenceFailedError, NotReadyError, OutOfDeviceMemoryError
+from service.errors import InferenceFailedError, LostRequestError, OutOfDeviceMemoryError
 from service.model_backend import EncoderId
 from tests.service.fakes import (
     POISON_RED,
@@ -147,7 +147,7 @@ def test_a_device_that_is_lost_under_the_message_of_missing_memory_ends_the_engi
         requests = [harness.caption(red) for red in (20, 21)]
         harness.engine.start()
         for request in requests:
-            with pytest.raises(NotReadyError):
+            with pytest.raises(LostRequestError):
                 request.future.result(TIMEOUT_S)
         until(lambda: not harness.engine.is_alive)
 
@@ -216,10 +216,10 @@ def test_images_of_a_bisection_are_freed_when_their_callers_leave() -> None:
     class Held(FakeBackend):
         """Waits for the gate in the second image batch, which is a half of the first."""
 
-        def encode_images(self, pixel_values: Tensor, encoder: EncoderId) -> Tensor:
+        def encode_images(self, pixels: Tensor, encoder: EncoderId) -> Tensor:
             if self.vision_batches:
                 self.encode_gate.clear()
-            return super().encode_images(pixel_values, encoder)
+            return super().encode_images(pixels, encoder)
 
     backend = Held()
     with no_log_records(), running_engine(backend, started=False) as harness:

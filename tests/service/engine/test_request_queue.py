@@ -14,9 +14,10 @@ from tests.service.fakes import TIMEOUT_S
 ALL = frozenset(AdmissionClass)
 
 
-def request(max_new_tokens: int = 10) -> AnyRequest:
+def request(max_new_tokens: int = 10, *, caller: str = "", num_prompts: int = 1) -> AnyRequest:
     params = GenerationParams(max_new_tokens=max_new_tokens)
-    return Request(GenerateInput(ImageInput("digest", None, {}), ((1,),), params))
+    inputs = GenerateInput(ImageInput("digest", None, {}), ((1,),) * num_prompts, params)
+    return Request(inputs, caller=caller)
 
 
 def queue(max_items: int = 4) -> RequestQueue:
@@ -64,6 +65,22 @@ def test_a_class_without_room_is_passed_and_keeps_its_order() -> None:
     assert waiting.take(ALL) is long
     assert waiting.take({AdmissionClass.LONG}) is None
     assert waiting.take({AdmissionClass.SHORT}) is late
+
+
+def test_callers_take_turns_by_the_cost_of_their_requests() -> None:
+    waiting = queue(100)
+    costly = [request(caller="a", num_prompts=10) for _ in range(3)]
+    cheap = [request(caller="b") for _ in range(3)]
+    for one in (*costly, *cheap):
+        waiting.make_reservations(1)[0].submit(one)
+    taken = [waiting.take(ALL) for _ in range(6)]
+    assert taken == [costly[0], *cheap, *costly[1:]]
+
+
+def test_a_request_of_many_row_tokens_is_long_although_its_answers_are_short() -> None:
+    assert request(32, num_prompts=12).admission_class is AdmissionClass.SHORT  # 12 x 5 x 32 row-tokens
+    assert request(32, num_prompts=13).admission_class is AdmissionClass.LONG
+    assert request(33).admission_class is AdmissionClass.LONG
 
 
 def test_a_reservation_that_is_left_withdraws_its_request() -> None:

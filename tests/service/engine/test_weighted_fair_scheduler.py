@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from service.engine.scheduler import WeightedFairScheduler
+from service.engine.request_queue import WeightedFairScheduler
 
 
 def serve(
@@ -51,3 +51,33 @@ def test_between_two_pieces_of_one_the_others_get_a_bounded_time() -> None:
         since_b = 0.0 if name == "b" else since_b + 0.1
         longest = max(longest, since_b)
     assert longest <= (3 + 1) * 0.1 + 2 * 0.1 + 1e-9  # their shares of one piece, and a piece each
+
+
+def test_a_stream_of_new_names_does_not_keep_an_old_one_waiting() -> None:
+    shares = WeightedFairScheduler[str]()
+    num_others, num_served = 0, 0
+    while num_served < 20:
+        new = [f"new{num_others}", f"new{num_others + 1}"]  # two, of which at most one is served a turn
+        name = shares.next(["old", *new])
+        shares.charge(name, 1.0)
+        num_served += name == "old"
+        num_others += 2
+    assert num_others <= 2 * 3 * 20 + 4
+
+
+def test_names_that_are_gone_are_forgotten() -> None:
+    shares = WeightedFairScheduler[str]()
+    shares.charge(shares.next(["first"]), 5.0)
+    for number in range(100):
+        shares.charge(shares.next([f"name{number}"]), 1.0)
+    shares.forget("name99")
+    assert shares.is_empty
+
+
+def test_who_has_had_much_does_not_start_anew_by_leaving_for_a_moment() -> None:
+    shares = WeightedFairScheduler[str]()
+    assert shares.next(["a", "b"]) == "a"
+    shares.charge("a", 100.0)
+    assert shares.next(["b"]) == "b"
+    shares.charge("b", 1.0)
+    assert shares.next(["a", "b"]) == "b"

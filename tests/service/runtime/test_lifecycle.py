@@ -41,7 +41,7 @@ async def test_while_the_device_hangs_callers_are_told_livez_is_red_and_the_proc
         problem = assert_problem(await running.client.get("/livez"), 503, "not_ready")
         assert "BLIP2_STALL_TIMEOUT_MS" in problem["detail"]
         assert (await running.client.get("/readyz")).status_code == 503
-        assert_problem(await hung, 503, "not_ready")
+        assert_problem(await hung, 500, "engine_lost")
         assert_problem(await running.client.post("/caption", json={"image": IMAGE}), 503, "not_ready")
         await until_async(lambda: failures)
         backend.encode_gate.set()
@@ -50,13 +50,13 @@ async def test_while_the_device_hangs_callers_are_told_livez_is_red_and_the_proc
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # it is meant to die
-async def test_where_the_engine_dies_its_requests_get_503_the_probes_turn_red_and_the_process_must_end() -> (
+async def test_where_the_engine_dies_its_requests_get_500_the_probes_turn_red_and_the_process_must_end() -> (
     None
 ):
     failures: list[FatalError] = []
     async with site(on_failure=failures.append) as running:
         response = await running.client.post("/caption", json={"image": IMAGE, "prompt": DEADLY_WORD})
-        assert_problem(response, 503, "not_ready")
+        assert_problem(response, 500, "engine_lost")
         await until_async(lambda: running.lifecycle.readiness.engine_problem)
         assert "restarted" in assert_problem(await running.client.get("/livez"), 503, "not_ready")["detail"]
         assert (await running.client.get("/readyz")).status_code == 503

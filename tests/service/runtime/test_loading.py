@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from model import (
     Blip2,
@@ -22,7 +23,7 @@ from service.model_backend import Blip2Backend
 from service.runtime.loading import load_backend
 from service.runtime.metrics import Metrics
 from service.runtime.settings import Settings, SettingsError
-from tests.builders import random_pixels
+from tests.builders import random_images
 from tests.service.fakes import TIMEOUT_S
 
 NUM_IMAGES = 6
@@ -48,7 +49,11 @@ def blip2(random_checkpoint: Path) -> Blip2:
 
 
 def image(index: int) -> ImageInput:
-    return ImageInput(str(index), random_pixels(NUM_IMAGES)[index], {})
+    return ImageInput(str(index), random_images(NUM_IMAGES)[index], {})
+
+
+def pixel_values(blip2: Blip2) -> Tensor:
+    return blip2.preprocess.normalise(random_images(NUM_IMAGES))
 
 
 def serve(backend: Blip2Backend, requests: list[AnyRequest]) -> None:
@@ -75,7 +80,7 @@ def serve(backend: Blip2Backend, requests: list[AnyRequest]) -> None:
 
 def alone(blip2: Blip2, index: int, prompt: str, params: GenerationParams) -> tuple[Generation, ...]:
     with torch.inference_mode():
-        image_features = blip2.encode_images(random_pixels(NUM_IMAGES)[index : index + 1])
+        image_features = blip2.encode_images(pixel_values(blip2)[index : index + 1])
         inputs = blip2.project_queries(blip2.encode_queries(image_features))
         return blip2.generate(inputs, [prompt], params)[0]
 
@@ -113,7 +118,7 @@ def test_matches_are_those_of_the_matcher_alone(backend: Blip2Backend, blip2: Bl
     for request, text in zip(requests, TEXTS, strict=True):
         with torch.inference_mode():
             ids_and_mask = matcher.tokenize([text])
-            image_features = blip2.encode_images(random_pixels(NUM_IMAGES))
+            image_features = blip2.encode_images(pixel_values(blip2))
             queries = matcher.encode_image_queries(image_features).query_output
             itc = matcher.itc_scores(matcher.image_embeds(queries), matcher.text_embeds(*ids_and_mask))[:, 0]
             ids, mask = (tensor.expand(NUM_IMAGES, -1) for tensor in ids_and_mask)

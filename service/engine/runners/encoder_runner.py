@@ -36,8 +36,8 @@ class EncoderRunner:
             _release(image)
 
     def _encode_features(self, images: Sequence[EncodedImage], batch: EncodeBatch) -> None:
-        pixel_values = torch.stack([_pixels_of(image) for image in images])  # [B, 3, S, S]
-        image_features = self._backend.encode_images(self._backend.to_device(pixel_values), images[0].encoder)
+        pixels = torch.stack([_pixels_of(image) for image in images])  # [B, S, S, 3]
+        image_features = self._backend.encode_images(self._backend.to_device(pixels), images[0].encoder)
         self._backend.synchronize()  # one sync per vision batch: its time is in every answer
         batch.vision_s = time.monotonic() - batch.started
         self._metrics.observe_batch("vision", len(images))
@@ -65,11 +65,11 @@ class EncoderRunner:
 
 def _release(image: EncodedImage) -> None:
     """Free what no request needs once the image is encoded."""
-    image.pixel_values = None
+    image.pixels = None
     if EmbeddingKind.IMAGE_FEATURES not in image.required:
         del image.available[EmbeddingKind.IMAGE_FEATURES]
 
 
 def _pixels_of(image: EncodedImage) -> Tensor:
-    assert image.pixel_values is not None, "a request brought neither pixels nor embeddings"
-    return image.pixel_values
+    assert image.pixels is not None, "a request brought neither pixels nor embeddings"
+    return image.pixels

@@ -1,0 +1,1 @@
+"""The runners: each runs one kind of step, and knows no policy."""
