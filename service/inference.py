@@ -269,5 +269,5 @@ async def _gather_or_cancel(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     try:
         return await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
-            task.cancel()
+        while tasks:  # none is left here: its error refers to this frame
+            tasks.pop().cancel()
