@@ -7,7 +7,7 @@ from model.checkpoints import LoadOptions, resolve_retrieval_model
 from model.devices import find_device
 from model.errors import DeviceUnavailableError
 from model.packing import can_pack
-from service.model_backend import Blip2Backend
+from service.blip2_backend import Blip2Backend
 from service.runtime.settings import Settings, SettingsError
 
 
