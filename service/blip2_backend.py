@@ -1,6 +1,7 @@
 """BLIP-2 models behind the `Backend` protocol."""
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -40,6 +41,9 @@ class Blip2Backend:
             self.fingerprint = _sha256(f"{blip2.fingerprint} {self.matching_model.fingerprint}")
         is_shared = blip2.share_vision_model(self.matching_model)
         self.matching_encoder = EncoderId.MAIN if is_shared else EncoderId.MATCHING
+        self.last_progress = 0.0
+        for layer in {*self.generating_model.layers, *self.matching_model.layers}:
+            layer.register_forward_hook(self._note_progress)
 
     def pack(self, qformer_dtype: torch.dtype) -> None:
         """Lay out the weights for a CPU, see `Blip2.pack`; to be called before the first request."""
@@ -86,6 +90,14 @@ class Blip2Backend:
     @property
     def num_query_tokens(self) -> int:
         return self.generating_model.query_tokens.shape[1]
+
+    @property
+    def max_prefix_tokens(self) -> int:
+        return min(self._language_model.max_positions, self._limits.max_prefix_tokens)
+
+    @property
+    def max_text_tokens(self) -> int:
+        return 0 if self.matching_model.matcher is None else self.matching_model.matcher.max_text_tokens
 
     def caption_prompt(self) -> str:
         return self.generating_model.prompts.caption_prompt()
@@ -151,6 +163,9 @@ class Blip2Backend:
 
     def match_logits(self, image_features: Tensor, texts: Sequence[str]) -> Tensor:
         return self._matcher.match_logits(image_features, *self._matcher.tokenize(texts))
+
+    def _note_progress(self, *_: object) -> None:
+        self.last_progress = time.monotonic()
 
     def _model_of(self, encoder: EncoderId) -> Blip2:
         return self.generating_model if encoder is EncoderId.MAIN else self.matching_model

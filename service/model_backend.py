@@ -77,6 +77,14 @@ class Backend(Protocol):
     def num_query_tokens(self) -> int:
         """Number of tokens an image is to the language model."""
 
+    @property
+    def max_prefix_tokens(self) -> int:
+        """Most tokens of image and prompt together."""
+
+    @property
+    def max_text_tokens(self) -> int:
+        """Most tokens of a text that is matched, to which longer ones are cut; 0 where nothing is."""
+
     def caption_prompt(self) -> str: ...
 
     def question_prompt(
@@ -95,6 +103,10 @@ class Backend(Protocol):
 
     def kv_bytes(self, requirements: Sequence[MemoryRequirement]) -> int:
         """Compute the most bytes that the keys and values of such sequences take together."""
+
+    @property
+    def last_progress(self) -> float:
+        """When a layer of the model ended last, on the monotonic clock."""
 
     # The engine's thread alone:
 

@@ -43,6 +43,7 @@ class Engine:
         max_rows: int,
         max_kv_bytes: int,
     ) -> None:
+        self._backend = backend
         self._queue = queue
         self._throughput = throughput
         self._metrics = metrics
@@ -104,9 +105,14 @@ class Engine:
         return len(self._pool)
 
     def heartbeat_age_s(self) -> float:
-        """Return the seconds since the last progress; 0 while there is nothing to do. For any thread."""
+        """Return the seconds since the last progress; 0 while there is nothing to do. For any thread.
+
+        Each layer of the model that ends is progress, so a step may take as long as it needs.
+        """
         heartbeat = self._heartbeat
-        return self._queue.oldest_wait_s() if heartbeat is None else time.monotonic() - heartbeat
+        if heartbeat is None:
+            return self._queue.oldest_wait_s()
+        return time.monotonic() - max(heartbeat, self._backend.last_progress)
 
     @torch.inference_mode()
     def _serve(self) -> None:

@@ -26,6 +26,7 @@ from service.model_backend import Backend
 MAX_IMAGES_PER_STEP: Final = 8
 MAX_TEXTS_PER_STEP: Final = 64
 MAX_PROMPT_TOKENS_PER_STEP: Final = 1024  # prefilled at once, image tokens and padding included
+MAX_TEXT_TOKENS_PER_STEP: Final = 2560  # of texts and pairs, padding and a pair's query tokens included
 MAX_STEP_S: Final = 0.5  # batches of images, texts and pairs are sized to take about so long at most
 MAX_PREFETCHED: Final = 8  # requests of a class whose images are encoded while others hold the rows
 LONG_SHARE: Final = 0.75  # of the rows, for sequences of many tokens
@@ -86,8 +87,12 @@ class Scheduler:
         self._cached_texts = cached_texts
         self._fairness = WeightedFairScheduler(WEIGHTS)
         self._image_limit = BatchSizeLimit(MAX_IMAGES_PER_STEP, max_seconds=MAX_STEP_S)
-        self._text_limit = BatchSizeLimit(MAX_TEXTS_PER_STEP, max_seconds=MAX_STEP_S)
-        self._pair_limit = BatchSizeLimit(MAX_PAIRS_PER_STEP, max_seconds=MAX_STEP_S)
+        num_text_tokens = max(1, backend.max_text_tokens)  # of the longest text
+        max_texts = max(1, min(MAX_TEXTS_PER_STEP, MAX_TEXT_TOKENS_PER_STEP // num_text_tokens))
+        self._text_limit = BatchSizeLimit(max_texts, max_seconds=MAX_STEP_S)
+        num_pair_tokens = num_text_tokens + backend.num_query_tokens
+        max_pairs = max(1, min(MAX_PAIRS_PER_STEP, MAX_TEXT_TOKENS_PER_STEP // num_pair_tokens))
+        self._pair_limit = BatchSizeLimit(max_pairs, max_seconds=MAX_STEP_S)
         self._row_limit = BatchSizeLimit(max_rows)
         self._encoding: list[AnyRequest] = []  # those whose images are not encoded yet
         self._matching: deque[CandidateScores] = deque()

@@ -87,6 +87,11 @@ class Settings(BaseSettings):
         ge=2**20,
         description="of the KV cache of running sequences; others wait, one that could never fit is rejected",
     )
+    max_prompt_tokens: int = Field(
+        default=2048,
+        ge=64,
+        description="of one prompt, image tokens included; it is prefilled in one step",
+    )
     stall_timeout_ms: Annotated[int, Field(ge=100)] | None = Field(
         default=None,
         description="without progress for so long /livez turns red and the process ends; unset: the larger "
