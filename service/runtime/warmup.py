@@ -65,10 +65,10 @@ async def _run_largest_steps(backend: Backend, queue: RequestQueue, max_rows: in
     Raises SelfTestError where the engine did not survive one.
     """
     requests: list[AnyRequest] = []
-    if backend.can_generate:
-        requests.append(_largest_prompts_request(backend, max_rows))
     if backend.can_match:
         requests.append(_largest_pairs_request(backend))
+    if backend.can_generate:
+        requests.append(_largest_prompts_request(backend, max_rows))
     for request in requests:
         try:
             await _submit(queue, request)
