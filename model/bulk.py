@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from model.blip2 import Blip2
-from model.errors import InvalidPixelsError, ModelError
+from model.errors import ModelError
 from model.generation import DecodeRequest, Generation, GenerationParams, run_requests
-from model.preprocess import DAMAGE, make_upright
+from model.images.decoding import decode_image
+from model.images.limits import give_memory_back
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"})
 _MAX_REQUESTS = 32  # decoded together
@@ -157,10 +157,10 @@ def _run_batch(blip2: Blip2, paths: Sequence[Path], task: BulkTask) -> list[dict
     errors: dict[Path, str] = {}
     for path in paths:
         try:
-            with Image.open(path) as image:
-                pixels[path] = blip2.preprocess(make_upright(image))
-        except (*DAMAGE, InvalidPixelsError, Image.DecompressionBombError) as error:
+            pixels[path] = blip2.preprocess(decode_image(path.read_bytes(), blip2.preprocess.image_size))
+        except (ModelError, OSError, MemoryError) as error:
             errors[path] = str(error)
+    give_memory_back()
     results = iter(task.run(blip2.encode_images(torch.stack(list(pixels.values())))) if pixels else ())
     return [
         {"image": str(path), **task.query, **({"error": errors[path]} if path in errors else next(results))}

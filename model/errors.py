@@ -21,8 +21,12 @@ class DeviceLostError(ModelError):
     """The device computes nothing any more; only a new process can use it."""
 
 
-class InvalidPixelsError(ModelError):
-    """An image holds samples of unknown range."""
+class UnknownImageFormatError(ModelError):
+    """A file is of no image format that is read."""
+
+
+class InvalidImageFileError(ModelError):
+    """An image file is damaged, exceeds a limit, or holds samples of unknown range."""
 
 
 class InvalidPromptError(ModelError):

@@ -3,27 +3,17 @@
 image → resize_to_square → pixels, uint8 [S, S, 3] → normalise → pixel_values, float32 [3, S, S]
 """
 
-import contextlib
-import struct
-import zlib
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from model.errors import InvalidPixelsError
+from model.images.resize import resize_to_square
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# What Pillow's readers raise on damaged files.
-DAMAGE: Final = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError,
-    AttributeError, NotImplementedError, MemoryError, struct.error, zlib.error,
-)  # fmt: skip
-_32_BIT_MODES: Final = ("I", "F")
 
 
 class ImagePreprocessor:
@@ -53,42 +43,11 @@ class ImagePreprocessor:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return the [3, S, S] float32 pixel values of an image of any mode; transparency becomes white."""
-        pixels = torch.from_numpy(resize_to_square(image, self.image_size))  # [S, S, 3]
-        return self.normalise(pixels[None])[0]
+        pixels = np.array(resize_to_square(image, self.image_size))  # [S, S, 3]
+        return self.normalise(torch.from_numpy(pixels)[None])[0]
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Convert [B, S, S, 3] uint8 pixels into [B, 3, S, S] float32 pixel values, on their device."""
         first_levels = 256 * torch.arange(3, device=pixels.device)[:, None, None]
         indices = pixels.permute(0, 3, 1, 2).long() + first_levels  # [B, 3, S, S]
         return torch.take(self._normalised.to(pixels.device), indices)
-
-
-def resize_to_square(image: Image.Image, side: int) -> np.ndarray:
-    """Return the [side, side, 3] uint8 pixels of an image of any mode; transparency becomes white."""
-    resized = _to_rgb(image).resize((side, side), Image.Resampling.BICUBIC)
-    return np.array(resized)  # a copy: torch wants pixels it may write to
-
-
-def make_upright(image: Image.Image) -> Image.Image:
-    """Rotate an opened image as its EXIF says and reduce it to 8 bits per channel; its mode may change.
-
-    Raises InvalidPixelsError for samples of 32 bits, and one of DAMAGE on a damaged file.
-    """
-    image.load()
-    if image.mode in _32_BIT_MODES:
-        raise InvalidPixelsError(
-            "the image has 32 bits per sample, and nothing says which range they use; convert it to 8 bits"
-        )
-    with contextlib.suppress(*DAMAGE):  # damaged EXIF: the pixels are still good
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image).convert("RGB")

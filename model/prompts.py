@@ -22,7 +22,7 @@ class PromptTemplates:
     def __post_init__(self) -> None:
         if (count := self.question.count("{}")) != 1:
             raise InvalidPromptError(
-                f"the question template {self.question!r} holds {count} places for the question; "
+                f"the question template {self.question[:60]!r} holds {count} places for the question; "
                 "write exactly one {} in it"
             )
 

@@ -1,4 +1,7 @@
-"""The entry point, `python -m service`; its settings are in `runtime.settings`."""
+"""The entry point, `python -m service`; its settings are in `runtime.settings`.
+
+The processes that decode images import this file too: what is large is imported inside of functions.
+"""
 
 import argparse
 import os
@@ -6,9 +9,6 @@ import signal
 import sys
 from types import FrameType
 from typing import Final, NoReturn
-
-from service.runtime.listener import ListenError, open_listener
-from service.runtime.settings import SettingsError, load_settings
 
 # oneDNN caches a plan for each shape of product it meets, half a megabyte each: 1,024 by default.
 _MAX_PLANS: Final = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
@@ -23,9 +23,15 @@ def main() -> int:
     for sent in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sent, _exit_at_once)  # until the server handles them
     os.environ.update({name: value for name, value in _MAX_PLANS.items() if name not in os.environ})
+    from service.runtime.listener import ListenError, open_listener
+    from service.runtime.settings import SettingsError, load_settings
+
     try:
         settings = load_settings()
         listener = open_listener(settings.host, settings.port)
+        probe_listener = (
+            None if settings.probe_port is None else open_listener(settings.host, settings.probe_port)
+        )
     except (SettingsError, ListenError) as exc:
         return _report(exc)
     # torch takes seconds to import: errors that can be known before are reported before.
@@ -33,7 +39,7 @@ def main() -> int:
     from service.server import serve
 
     try:
-        serve(settings, listener)
+        serve(settings, listener, probe_listener=probe_listener)
     except FatalError as exc:
         return _report(exc)
     return 0

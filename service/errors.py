@@ -3,10 +3,27 @@
 A message names the value, the limit and the cure, and is safe to show to the caller.
 """
 
+import reprlib
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Final, Self
 
 from model import errors as model_errors
+
+MAX_ECHOED: Final = 60  # characters of what a caller sent that an error repeats
+
+_REPR: Final = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = MAX_ECHOED
+
+
+def echo(text: str) -> str:
+    """Return the beginning of a text that a caller sent: a name, a path, a media type."""
+    return text if len(text) <= MAX_ECHOED else f"{text[:MAX_ECHOED]}…"
+
+
+def echo_value(value: object) -> str:
+    """Return the beginning of a value that a caller sent, as Python writes it."""
+    # A text is cut first: reprlib would show its end instead of a longer beginning.
+    return echo(repr(value[:MAX_ECHOED]) if isinstance(value, str) else _REPR.repr(value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +43,7 @@ class ServiceError(Exception):
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     title: ClassVar[str] = "Internal error"
+    closes_connection: ClassVar[bool] = False
 
     def __init__(
         self, detail: str, *, fields: tuple[FieldError, ...] = (), retry_after_s: int | None = None
@@ -47,6 +65,34 @@ class RequestError(ServiceError):
 class UnreadableBodyError(RequestError):
     code = "unreadable_body"
     title = "The body cannot be read"
+
+
+class RequestTimeoutError(RequestError):
+    status = 408
+    code = "request_timeout"
+    title = "The request took too long to arrive"
+    closes_connection = True
+
+
+class HeadersTooLargeError(RequestError):
+    status = 431
+    code = "headers_too_large"
+    title = "The headers are too large"
+    closes_connection = True
+
+
+class InvalidHttpError(RequestError):
+    code = "invalid_http"
+    title = "Not an HTTP request"
+    closes_connection = True
+
+
+class AmbiguousLengthError(RequestError):
+    """Two parties could disagree where such a request ends, and take its body for the next one."""
+
+    code = "ambiguous_length"
+    title = "The length of the body is ambiguous"
+    closes_connection = True
 
 
 class UnknownPathError(RequestError):
@@ -145,7 +191,13 @@ class ShedError(ServiceError):
 class OverloadedError(ShedError):
     status = 429
     code = "overloaded"
-    title = "The request queue is full"
+    title = "Too much work at once"
+
+
+class TooManyConnectionsError(ShedError):
+    code = "too_many_connections"
+    title = "Too many connections"
+    closes_connection = True
 
 
 class NotReadyError(ShedError):
@@ -184,6 +236,8 @@ class LostRequestError(ServiceError):
 
 
 _FROM_MODEL: dict[type[model_errors.ModelError], type[ServiceError]] = {
+    model_errors.UnknownImageFormatError: UnsupportedImageError,
+    model_errors.InvalidImageFileError: InvalidImageError,
     model_errors.InvalidPromptError: InvalidPromptError,
     model_errors.InvalidParamsError: InvalidParamsError,
     model_errors.TaskUnavailableError: TaskUnavailableError,

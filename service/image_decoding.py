@@ -1,91 +1,100 @@
-"""Image decoding: bytes to an upright image to its pixels, in CPU threads. Bad input fails here.
+"""Image decoding: bytes to a file to its pixels, in processes that are killed where they take too long.
 
-Formats: JPEG, PNG, WebP, GIF and TIFF (their first frame), BMP. 16-bit grey is scaled to 8 bits; the
-orientation in EXIF is applied; transparency turns white.
+Formats: JPEG, PNG, WebP, GIF and TIFF (their first frame), BMP. Samples of more than 8 bits are scaled to
+8 bits; the orientation in EXIF is applied; transparency turns white. Bad input fails here.
 """
 
 import asyncio
 import binascii
 import hashlib
-import io
 import re
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, TypeVar
 
 import torch
-from PIL import Image
+from anyio import BrokenWorkerProcess, CapacityLimiter, to_process
 from torch import Tensor
 
-from model.errors import InvalidPixelsError
-from model.preprocess import DAMAGE, make_upright, resize_to_square
-from service.errors import ImageTooLargeError, InvalidImageError, UnsupportedImageError
+from model.errors import ModelError
+from model.images.header import ImageHeader, check_size, memory_of, read_header, sniff_format
+from model.images.limits import decode_within_limits, prepare_process
+from service.errors import ImageTooLargeError, InvalidImageError, NotReadyError, for_caller
 
 # To be increased when the same file would be decoded into other pixels than before.
-PREPROCESS_VERSION: Final = "1"
+PREPROCESS_VERSION: Final = "2"
+SMALL_DECODE_BYTES: Final = 32 * 2**20  # a photo of 3 Mpx
 
-_SIGNATURES: Final = {
-    "JPEG": (b"\xff\xd8\xff",),
-    "PNG": (b"\x89PNG\r\n\x1a\n",),
-    "WEBP": (b"RIFF",),
-    "GIF": (b"GIF87a", b"GIF89a"),
-    "TIFF": (b"II*\x00", b"MM\x00*"),
-    "BMP": (b"BM",),
-}
+_SMALL_CPU_S: Final = 0.5
+_WALL_FACTOR: Final = 6  # of CPU time; only a process that hangs takes so long
+_SMALL_FILE_BYTES: Final = 2**18  # a larger one is hashed in a thread, which takes a millisecond and more
+_RETRY_S: Final = 5
 _DATA_URI: Final = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]+)*?;base64,", re.ASCII)
 T = TypeVar("T")
+S = TypeVar("S", str, bytes, str | bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image file as it was received, its header checked; digest: the SHA-256 of its bytes, in hex."""
+    """An image file as it was received; digest: the SHA-256 of its bytes, in hex."""
 
     data: bytes
     digest: str
 
 
 class ImageDecoder:
-    """Reads and decodes image files in `num_threads` threads."""
+    """Reads image files on the event loop, and decodes them in processes.
 
-    def __init__(self, *, max_bytes: int, max_pixels: int, num_threads: int) -> None:
+    max_bytes, max_pixels: of one file. num_processes: how many images are decoded at once, beside half as
+    many large ones. max_decode_bytes, max_cpu_s: memory and CPU time for one image; together, the large ones
+    take no more than max_decode_bytes.
+    """
+
+    def __init__(
+        self, *, max_bytes: int, max_pixels: int, num_processes: int, max_decode_bytes: int, max_cpu_s: float
+    ) -> None:
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
-        # Pillow's own limit is process-wide and only warns up to twice its value; here it is checked always.
-        Image.MAX_IMAGE_PIXELS = None
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="image-decoder")
+        self._processes = DecodeProcesses(
+            num_processes, max_decode_bytes=max_decode_bytes, max_cpu_s=max_cpu_s
+        )
+
+    async def start(self) -> None:
+        """Start the processes, which takes a tenth of a second, before the first image comes."""
+        await self._processes.start()
 
     async def read(self, source: str | bytes) -> ImageFile:
-        """Read base64, a data URI, or the bytes themselves, and check the header.
+        """Read base64, a data URI, or the bytes themselves.
 
         Raises ImageTooLargeError (413), UnsupportedImageError (415) or InvalidImageError (422).
         """
-        return await self._in_thread(self._read, source)
+        return await _in_thread_if_large(self._read, source)
 
     async def decode_pixels(self, file: ImageFile, image_size: int) -> Tensor:
-        """Decode a file into [S, S, 3] uint8 pixels. Raises InvalidImageError where the file is damaged."""
-        return await self._in_thread(self._decode_pixels, file, image_size)
+        """Decode a file into [S, S, 3] uint8 pixels.
 
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        Raises InvalidImageError where the file is damaged or exceeds a limit, and NotReadyError where no
+        process can be started.
+        """
+        try:
+            header = await _in_thread_if_large(read_header, file.data)
+            check_size(header.width, header.height, self._max_pixels)
+            pixels = await self._processes.decode(file.data, header, image_size, self._max_pixels)
+        except ModelError as exc:
+            raise for_caller(exc) from exc
+        return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(image_size, image_size, 3)
 
     def _read(self, source: str | bytes) -> ImageFile:
         if isinstance(source, str):
             source = self._decode_base64(source)
         self._check_size(len(source))
-        check_header(source, self._max_pixels)
-        return ImageFile(source, hashlib.sha256(source).hexdigest())
-
-    def _decode_pixels(self, file: ImageFile, image_size: int) -> Tensor:
         try:
-            return torch.from_numpy(resize_to_square(decode_image(file.data), image_size))
-        except InvalidImageError:
-            raise
-        except DAMAGE as exc:
-            raise InvalidImageError(f"the image is damaged ({exc}); send the file whole") from exc
+            sniff_format(source)
+        except ModelError as exc:
+            raise for_caller(exc) from exc
+        return ImageFile(source, hashlib.sha256(source).hexdigest())
 
     def _decode_base64(self, source: str) -> bytes:
         if match := _DATA_URI.match(source):
@@ -110,48 +119,93 @@ class ImageDecoder:
             )
 
 
-def check_header(data: bytes, max_pixels: int) -> None:
-    """Check the format and the size in the header of an image file, without decoding it.
+class DecodeProcesses:
+    """Decodes in processes, small images apart from large ones, so that these hold nobody up.
 
-    Raises UnsupportedImageError for a format that is not read, InvalidImageError for too many pixels.
+    An image is small that needs little memory and little CPU time. What takes longer starts again as a large
+    one. Within each group, the first to come is the first to be served.
     """
-    if not data:
-        raise InvalidImageError("the image is empty; send the bytes of a file")
-    name = _sniff(data)
-    if name is None:
-        raise UnsupportedImageError(
-            f"the file is none of {', '.join(_SIGNATURES)}; convert it to one of them"
-        )
-    try:
-        with Image.open(io.BytesIO(data), formats=(name,)) as image:
-            width, height = image.size
-    except DAMAGE as exc:
-        raise InvalidImageError(
-            f"the file begins as {name}, but its header is damaged; send it whole"
-        ) from exc
-    if width * height > max_pixels:
-        raise InvalidImageError(
-            f"the image is {width} x {height} = {width * height / 1e6:.4g} Mpx, the limit is "
-            f"{max_pixels / 1e6:.4g} Mpx; downscale it first"
-        )
 
+    def __init__(self, num_small: int, *, max_decode_bytes: int, max_cpu_s: float) -> None:
+        num_large = max(1, num_small // 2)
+        self._num_small = num_small
+        self._max_decode_bytes = max_decode_bytes
+        self._max_cpu_s = max_cpu_s
+        self._small = asyncio.Semaphore(num_small)
+        self._large = asyncio.Semaphore(num_large)
+        self._large_bytes = ByteBudget(max_decode_bytes)
+        self._processes = CapacityLimiter(num_small + num_large)
 
-def decode_image(data: bytes) -> Image.Image:
-    """Decode the first frame, upright, with at most 8 bits per channel, in whatever mode it then has.
+    async def start(self) -> None:
+        """Start those for small images. Raises NotReadyError where they cannot be started."""
+        await asyncio.gather(*(self._check_that_processes_start() for _ in range(self._num_small)))
 
-    Raises what Pillow raises on a damaged file, and InvalidImageError for samples of 32 bits.
-    """
-    with Image.open(io.BytesIO(data), formats=tuple(_SIGNATURES)) as image:
+    async def decode(self, data: bytes, header: ImageHeader, image_size: int, max_pixels: int) -> bytes:
+        """Decode an image file; see `decode_within_limits`, whose errors it raises.
+
+        Raises InvalidImageError too where the process dies, and NotReadyError where none can be started.
+        """
+        num_bytes = memory_of(header, image_size, len(data))
+        if num_bytes > self._max_decode_bytes:
+            raise InvalidImageError(
+                f"decoding the image takes {num_bytes} bytes, the limit is {self._max_decode_bytes} "
+                "(BLIP2_DECODE_BYTES); downscale it, or save it as a plain JPEG or PNG"
+            )
+        work = partial(decode_within_limits, data, image_size, max_pixels=max_pixels, max_bytes=num_bytes)
+        if num_bytes <= SMALL_DECODE_BYTES:
+            async with self._small:
+                with suppress(BrokenWorkerProcess, TimeoutError):
+                    return await self._run(partial(work, max_cpu_s=min(_SMALL_CPU_S, self._max_cpu_s)))
+        async with self._large, self._large_bytes.hold(num_bytes):
+            try:
+                return await self._run(partial(work, max_cpu_s=self._max_cpu_s))
+            except (BrokenWorkerProcess, OSError):
+                await self._check_that_processes_start()
+                raise InvalidImageError(
+                    f"decoding the image takes more than {self._max_cpu_s:g} s of CPU time "
+                    "(BLIP2_DECODE_TIMEOUT_MS), or ends its decoder; "
+                    "downscale it, or save it as a plain JPEG or PNG"
+                ) from None
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        """Run a call in a process; cancelling it kills the process, and another one takes its place."""
+        async with asyncio.timeout(_WALL_FACTOR * self._max_cpu_s):
+            return await to_process.run_sync(work, cancellable=True, limiter=self._processes)
+
+    async def _check_that_processes_start(self) -> None:
+        """Raise NotReadyError where a process does not start: then it is not the image that is at fault."""
         try:
-            return make_upright(image)
-        except InvalidPixelsError as exc:
-            raise InvalidImageError(str(exc)) from exc
+            await self._run(prepare_process)
+        except (BrokenWorkerProcess, OSError) as exc:
+            raise NotReadyError(
+                "no process for decoding can be started; see the log of the service", retry_after_s=_RETRY_S
+            ) from exc
 
 
-def _sniff(data: bytes) -> str | None:
-    name = next((name for name, starts in _SIGNATURES.items() if data.startswith(starts)), None)
-    if name == "WEBP" and data[8:12] != b"WEBP":  # RIFF holds sound and video too
-        return None
-    if name == "BMP" and data[6:10] != bytes(4):  # two letters are a weak signature: many texts begin so
-        return None
-    return name
+class ByteBudget:
+    """A semaphore that counts bytes. First come, first served: no one who needs much is passed for ever."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._free_bytes = num_bytes
+        self._first = asyncio.Lock()  # held by the one that is served next
+        self._released = asyncio.Event()
+
+    @asynccontextmanager
+    async def hold(self, num_bytes: int) -> AsyncIterator[None]:
+        """Wait for bytes, at most those of the whole budget, and hold them inside the block."""
+        async with self._first:
+            while self._free_bytes < num_bytes:
+                self._released.clear()
+                await self._released.wait()
+            self._free_bytes -= num_bytes
+        try:
+            yield
+        finally:
+            self._free_bytes += num_bytes
+            self._released.set()
+
+
+async def _in_thread_if_large(function: Callable[[S], T], source: S) -> T:
+    if len(source) <= _SMALL_FILE_BYTES:
+        return function(source)
+    return await asyncio.to_thread(function, source)

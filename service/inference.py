@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Any, Generic, TypeVar
 
 from model import EmbeddingKind, GenerationParams
@@ -33,12 +34,33 @@ from service.model_backend import Backend, EncoderId
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True)
 class Upload:
-    """An image as received. source: base64, a data: URI, or the file itself. field: its name in errors."""
+    """An image as received, which is taken once, so that nothing holds it longer than its decoding.
 
-    field: str
-    source: str | bytes
+    source: base64, a data: URI, or the file itself; None once taken. field: its name in errors.
+    release: called with the size of the source when it and the file are dropped.
+    """
+
+    source: str | bytes | None
+    field: str = "image"
+    release: Callable[[int], None] | None = dataclass_field(default=None, compare=False)
+    num_bytes: int = dataclass_field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.num_bytes = len(self.source or b"")
+
+    def take(self) -> str | bytes:
+        """Return the source, and drop it here."""
+        source, self.source = self.source, None
+        assert source is not None
+        return source
+
+    def drop(self) -> None:
+        """Drop the source, and report that the file is dropped too."""
+        self.source = None
+        if self.release is not None:
+            self.release(self.num_bytes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -187,23 +209,31 @@ class Inference:
         self, images: Sequence[Upload], required: frozenset[EmbeddingKind], encoder: EncoderId
     ) -> list[ImageInput]:
         files = await _gather_or_cancel(
-            _with_field_name(image.field, self._image_decoder.read(image.source)) for image in images
+            _with_field_name(image.field, self._image_decoder.read(image.take())) for image in images
         )
         known = await self._cache.lookup([_digest_for(file, encoder) for file in files], required, encoder)
-        return await _gather_or_cancel(
-            _with_field_name(image.field, self._build_input(file, known, required, encoder))
+        works = [
+            _with_field_name(image.field, self._build_input(image, file, known, required, encoder))
             for image, file in zip(images, files, strict=True)
-        )
+        ]
+        files.clear()  # each file is held by its decoding alone
+        return await _gather_or_cancel(works)
 
     async def _build_input(
-        self, file: ImageFile, cached: Lookup, required: frozenset[EmbeddingKind], encoder: EncoderId
+        self,
+        image: Upload,
+        file: ImageFile,
+        cached: Lookup,
+        required: frozenset[EmbeddingKind],
+        encoder: EncoderId,
     ) -> ImageInput:
         digest = _digest_for(file, encoder)
         known = cached[digest]
         is_known = required <= known.keys() or EmbeddingKind.IMAGE_FEATURES in known
-        if is_known:
-            return ImageInput(digest, None, known, encoder)
-        pixels = await self._image_decoder.decode_pixels(file, self._backend.image_size(encoder))
+        pixels = None
+        if not is_known:
+            pixels = await self._image_decoder.decode_pixels(file, self._backend.image_size(encoder))
+        image.drop()
         return ImageInput(digest, pixels, known, encoder)
 
 

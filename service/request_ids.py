@@ -10,7 +10,7 @@ REQUEST_IDS: Final[ContextVar[tuple[str, ...]]] = ContextVar("request_ids", defa
 
 @contextmanager
 def logged_for(request_ids: Iterable[str]) -> Iterator[None]:
-    """Put these ids on log lines within the block. Each id comes once."""
+    """Add these ids to the log lines within the block. Each id comes once."""
     token = REQUEST_IDS.set(tuple(dict.fromkeys(request_ids)))
     try:
         yield

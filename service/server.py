@@ -1,24 +1,38 @@
 """The process around the application: signals, draining, exit."""
 
 import asyncio
+import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from functools import partial
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import uvicorn
+from starlette.responses import Response
 
 from service.api.app import create_app
+from service.api.middleware import CONTENT_TYPE_OPTIONS, REQUEST_ID_HEADER
+from service.api.responses import problem_response
+from service.errors import InvalidHttpError
 from service.model_backend import Backend
-from service.runtime.lifecycle import EngineLostError, FatalError, Lifecycle, Loader
+from service.runtime.connections import (
+    KEEP_ALIVE_S,
+    BoundedProtocol,
+    ConnectionPool,
+    build_pools,
+    limit_connections,
+)
+from service.runtime.lifecycle import EngineLostError, FatalError, Lifecycle, Loader, StartupError
 from service.runtime.listener import BACKLOG
 from service.runtime.loading import load_backend
 from service.runtime.logs import configure_logs
 from service.runtime.settings import Settings
 
-_KEEP_ALIVE_S = 75  # longer than the 60 s of common proxies, so that it is they who close
+logger = logging.getLogger(__name__)
+
 _LAST_CONNECTIONS_S = 5
 
 
@@ -57,14 +71,21 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
 
-def serve(settings: Settings, listener: socket.socket, load: Loader | None = None) -> None:
+def serve(
+    settings: Settings,
+    listener: socket.socket,
+    load: Loader | None = None,
+    *,
+    probe_listener: socket.socket | None = None,
+) -> None:
     """Serve on a listening socket until a signal. Raises FatalError where it cannot serve, or no longer.
 
-    load: returns the model; None: the one the settings name.
+    load: returns the model; None: the one the settings name. probe_listener: another socket, for probes and
+    metrics alone.
     """
     configure_logs(settings.log_level)
-    server = _build_server(settings, listener, load or partial(load_backend, settings))
-    server.run(sockets=[listener])
+    server = _build_server(settings, listener, probe_listener, load or partial(load_backend, settings))
+    server.run(sockets=[listener, probe_listener] if probe_listener else [listener])
     if isinstance(server.failure, EngineLostError):
         _exit_now(str(server.failure))
     if server.failure is not None:
@@ -79,7 +100,9 @@ def _exit_now(reason: str) -> NoReturn:
     os._exit(1)  # the interpreter's own end would wait for threads, and perhaps for a device that hangs
 
 
-def _build_server(settings: Settings, listener: socket.socket, load: Loader) -> Server:
+def _build_server(
+    settings: Settings, listener: socket.socket, probe_listener: socket.socket | None, load: Loader
+) -> Server:
     def fail(failure: FatalError) -> None:
         server.fail(failure)
 
@@ -89,20 +112,40 @@ def _build_server(settings: Settings, listener: socket.socket, load: Loader) -> 
         on_ready=partial(_print_ready, listener),
         on_failure=fail,
     )
+    protocol = partial(BoundedProtocol, pool_of=_build_pools(settings, probe_listener), reject=_reject)
     config = uvicorn.Config(
         app,
-        http="h11",  # what the benchmarks ran with; parsing takes no share of the time beside a model
+        http=cast("type[asyncio.Protocol]", protocol),  # called with arguments only
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         backlog=BACKLOG,
-        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=_LAST_CONNECTIONS_S,
     )
     server = Server(config, app.state.lifecycle)
     return server
+
+
+def _build_pools(
+    settings: Settings, probe_listener: socket.socket | None
+) -> Callable[[int | None], ConnectionPool]:
+    try:
+        max_connections = limit_connections(settings.max_connections)
+    except ValueError as exc:
+        raise StartupError(str(exc)) from exc
+    if max_connections < settings.max_connections:
+        logger.warning(
+            "at most %d connections, since the limit of open files is low (ulimit -n)", max_connections
+        )
+    return build_pools(max_connections, probe_listener.getsockname()[1] if probe_listener else None)
+
+
+def _reject(request_id: str) -> Response:
+    error = InvalidHttpError("the bytes on this connection are no HTTP/1.1 request; check the client")
+    return problem_response(error, request_id, {REQUEST_ID_HEADER: request_id, **CONTENT_TYPE_OPTIONS})
 
 
 def _print_ready(listener: socket.socket, backend: Backend) -> None:

@@ -14,9 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NAME = "blip2-server"
 OWN = {"model", "service", "training"}
-BROUGHT_BY = {"starlette": "fastapi", "pydantic-core": "pydantic", "markupsafe": "jinja2"}
-# uvicorn runs on uvloop where it is installed; Starlette parses forms with python-multipart.
-NOT_IMPORTED = {"uvloop", "python-multipart"}
+BROUGHT_BY = {"starlette": "fastapi", "pydantic-core": "pydantic", "markupsafe": "jinja2", "h11": "uvicorn"}
+NOT_IMPORTED = {"uvloop"}  # uvicorn runs on it where it is installed
 TYPES_ONLY = {"_typeshed"}  # known to type checkers alone
 
 

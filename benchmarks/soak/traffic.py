@@ -74,6 +74,17 @@ class Traffic:
         _, make = self._kinds[self._rng.choice(len(shares), p=shares)]
         return [make()]
 
+    def draw_valid(self) -> TrafficRequest:
+        """Sample one request that should be answered with 200."""
+        makers = (
+            self._caption,
+            self._caption_form,
+            self._questions,
+            self._retrieve_texts,
+            self._retrieve_images,
+        )
+        return makers[self._rng.integers(len(makers))]()
+
     def _caption(self) -> TrafficRequest:
         return _json("/caption", image=self._image(), **self._search())
 

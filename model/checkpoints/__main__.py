@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
 
 from model.blip2 import Blip2
@@ -19,6 +18,7 @@ from model.checkpoints.json_records import read_json
 from model.checkpoints.resolve import fetch
 from model.checkpoints.verify import verify
 from model.errors import ModelError
+from model.images.decoding import open_image
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _TEXTS = ("a photo of", "Question: what is this? Answer:")
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     try:
         status: int = arguments.run(arguments)
-    except (ModelError, OSError, UnidentifiedImageError) as error:
+    except (ModelError, OSError) as error:
         print(f"{arguments.command}: {error}", file=sys.stderr)
         return 2
     return status
@@ -68,7 +68,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     images = []
     for path in arguments.images:
-        with Image.open(path) as image:
+        with open_image(path.read_bytes()) as (image, _):
             images.append(image.convert("RGB"))
     source = resolve(arguments.checkpoint, revision=arguments.revision)
     blip2 = Blip2.from_pretrained(str(source))

@@ -1,11 +1,25 @@
 """Generation parameters, with the meaning they have in transformers' `generate`."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from model.errors import InvalidParamsError
 
 MAX_BEAMS = 16
+
+# Inclusive. min_new_tokens is at most max_new_tokens besides.
+BOUNDS: Final[dict[str, tuple[float, float]]] = {
+    "num_beams": (1, MAX_BEAMS),
+    "num_return_sequences": (1, MAX_BEAMS),
+    "max_new_tokens": (1, 2**20),  # the language model's positions are the real limit
+    "length_penalty": (-5.0, 5.0),  # 2048 tokens ** 5 is still a float32
+    "repetition_penalty": (0.1, 10.0),
+    "no_repeat_ngram_size": (0, 2**20),
+    "temperature": (0.01, 100.0),
+    "top_p": (0.01, 1.0),
+    "top_k": (0, 2**20),
+    "seed": (0, 2**63 - 1),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +57,10 @@ class GenerationParams:
 
     def validate(self) -> None:
         """Raise InvalidParamsError, naming value, limit and cure, where a parameter is out of its bounds."""
-        for name, low, high in self._bounds():
+        for name, (low, high) in {**BOUNDS, "min_new_tokens": (0, self.max_new_tokens)}.items():
             value = getattr(self, name)
-            if not low <= value <= high:  # written so that NaN is refused too
-                raise InvalidParamsError(f"{name} is {value}; choose one between {low} and {high}")
+            if value is not None and not low <= value <= high:  # written so that NaN is refused too
+                raise InvalidParamsError(f"{name} is {value!s:.60}; choose one between {low} and {high}")
         if self.do_sample and self.num_beams != 1:
             raise InvalidParamsError(
                 f"do_sample is on and num_beams is {self.num_beams}; sampling needs num_beams 1"
@@ -56,17 +70,3 @@ class GenerationParams:
                 f"num_return_sequences is {self.num_return_sequences} and num_beams {self.num_beams}; "
                 "raise num_beams to at least as many, or set do_sample"
             )
-
-    def _bounds(self) -> Iterator[tuple[str, float, float]]:
-        yield "num_beams", 1, MAX_BEAMS
-        yield "num_return_sequences", 1, MAX_BEAMS
-        yield "max_new_tokens", 1, 2**20  # the language model's positions are the real limit
-        yield "min_new_tokens", 0, self.max_new_tokens
-        yield "length_penalty", -5.0, 5.0  # 2048 tokens ** 5 is still a float32
-        yield "repetition_penalty", 0.1, 10.0
-        yield "no_repeat_ngram_size", 0, 2**20
-        yield "temperature", 0.01, 100.0
-        yield "top_p", 0.01, 1.0
-        yield "top_k", 0, 2**20
-        if self.seed is not None:
-            yield "seed", 0, 2**63 - 1

@@ -14,7 +14,7 @@ from service.api.routes import InferenceRoutes
 from service.model_backend import Backend
 from service.runtime.lifecycle import FatalError, Lifecycle, Loader
 from service.runtime.metrics import Metrics
-from service.runtime.readiness import Traffic
+from service.runtime.readiness import Traffic, Uploads
 from service.runtime.settings import Settings
 
 _DESCRIPTION = """Captions, answers to questions, and retrieval with BLIP-2.
@@ -36,7 +36,8 @@ def create_app(
     load: loads the model; called in a thread of its own. on_ready, on_failure: see `Lifecycle`.
     `app.state.lifecycle` is the one to drain.
     """
-    metrics, traffic = Metrics(), Traffic()
+    metrics, traffic, uploads = Metrics(), Traffic(), Uploads(settings.max_upload_bytes)
+    metrics.upload_bytes.set_function(lambda: uploads.num_bytes)
     lifecycle = Lifecycle(settings, metrics, traffic, load, on_ready=on_ready, on_failure=on_failure)
 
     @asynccontextmanager
@@ -51,14 +52,15 @@ def create_app(
         description=_DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,  # the address in a redirect would be the caller's Host
     )
     app.state.lifecycle = lifecycle
-    app.include_router(InferenceRoutes(settings, lifecycle.readiness, metrics).router())
+    app.include_router(InferenceRoutes(settings, lifecycle.readiness, uploads, metrics).router())
     app.include_router(HealthRoutes(lifecycle.readiness, metrics).router())
     app.add_api_route("/", _home, include_in_schema=False)
     app.add_middleware(ContextMiddleware, metrics=metrics, traffic=traffic, readiness=lifecycle.readiness)
     errors_http.install(app, metrics)
-    openapi.install(app)
+    openapi.install(app, settings)
     return app
 
 

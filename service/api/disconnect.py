@@ -10,10 +10,10 @@ from starlette.requests import Request
 from starlette.types import Receive
 
 from service.api.middleware import context_of
-from service.errors import ClientGoneError, DeadlineExceededError, InvalidRequestError
+from service.errors import ClientGoneError, DeadlineExceededError, InvalidRequestError, echo_value
 
 TIMEOUT_HEADER: Final = "X-Request-Timeout-Ms"
-_MAX_TIMEOUT_MS: Final = 3_600_000
+MAX_TIMEOUT_MS: Final = 3_600_000
 _MAX_CALLER_CHARS: Final = 60
 
 T = TypeVar("T")
@@ -40,14 +40,19 @@ def deadline_of(request: Request) -> float | None:
     budget = request.headers.get(TIMEOUT_HEADER)
     if budget is None:
         return None
-    if not (
-        budget.isascii() and budget.isdigit() and len(budget) < 9 and 1 <= int(budget) <= _MAX_TIMEOUT_MS
-    ):
+    if not (budget.isascii() and budget.isdigit() and len(budget) < 9 and 1 <= int(budget) <= MAX_TIMEOUT_MS):
         raise InvalidRequestError.of(
             TIMEOUT_HEADER,
-            f"{budget[:40]!r} is not a whole number from 1 to {_MAX_TIMEOUT_MS}; correct or drop it",
+            f"{echo_value(budget)} is not a whole number from 1 to {MAX_TIMEOUT_MS}; correct or drop it",
         )
     return context_of(request).arrived + int(budget) / 1000
+
+
+def deadline_error(request: Request) -> DeadlineExceededError:
+    budget_ms = request.headers.get(TIMEOUT_HEADER)
+    return DeadlineExceededError(
+        f"no answer within the {budget_ms} ms of {TIMEOUT_HEADER}; allow more, or ask for less"
+    )
 
 
 async def cancel_on_disconnect_or_deadline(
@@ -67,10 +72,7 @@ async def cancel_on_disconnect_or_deadline(
             return task.result()
         if disconnected.done():
             raise ClientGoneError("the client closed the connection before the answer was ready")
-        budget_ms = request.headers.get(TIMEOUT_HEADER)
-        raise DeadlineExceededError(
-            f"no answer within the {budget_ms} ms of {TIMEOUT_HEADER}; allow more, or ask for less"
-        )
+        raise deadline_error(request)
     finally:
         task.cancel()
         disconnected.cancel()

@@ -7,8 +7,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from model import ModelError
-from service.api.middleware import REQUEST_ID_HEADER, context_of
-from service.api.responses import Problem
+from service.api.middleware import CONTENT_TYPE_OPTIONS, REQUEST_ID_HEADER, context_of
+from service.api.responses import problem_response
 from service.errors import (
     ClientGoneError,
     DeadlineExceededError,
@@ -17,9 +17,11 @@ from service.errors import (
     ShedError,
     UnknownPathError,
     UnreadableBodyError,
+    echo,
+    echo_value,
     for_caller,
 )
-from service.runtime.metrics import Metrics
+from service.runtime.metrics import PROBES, Metrics
 
 
 def install(app: FastAPI, metrics: Metrics) -> None:
@@ -51,25 +53,31 @@ def _to_service_error(request: Request, exc: Exception) -> ServiceError:
 
 def _from_http(request: Request, exc: HTTPException) -> ServiceError:
     if exc.status_code == HTTPStatus.NOT_FOUND:
-        return UnknownPathError(f"{request.url.path[:128]!r} is not a path of this service; see /docs")
+        return UnknownPathError(
+            f"{echo_value(request.scope['path'])} is not a path of this service; see /docs"
+        )
     if exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        allowed = (exc.headers or {}).get("Allow", "")
-        return MethodNotAllowedError(f"{request.method} is not allowed here; use {allowed}")
+        return MethodNotAllowedError(
+            f"{echo(request.method)} is not allowed here; use {_allowed_methods(request, exc)}"
+        )
     return UnreadableBodyError(f"the body cannot be read: {exc.detail}; check how it is encoded")
+
+
+def _allowed_methods(request: Request, exc: HTTPException) -> str:
+    allowed = (exc.headers or {}).get("Allow", "")
+    return (
+        "GET, HEAD" if request.scope["path"] in PROBES else allowed
+    )  # two routes; Starlette names the first
 
 
 def _problem(request: Request, error: ServiceError, exc: Exception) -> Response:
     context = context_of(request)
     headers = {
-        # An unforeseen error is answered outside the middleware that would add these two.
+        # An unforeseen error is answered outside the middleware that would add these.
         REQUEST_ID_HEADER: context.request_id,
         "Server-Timing": context.server_timing(),
-        **(dict(exc.headers or {}) if isinstance(exc, HTTPException) else {}),
-        **({} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}),
+        **CONTENT_TYPE_OPTIONS,
     }
-    return Response(
-        Problem.of(error, context.request_id).model_dump_json(exclude_none=True),
-        status_code=error.status,
-        headers=headers,
-        media_type="application/problem+json",
-    )
+    if isinstance(exc, HTTPException) and isinstance(error, MethodNotAllowedError):
+        headers["Allow"] = _allowed_methods(request, exc)
+    return problem_response(error, context.request_id, headers)

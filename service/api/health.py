@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from fastapi import APIRouter, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.api.openapi import problem_responses
@@ -33,16 +34,25 @@ class HealthRoutes:
                 probe,
                 operation_id=operation_id,
                 response_model=ProbeResponse,
-                responses=problem_responses(503),
+                responses=problem_responses(400, 431, 503),
             )
-        router.add_api_route("/version", self.version, operation_id="version", response_model=VersionResponse)
+        router.add_api_route(
+            "/version",
+            self.version,
+            operation_id="version",
+            response_model=VersionResponse,
+            responses=problem_responses(400, 431),
+        )
         router.add_api_route(
             "/metrics",
             self.metrics,
             operation_id="metrics",
             response_class=Response,
-            responses={200: {"content": {"text/plain": {}}}},
+            responses={200: {"content": {"text/plain": {}}}, **problem_responses(400, 431)},
         )
+        for route in list(router.routes):
+            assert isinstance(route, APIRoute)
+            router.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
         return router
 
     async def livez(self) -> ProbeResponse:

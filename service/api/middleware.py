@@ -11,16 +11,31 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.responses import problem_response
+from service.errors import (
+    MAX_ECHOED,
+    AmbiguousLengthError,
+    HeadersTooLargeError,
+    ServiceError,
+    ShedError,
+    TooManyConnectionsError,
+    UnknownPathError,
+    echo_value,
+)
 from service.request_ids import REQUEST_IDS
+from service.runtime.connections import ACCESS, Access
 from service.runtime.logs import FIELDS
-from service.runtime.metrics import OTHER_ROUTE, ROUTES, Metrics
-from service.runtime.readiness import Readiness, Traffic
+from service.runtime.metrics import OTHER_ROUTE, PROBES, ROUTES, Metrics
+from service.runtime.readiness import Readiness, Traffic, UploadLease
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER: Final = "X-Request-ID"
 _WELL_FORMED_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+/=@-]{0,127}", re.ASCII)
+CONTENT_TYPE_OPTIONS: Final = {"X-Content-Type-Options": "nosniff"}
 _STATE_KEY: Final = "context"
+_MAX_HEADERS, _MAX_HEADER_BYTES = 100, 32 * 1024
+_RETRY_S: Final = 5
 
 
 @dataclass(slots=True)
@@ -30,6 +45,7 @@ class RequestContext:
     arrived: on the monotonic clock. timings_ms, rows: of the answers so far.
 
     image_cached: whether all its images were cached; None where it had none.
+    lease: of its body, if it has one.
     """
 
     request_id: str
@@ -37,6 +53,7 @@ class RequestContext:
     timings_ms: dict[str, float] = field(default_factory=dict)
     rows: int = 0
     image_cached: bool | None = None
+    lease: UploadLease | None = None
 
     def total_ms(self) -> float:
         return round((time.monotonic() - self.arrived) * 1000, 3)
@@ -84,15 +101,22 @@ class ContextMiddleware:
 
         self._traffic.enter()
         try:
-            await self._app(scope, receive, send_with_headers)
+            refusal = _refusal(scope)
+            app = self._app if refusal is None else problem_response(refusal, context.request_id)
+            if isinstance(refusal, ShedError):
+                self._metrics.shed.labels(refusal.code).inc()
+            await app(scope, receive, send_with_headers)
         finally:
             self._traffic.leave()
+            if context.lease is not None:
+                context.lease.close()
             self._record(scope, status, context)
 
     def _add_headers(self, headers: MutableHeaders, context: RequestContext) -> None:
         headers[REQUEST_ID_HEADER] = context.request_id
         headers["Server-Timing"] = context.server_timing()
         headers.setdefault("Cache-Control", "no-store")
+        headers.update(CONTENT_TYPE_OPTIONS)
         if self._readiness.is_draining:
             headers["Connection"] = "close"
 
@@ -103,8 +127,8 @@ class ContextMiddleware:
         self._metrics.request_seconds.labels(route).observe(total_ms / 1000)
         fields = {
             "request_id": context.request_id,
-            "method": scope["method"],
-            "path": scope["path"][:128],
+            "method": scope["method"][:MAX_ECHOED],
+            "path": scope["path"][:MAX_ECHOED],
             "status": status,
             "timings_ms": {**context.timings_ms, "total": total_ms},
             "rows": context.rows,
@@ -117,3 +141,27 @@ class ContextMiddleware:
 def _request_id(headers: Headers) -> str:
     given = headers.get(REQUEST_ID_HEADER, "")
     return given if _WELL_FORMED_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _refusal(scope: Scope) -> ServiceError | None:
+    """Return why a request goes no further, by its headers and its connection alone."""
+    names = [name for name, _ in scope["headers"]]
+    num_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
+    if len(names) > _MAX_HEADERS or num_bytes > _MAX_HEADER_BYTES:
+        return HeadersTooLargeError(
+            f"the request has {len(names)} headers of {num_bytes} bytes, the limits are {_MAX_HEADERS} and "
+            f"{_MAX_HEADER_BYTES}; send fewer"
+        )
+    if b"transfer-encoding" in names and b"content-length" in names:
+        return AmbiguousLengthError(
+            "the request has a Transfer-Encoding and a Content-Length; send one of them"
+        )
+    access = scope["state"].get(ACCESS, Access.FULL)
+    if access is Access.FULL or scope["path"] in PROBES:
+        return None
+    if access is Access.PROBE_PORT:
+        return UnknownPathError(f"{echo_value(scope['path'])} is not served on this port, for probes only")
+    return TooManyConnectionsError(
+        "too many connections are open, and all are busy; send it again after the time in Retry-After",
+        retry_after_s=_RETRY_S,
+    )

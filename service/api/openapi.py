@@ -7,25 +7,38 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from service.api.disconnect import MAX_TIMEOUT_MS, TIMEOUT_HEADER
+from service.api.documented import without_null
 from service.api.responses import Problem
 from service.api.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
 from service.errors import ServiceError
+from service.runtime.settings import Settings
 
 TAGS: Final = [
     {"name": "inference", "description": "Captions, answers and retrieval."},
     {"name": "operations", "description": "Probes, version and metrics."},
 ]
+PARAMETERS: Final = [
+    {
+        "name": TIMEOUT_HEADER,
+        "in": "header",
+        "required": False,
+        "description": "a deadline from the first byte, in milliseconds; past it the answer is 504",
+        "schema": {"type": "integer", "minimum": 1, "maximum": MAX_TIMEOUT_MS},
+    }
+]
+_SETTINGS_IN: Final = ("maxItems", "maxLength", "maximum")  # where `documented` may name a setting
 _REF: Final = "#/components/schemas/{model}"
 _REQUESTS: Final[tuple[type[Body], ...]] = (CaptionRequest, VqaRequest, RetrieveRequest)
 
 
-def request_body(schema: type[Body], example: dict[str, Any]) -> dict[str, Any]:
+def request_body(schema: type[Body], settings: Settings, example: dict[str, Any]) -> dict[str, Any]:
     """Return the requestBody of a route whose body is of `schema`, in JSON or as a form."""
     return {
         "required": True,
         "content": {
             "application/json": {"schema": _ref(schema), "example": example},
-            "multipart/form-data": {"schema": _form_schema(schema)},
+            "multipart/form-data": {"schema": _with_settings(_form_schema(schema), settings)},
         },
     }
 
@@ -41,8 +54,8 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def install(app: FastAPI) -> None:
-    """Replace the app's document by one that holds these schemas too."""
+def install(app: FastAPI, settings: Settings) -> None:
+    """Replace the app's document by one that holds these schemas too, with the limits of the settings."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -54,7 +67,7 @@ def install(app: FastAPI) -> None:
                 tags=TAGS,
             )
             schemas = app.openapi_schema.setdefault("components", {}).setdefault("schemas", {})
-            schemas.update(_definitions())
+            schemas.update(_with_settings(_definitions(), settings))
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
@@ -67,11 +80,40 @@ def _definitions() -> dict[str, Any]:
     return definitions
 
 
+def _with_settings(schema: Any, settings: Settings) -> Any:
+    """Return a schema in which the names of settings are replaced by their values."""
+    if isinstance(schema, dict):
+        return {
+            key: getattr(settings, value)
+            if key in _SETTINGS_IN and isinstance(value, str)
+            else _with_settings(value, settings)
+            for key, value in schema.items()
+        }
+    return [_with_settings(each, settings) for each in schema] if isinstance(schema, list) else schema
+
+
 def _form_schema(schema: type[Body]) -> dict[str, Any]:
-    properties = dict(schema.model_json_schema(ref_template=_REF)["properties"])
+    """Return the schema of a form: images are files, one field repeats, and nothing is null."""
+    form = schema.model_json_schema(ref_template=_REF)
+    form.pop("$defs", None)
+    properties = form["properties"]
     file = {"type": "string", "format": "binary", "description": "an image file"}
-    properties["image"] = {"type": "array", "items": file} if properties.pop("images", None) else file
-    return {"type": "object", "properties": properties, "additionalProperties": False}
+    images = properties.pop("images", None)
+    properties["image"] = {**_not_null(images), "items": file} if images else file
+    form["properties"] = {name: _not_null(value) for name, value in properties.items()}
+    if images:
+        form["required"] = ["image"]
+        form["allOf"] = form["allOf"][1:]
+    form["allOf"] = without_null(form["allOf"])
+    return form
+
+
+def _not_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a field without its null, and of a list without the single value for it."""
+    options = [option for option in schema.get("anyOf", ()) if option.get("type") != "null"]
+    if not options:
+        return schema
+    return {**{key: value for key, value in schema.items() if key not in ("anyOf", "default")}, **options[-1]}
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:

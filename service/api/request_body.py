@@ -1,140 +1,289 @@
-"""Reads the body of a request, JSON or a form, into one of the `schemas`, or explains what is invalid."""
+"""Reads the body of a request, JSON or a form, into one of the `schemas`.
 
-import difflib
+Bytes, time and number of values are bounded before they are spent. Errors are explained in `body_errors`.
+"""
+
+import asyncio
+import time
 from collections import defaultdict
-from typing import Any, Final, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
-from starlette.datastructures import UploadFile
-from starlette.requests import Request
-from starlette.types import Message, Receive
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+from starlette.requests import ClientDisconnect, Request
 
-from service.api.schemas import Body, Candidates, Turn
+from service.api.body_errors import explain
+from service.api.disconnect import deadline_error
+from service.api.json_body import ValueLimit, parse_objects
+from service.api.schemas import Body
 from service.errors import (
     BodyTooLargeError,
-    FieldError,
     InvalidRequestError,
+    OverloadedError,
+    RequestTimeoutError,
+    TooManyItemsError,
     UnreadableBodyError,
     UnsupportedContentTypeError,
+    echo,
+    echo_value,
 )
+from service.runtime.readiness import UploadLease
+from service.runtime.settings import Settings
 
-_MAX_PARTS: Final = 4096
-_MAX_ECHOED: Final = 60  # characters of a caller's value that an error repeats
-_MAX_FIELD_ERRORS: Final = 10
+_MAX_INLINE_BYTES: Final = 256 * 1024  # parsed within a millisecond or two; longer bodies are by a thread
+_VALUES_PER_ITEM, _OTHER_VALUES = (
+    4,
+    256,
+)  # generous, so that a count beyond a setting is explained by its name
+_RETRY_S: Final = 5
+_IMAGE_FIELDS: Final = ("image", "images")
+_ENCODINGS: Final = {"utf-8": "utf-8", "utf8": "utf-8", "us-ascii": "utf-8", "iso-8859-1": "latin-1"}
 
-_NESTED: Final[dict[str, type[Body]]] = {"candidates": Candidates, "history": Turn}
-_EXPECTED: Final = {
-    "int_type": "a whole number; send one without quotes",
-    "int_parsing": "a whole number; send digits",
-    "float_type": "a number; send one without quotes",
-    "float_parsing": "a number; send digits",
-    "finite_number": "a finite number; send another",
-    "bool_type": "a truth value; send true or false",
-    "bool_parsing": "a truth value; send true or false",
-    "string_type": "a string; put it in quotes",
-    "list_type": "a list; put it in [ and ]",
-    "model_type": "an object; put its fields in {{ and }}",
-    "enum": "{expected}; choose one of them",
-    "greater_than_equal": "within the limit; send at least {ge}",
-}
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 B = TypeVar("B", bound=Body)
 
 
-async def read_body(request: Request, schema: type[B], max_bytes: int) -> B:
-    """Parse the body and check its types.
+class BodyReader:
+    """Reads bodies. Large ones are parsed in a thread, one at a time: each may take its size again."""
 
-    Raises UnreadableBodyError (400), BodyTooLargeError (413), UnsupportedContentTypeError (415) or
-    InvalidRequestError (422).
-    """
-    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > max_bytes:
-        raise _too_large(int(declared), max_bytes)
-    bounded = Request(request.scope, _bounded(request.receive, max_bytes))
-    try:
-        if content_type == "multipart/form-data":
-            return schema.model_validate(await _read_form(bounded, schema))
-        if content_type == "application/json" or content_type.endswith("+json"):
-            return schema.model_validate_json(await bounded.body(), strict=True)
-    except ValidationError as exc:
-        raise _explain(exc, schema) from None
+    def __init__(self, settings: Settings) -> None:
+        self._max_bytes = settings.max_body_bytes
+        self._timeout_s = settings.upload_timeout_ms / 1000
+        most_items = max(settings.max_images, settings.max_questions, settings.max_candidates)
+        self._max_values = _VALUES_PER_ITEM * most_items + _OTHER_VALUES
+        self._one_at_a_time = asyncio.Semaphore(1)
+
+    async def read(self, request: Request, schema: type[B], lease: UploadLease, deadline: float | None) -> B:
+        """Read the body and check its types.
+
+        Raises UnreadableBodyError (400), RequestTimeoutError (408), BodyTooLargeError or TooManyItemsError
+        (413), UnsupportedContentTypeError (415), InvalidRequestError (422), OverloadedError (429) or
+        DeadlineExceededError (504).
+        """
+        parse = _parser_for(request)
+        body = await self._receive_in_time(request, lease, deadline)
+        if len(body) <= _MAX_INLINE_BYTES:
+            return parse(body, schema, self._max_values)
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(parse, body, schema, self._max_values)
+
+    async def _receive_in_time(
+        self, request: Request, lease: UploadLease, deadline: float | None
+    ) -> bytearray:
+        left_s = self._timeout_s if deadline is None else deadline - time.monotonic()
+        try:
+            async with lease.arrive(min(self._timeout_s, max(left_s, 0.0))):
+                return await self._receive(request, lease)
+        except TimeoutError:
+            if lease.is_displaced:
+                raise OverloadedError(
+                    "too many uploads at once, and this one was the slowest; send it again, and faster",
+                    retry_after_s=_RETRY_S,
+                ) from None
+            if left_s < self._timeout_s:
+                raise deadline_error(request) from None
+            raise RequestTimeoutError(
+                f"the body has not arrived within {self._timeout_s:g} s (BLIP2_UPLOAD_TIMEOUT_MS); "
+                "send it faster, or less at once"
+            ) from None
+
+    async def _receive(self, request: Request, lease: UploadLease) -> bytearray:
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal():  # h11 refuses others, and more than 20 digits
+            self._check_size(int(declared))
+            lease.declare(int(declared))
+        body = bytearray()
+        while True:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body += message.get("body", b"")
+            self._check_size(len(body))
+            lease.grow_to(len(body))
+            if not message.get("more_body", False):
+                return body
+
+    def _check_size(self, num_bytes: int) -> None:
+        if num_bytes > self._max_bytes:
+            raise BodyTooLargeError(
+                f"the body has {num_bytes} bytes or more, the limit is {self._max_bytes}; "
+                "send fewer or smaller images"
+            )
+
+
+@dataclass(slots=True)
+class _Part:
+    """One part of a form. headers: by their names in lower case. encoding: of its text."""
+
+    encoding: str
+    headers: dict[bytes, bytes] = field(default_factory=dict)
+    name: str = ""
+    is_file: bool = False
+    data: bytes | bytearray = field(default_factory=bytearray)
+
+    def read_headers(self) -> None:
+        """Read name, kind and encoding. Raises UnreadableBodyError."""
+        _, disposition = parse_options_header(self.headers.get(b"content-disposition"))
+        media_type, parameters = parse_options_header(self.headers.get(b"content-type"))
+        if b"name" not in disposition:
+            raise UnreadableBodyError("a part of the form has no name; send one in its Content-Disposition")
+        self.name = _decode(disposition[b"name"], self.encoding, "the name of a part")
+        self.is_file = b"filename" in disposition or not (media_type or b"text/").startswith(b"text/")
+        self.encoding = _encoding(parameters, self.encoding)
+
+    def value(self) -> str | bytes:
+        """Return the bytes of an image file, else text: browsers send JSON as a file part too."""
+        data, self.data = self.data, b""  # held once
+        if self.is_file and self.name in _IMAGE_FIELDS:
+            return bytes(data)
+        return _decode(data, self.encoding, self.name)
+
+
+def _parser_for(request: Request) -> Callable[[bytearray, type[B], int], B]:
+    """Return the parser of the body, which may run in a thread. Raises UnsupportedContentTypeError."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() not in ("", "identity"):
+        raise UnsupportedContentTypeError(
+            f"the Content-Encoding is {echo_value(encoding)}; send the body uncompressed"
+        )
+    content_type = request.headers.get("content-type", "application/json")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == "multipart/form-data":
+        return partial(_parse_form_body, content_type)
+    if media_type == "application/json" or media_type.endswith("+json"):
+        return _parse_json_body
     raise UnsupportedContentTypeError(
-        f"the body is {content_type!r}; send application/json or multipart/form-data"
+        f"the body is {echo_value(media_type)}; send application/json or multipart/form-data"
     )
 
 
-def _bounded(receive: Receive, max_bytes: int) -> Receive:
-    num_bytes = 0
-
-    async def bounded() -> Message:
-        nonlocal num_bytes
-        message = await receive()
-        num_bytes += len(message.get("body", b""))
-        if num_bytes > max_bytes:
-            raise _too_large(num_bytes, max_bytes)
-        return message
-
-    return bounded
+def _parse_json_body(body: bytearray, schema: type[B], max_values: int) -> B:
+    ValueLimit(max_values).count_json(body)
+    try:
+        return schema.model_validate_json(body, strict=True)
+    except ValidationError as exc:
+        raise explain(exc, schema) from None
 
 
-def _too_large(num_bytes: int, max_bytes: int) -> BodyTooLargeError:
-    return BodyTooLargeError(
-        f"the body has {num_bytes} bytes or more, the limit is {max_bytes}; send fewer or smaller images"
-    )
+def _parse_form_body(content_type: str, body: bytearray, schema: type[B], max_values: int) -> B:
+    parts = _Form(content_type).parse(body, max_values)
+    try:
+        return schema.model_validate(_to_fields(parts, schema, max_values))
+    except ValidationError as exc:
+        raise explain(exc, schema) from None
 
 
-async def _read_form(request: Request, schema: type[Body]) -> dict[str, Any]:
-    values: dict[str, list[str | bytes]] = defaultdict(list)
-    async with request.form(max_files=_MAX_PARTS, max_fields=_MAX_PARTS, max_part_size=2**31) as form:
-        for name, part in form.multi_items():
-            values[name].append(await part.read() if isinstance(part, UploadFile) else part)
-    if len(values["image"]) > 1 and "images" in schema.lists:
-        values["images"] += values.pop("image")
+def _to_fields(parts: dict[str, list[_Part]], schema: type[Body], max_values: int) -> dict[str, Any]:
+    if len(parts.get("image", ())) > 1 and "images" in schema.lists:
+        parts["images"] += parts.pop("image")
     fields: dict[str, Any] = {}
-    for name, parts in values.items():
-        if name in schema.lists:
-            fields[name] = parts
-        elif len(parts) > 1:
-            raise InvalidRequestError.of(name, f"is sent {len(parts)} times; send it once")
-        elif parts:
-            fields[name] = parts[0]
+    for name, same in parts.items():
+        if name not in schema.model_fields:
+            fields[name] = None  # validation will name it
+        elif len(same) > 1 and name not in schema.lists:
+            raise InvalidRequestError.of(name, f"is sent {len(same)} times; send it once")
+        else:
+            values: list[Any] = [part.value() for part in same]
+            if name in schema.objects:
+                values = parse_objects(name, values, max_values)
+            fields[name] = _flatten(values) if name in schema.lists else values[0]
     return fields
 
 
-def _explain(exc: ValidationError, schema: type[Body]) -> InvalidRequestError | UnreadableBodyError:
-    details = exc.errors(include_url=False)
-    if details[0]["type"] == "json_invalid":
-        return UnreadableBodyError(f"the body is not JSON: {details[0]['msg']}; check its syntax")
-    if not details[0]["loc"]:
-        return UnreadableBodyError("the body is not a JSON object; put the fields between { and }")
-    fields = tuple(_field_error(detail, schema) for detail in details[:_MAX_FIELD_ERRORS])
-    return InvalidRequestError(
-        "; ".join(f"{field.field}: {field.message}" for field in fields), fields=fields
-    )
+def _flatten(values: list[Any]) -> list[Any]:
+    """Return the values of a repeated part, in which a list of JSON may stand for several."""
+    return [each for value in values for each in (value if isinstance(value, list) else [value])]
 
 
-def _field_error(detail: ErrorDetails, schema: type[Body]) -> FieldError:
-    path = ".".join(str(step) for step in detail["loc"])
-    kind, context = detail["type"], detail.get("ctx", {})
-    if kind == "extra_forbidden":
-        return FieldError(path, _unknown_field(detail["loc"], schema))
-    if kind == "missing":
-        return FieldError(path, "is required; add it")
-    if kind == "value_error":
-        return FieldError(path, str(context["error"]))
-    expected = _EXPECTED.get(kind, detail["msg"]).format(**context)
-    return FieldError(path, f"{_echo(detail['input'])} is not {expected}")
+class _Form:
+    """Parses multipart/form-data, from memory, so that nothing is written to disk."""
+
+    def __init__(self, content_type: str) -> None:
+        _, parameters = parse_options_header(content_type)
+        if not parameters.get(b"boundary"):
+            raise UnreadableBodyError("the form has no boundary; name it in the Content-Type")
+        self._boundary = parameters[b"boundary"]
+        self._encoding = _encoding(parameters, "utf-8")
+        self._parts: dict[str, list[_Part]] = defaultdict(list)
+        self._part = _Part(self._encoding)
+        self._header_name = self._header_value = b""
+        self._is_closed = False
+
+    def parse(self, body: bytearray, max_parts: int) -> dict[str, list[_Part]]:
+        """Return the parts of each name.
+
+        Raises UnreadableBodyError where the form is cut off or malformed, TooManyItemsError for too many
+        parts.
+        """
+        if body.count(b"\r\n--" + self._boundary) > max_parts:  # each costs the parser a microsecond
+            raise TooManyItemsError(f"the form has more than {max_parts} parts; send fewer at once")
+        callbacks: MultipartCallbacks = {
+            "on_header_field": self._read_header_name,
+            "on_header_value": self._read_header_value,
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._end_headers,
+            "on_part_data": self._read_data,
+            "on_part_end": self._end_part,
+            "on_end": self._close,
+        }
+        try:
+            parser = MultipartParser(self._boundary, callbacks)
+            parser.write(body)  # type: ignore[arg-type] # it slices and searches, which a bytearray can
+            parser.finalize()
+        except FormParserError as exc:
+            raise UnreadableBodyError(f"the form cannot be read: {exc}; check how it is encoded") from exc
+        if body and not self._is_closed:
+            raise UnreadableBodyError("the form ends before its closing boundary; send it whole")
+        return self._parts
+
+    def _read_header_name(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _read_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def _end_header(self) -> None:
+        self._part.headers[self._header_name.lower()] = self._header_value
+        self._header_name = self._header_value = b""
+
+    def _end_headers(self) -> None:
+        self._part.read_headers()
+
+    def _read_data(self, data: bytes, start: int, end: int) -> None:
+        self._part.data += memoryview(data)[start:end]
+
+    def _end_part(self) -> None:
+        part = self._part
+        if part.name == "_charset_":  # RFC 7578, 4.6: the encoding of the parts that follow
+            self._encoding = _encoding({b"charset": bytes(part.data)}, self._encoding)
+        else:
+            self._parts[part.name].append(part)
+        self._part = _Part(self._encoding)
+
+    def _close(self) -> None:
+        self._is_closed = True
 
 
-def _unknown_field(path: tuple[int | str, ...], schema: type[Body]) -> str:
-    known = _NESTED[str(path[0])].model_fields if len(path) > 1 else schema.model_fields
-    nearest = difflib.get_close_matches(str(path[-1]), known, n=1)
-    cure = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
-    return f"is not a known field; {cure}"
+def _encoding(parameters: dict[bytes, bytes], default: str) -> str:
+    """Return Python's name of the encoding in these parameters. Raises UnreadableBodyError for others."""
+    charset = parameters.get(b"charset")
+    if charset is None:
+        return default
+    name = charset.decode("latin-1").strip().lower()
+    if name not in _ENCODINGS:
+        raise UnreadableBodyError(f"the charset is {echo_value(name)}; send the form in utf-8")
+    return _ENCODINGS[name]
 
 
-def _echo(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_ECHOED else f"{text[:_MAX_ECHOED]}…"
+def _decode(data: bytes | bytearray, encoding: str, subject: str) -> str:
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as exc:
+        raise UnreadableBodyError(f"{echo(subject)} is not {encoding}; send the form in utf-8") from exc

@@ -1,7 +1,9 @@
 """The schemas of responses. Times are milliseconds; scores are natural logarithms unless said."""
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
+from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.engine.request import Mode
@@ -46,6 +48,21 @@ class Problem(ResponseModel):
             request_id=request_id,
             errors=fields or None,
         )
+
+
+def problem_response(
+    error: ServiceError, request_id: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return the answer to a request that failed."""
+    retry = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    # A body that is not awaited any more would be read as the next request.
+    close = {"Connection": "close"} if error.closes_connection else {}
+    return Response(
+        Problem.of(error, request_id).model_dump_json(exclude_none=True),
+        status_code=error.status,
+        headers={**(headers or {}), **retry, **close},
+        media_type="application/problem+json",
+    )
 
 
 class GenerateTimings(ResponseModel):

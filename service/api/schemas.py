@@ -1,94 +1,97 @@
 """The schemas of request bodies; those of responses are in `responses`.
 
 Parsing checks types; `check` then checks what types cannot express, and the limits the operator set. The
-bounds of the generation fields are those of `GenerationParams`, which checks them.
+bounds of the generation fields are those of `GenerationParams`, which checks them. `documented` adds both to
+the JSON Schema of the fields; there, the name of a setting stands for its value.
 """
 
+import re
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, ClassVar, Final
 
-import pydantic_core
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     PlainValidator,
-    ValidationInfo,
     WithJsonSchema,
 )
 
 from model import GenerationParams
 from model.errors import InvalidParamsError as ModelParamsError
-from model.generation import MAX_BEAMS
+from service.api import documented
 from service.engine.request import Mode
-from service.errors import InvalidParamsError, InvalidRequestError, TooManyItemsError
+from service.errors import MAX_ECHOED, InvalidParamsError, InvalidRequestError, TooManyItemsError, echo_value
+from service.inference import Upload
 from service.runtime.settings import Settings
 
-_IMAGE_SCHEMA: Final = {
-    "type": "string",
-    "description": "a JPEG, PNG, WebP, GIF, TIFF or BMP file, in base64 or as a data: URI",
-}
-_BEAMS: Final[dict[str, Any]] = {"minimum": 1, "maximum": MAX_BEAMS}
+_NOT_BLANK: Final = re.compile(documented.NOT_BLANK)
 
 
-def _check_image(value: object) -> str | bytes:
+def _to_upload(value: object) -> Upload:
+    if isinstance(value, Upload):
+        return value
     if not isinstance(value, str | bytes):
         raise ValueError("is not a string; send the file in base64")
-    return value
+    if isinstance(value, str) and not value.isascii():
+        value = value[:MAX_ECHOED]  # no base64; the whole may take four bytes a character
+    return Upload(value)
 
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _parse_object(value: object, info: ValidationInfo) -> object:
-    if not isinstance(value, str) or info.mode != "python":
-        return value
-    try:
-        return pydantic_core.from_json(value)  # in a form, an object is a string of JSON
-    except ValueError as error:
-        raise ValueError(
-            f"{value[:40]!r} is not JSON ({error}); send an object in {{ and }}, "
-            "and repeat the field for a list"
-        ) from error
-
-
-ImageField = Annotated[str | bytes, PlainValidator(_check_image), WithJsonSchema(_IMAGE_SCHEMA)]
-TextsField = Annotated[
-    list[str],
-    BeforeValidator(_as_list),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
-    ),
+ImageField = Annotated[Upload, PlainValidator(_to_upload), WithJsonSchema(documented.IMAGE)]
+# One wrong item is reported, not each: a list may have thousands.
+ImagesField = Annotated[list[ImageField] | None, FailFast()]
+TextsField = Annotated[list[str] | None, FailFast()]
+QuestionsField = Annotated[
+    list[str], FailFast(), BeforeValidator(_as_list), WithJsonSchema(documented.QUESTIONS)
 ]
 
 
 class Body(BaseModel):
-    """A request body. lists: the fields that a form may repeat."""
+    """A request body. lists: the fields that a form may repeat. objects: those that are JSON in a form."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     lists: ClassVar[frozenset[str]] = frozenset()
+    objects: ClassVar[frozenset[str]] = frozenset()
+
+    def uploads(self) -> dict[str, Upload]:
+        """Return the images, by the paths of their fields."""
+        return {}
+
+    def check(self, settings: Settings) -> None:
+        """Raise InvalidRequestError or TooManyItemsError where a limit is exceeded."""
 
 
 class GenerationFields(Body):
     """Generation parameters; their meaning is that of `generate` in transformers."""
 
-    num_beams: int = Field(
-        default=5, description="with do_sample it is 1 unless given", json_schema_extra=_BEAMS
-    )
-    max_new_tokens: int = Field(default=30, description="of each answer, its end token included")
-    min_new_tokens: int = 1
-    length_penalty: float = Field(default=1.0, description="above 0 favours long answers, below 0 short ones")
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = Field(default=0, description="0: off")
+    num_beams: documented.NumBeams = 5
+    max_new_tokens: documented.MaxNewTokens = 30
+    min_new_tokens: documented.MinNewTokens = 1
+    length_penalty: documented.LengthPenalty = 1.0
+    repetition_penalty: documented.RepetitionPenalty = 1.0
+    no_repeat_ngram_size: documented.NgramSize = 0
     early_stopping: bool = False
-    do_sample: bool = Field(default=False, description="draws answers at random; needs num_beams 1")
-    temperature: float = 1.0
-    top_p: float = Field(default=0.9, description="nucleus sampling: the least likely tokens are left out")
-    top_k: int = Field(default=0, description="0: off")
-    seed: int | None = Field(default=None, description="equal seeds give equal samples")
-    logprobs: bool = Field(default=False, description="return each token with its log-probability")
+    do_sample: documented.Sampled = False
+    temperature: documented.Temperature = 1.0
+    top_p: documented.TopP = 0.9
+    top_k: documented.TopK = 0
+    seed: documented.Seed = None
+    logprobs: documented.Logprobs = False
+
+    def check_generation(self, settings: Settings) -> None:
+        """Raise InvalidParamsError where more tokens are asked for than the operator allows."""
+        if self.max_new_tokens > settings.max_new_tokens:
+            raise InvalidParamsError(
+                f"max_new_tokens is {echo_value(self.max_new_tokens)}, the limit is "
+                f"{settings.max_new_tokens}; lower it, or raise BLIP2_MAX_NEW_TOKENS"
+            )
 
     def generation_params(self, count_field: str) -> GenerationParams:
         """Build the parameters for the number of answers in the named field.
@@ -109,14 +112,24 @@ class GenerationFields(Body):
 class CaptionRequest(GenerationFields):
     """One image, or several that are answered one by one."""
 
+    model_config = ConfigDict(json_schema_extra=documented.caption_rules)
     lists: ClassVar[frozenset[str]] = frozenset({"images"})
     image: ImageField | None = None
-    images: list[ImageField] | None = None
-    prompt: str | None = Field(default=None, description="the beginning of the caption; unset: the model's")
-    num_captions: int = Field(default=1, json_schema_extra=_BEAMS)
+    images: ImagesField = Field(default=None, json_schema_extra=documented.IMAGES)
+    prompt: str | None = Field(
+        default=None,
+        description="the beginning of the caption; unset: the model's",
+        json_schema_extra=documented.CHARS,
+    )
+    num_captions: documented.NumAnswers = 1
+
+    def uploads(self) -> dict[str, Upload]:
+        single = {} if self.image is None else {"image": self.image}
+        return single | {f"images.{index}": image for index, image in enumerate(self.images or [])}
 
     def check(self, settings: Settings) -> None:
         """Raise InvalidRequestError or TooManyItemsError where a limit is exceeded."""
+        self.check_generation(settings)
         _check_one_of(image=self.image, images=self.images)
         if self.images is not None:
             _check_count("images", self.images, settings.max_images, "BLIP2_MAX_IMAGES")
@@ -127,32 +140,39 @@ class CaptionRequest(GenerationFields):
 class Turn(Body):
     """An earlier question about the image, and its answer."""
 
-    question: str
-    answer: str
+    question: str = Field(json_schema_extra=documented.TEXT)
+    answer: str = Field(json_schema_extra=documented.CHARS)
 
 
 class VqaRequest(GenerationFields):
     """One image and a question about it, or several."""
 
+    model_config = ConfigDict(json_schema_extra=documented.vqa_rules)
     lists: ClassVar[frozenset[str]] = frozenset({"question", "history"})
+    objects: ClassVar[frozenset[str]] = frozenset({"history"})
     image: ImageField
-    question: TextsField
-    history: list[Annotated[Turn, BeforeValidator(_parse_object)]] = Field(
-        default=[], description="the dialogue so far, oldest first"
+    question: QuestionsField
+    history: Annotated[list[Turn], FailFast()] = Field(
+        default=[],
+        description="the dialogue so far, oldest first",
+        json_schema_extra=documented.HISTORY,
     )
     prompt_template: str | None = Field(
         default=None,
         description="holds one {} for the question; unset: the model's",
         examples=["Question: {} Answer:"],
+        json_schema_extra=documented.TEMPLATE,
     )
-    num_answers: int = Field(default=1, json_schema_extra=_BEAMS)
-    max_new_tokens: int = Field(default=10, description="of each answer, its end token included")
-    length_penalty: float = Field(
-        default=-1.0, description="above 0 favours long answers, below 0 short ones"
-    )
+    num_answers: documented.NumAnswers = 1
+    max_new_tokens: documented.MaxNewTokens = 10
+    length_penalty: documented.LengthPenalty = -1.0
+
+    def uploads(self) -> dict[str, Upload]:
+        return {"image": self.image}
 
     def check(self, settings: Settings) -> None:
         """Raise InvalidRequestError or TooManyItemsError where a limit is exceeded."""
+        self.check_generation(settings)
         _check_count("question", self.question, settings.max_questions, "BLIP2_MAX_QUESTIONS")
         if self.history:
             _check_count("history", self.history, settings.max_questions, "BLIP2_MAX_QUESTIONS")
@@ -168,26 +188,35 @@ class VqaRequest(GenerationFields):
 class Candidates(Body):
     """The candidates to rank: images or texts."""
 
-    images: list[ImageField] | None = None
-    texts: list[str] | None = None
+    model_config = ConfigDict(json_schema_extra=documented.candidates_rules)
+    images: ImagesField = Field(default=None, json_schema_extra=documented.CANDIDATE_IMAGES)
+    texts: TextsField = Field(default=None, json_schema_extra=documented.CANDIDATE_TEXTS)
 
 
 class RetrieveRequest(Body):
     """One text or image, and the candidates to rank by it."""
 
-    text: str | None = None
+    model_config = ConfigDict(json_schema_extra=documented.retrieve_rules)
+    objects: ClassVar[frozenset[str]] = frozenset({"candidates"})
+    text: str | None = Field(default=None, json_schema_extra=documented.TEXT)
     image: ImageField | None = None
-    candidates: Annotated[Candidates, BeforeValidator(_parse_object)]
+    candidates: Candidates
     mode: Mode | None = Field(
         default=None,
         description="itc: cosines; itm: the matching head; rerank: the best rerank_k by itc, re-scored by "
         "itm. Unset: rerank between an image and texts or a text and images, else itc",
     )
-    rerank_k: int = Field(default=128, ge=1)
-    top_k: int = Field(default=10, ge=1, description="how many results; at most rerank_k in mode rerank")
+    rerank_k: documented.Integer = Field(default=128, ge=1)
+    top_k: documented.Integer = Field(
+        default=10, ge=1, description="how many results; at most rerank_k in mode rerank"
+    )
+
+    def uploads(self) -> dict[str, Upload]:
+        single = {} if self.image is None else {"image": self.image}
+        return single | {f"candidates.images.{i}": image for i, image in enumerate(self.candidate_images)}
 
     @property
-    def candidate_images(self) -> list[str | bytes]:
+    def candidate_images(self) -> list[Upload]:
         return self.candidates.images or []
 
     @property
@@ -225,7 +254,9 @@ class RetrieveRequest(Body):
             )
         if self.chosen_mode is Mode.RERANK and self.num_results > self.rerank_k:
             raise InvalidRequestError.of(
-                "top_k", f"{self.top_k} is more than rerank_k, {self.rerank_k}; raise rerank_k or lower top_k"
+                "top_k",
+                f"{echo_value(self.top_k)} is more than rerank_k, {self.rerank_k}; "
+                "raise rerank_k or lower top_k",
             )
 
 
@@ -251,7 +282,7 @@ def _check_count(field: str, items: Sequence[object], limit: int, setting: str) 
 
 def _check_text(field: str, text: str, max_chars: int) -> None:
     """Raise InvalidRequestError where a text is blank, or too long."""
-    if not text.strip():
+    if not _NOT_BLANK.search(text):
         raise InvalidRequestError.of(field, "is empty; send a text")
     _check_length(field, text, max_chars)
 

@@ -37,8 +37,7 @@ class Service:
         self.engine.stop(_ENGINE_STOP_S)
 
     async def aclose(self) -> None:
-        """Close threads and connections, except the engine's."""
-        self.image_decoder.close()
+        """Close connections; the processes that decode end with the event loop."""
         if self.redis is not None:
             await self.redis.aclose(_REDIS_CLOSE_S)
 
@@ -48,7 +47,9 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Service:
     image_decoder = ImageDecoder(
         max_bytes=settings.max_image_bytes,
         max_pixels=settings.max_image_pixels,
-        num_threads=settings.preprocess_threads,
+        num_processes=settings.preprocess_threads,
+        max_decode_bytes=settings.decode_bytes,
+        max_cpu_s=settings.decode_timeout_ms / 1000,
     )
     memory, redis = LruTier(settings.cache_bytes), _open_redis(settings, metrics)
     cache = EmbeddingCache(
@@ -68,7 +69,7 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Service:
         throughput=throughput,
         metrics=metrics,
         max_rows=settings.max_rows,
-        max_kv_bytes=settings.kv_bytes,
+        max_kv_bytes=settings.kv_bytes_on(backend.device),
     )
     _register_gauges(metrics, backend, queue, engine, redis)
     inference = Inference(backend, image_decoder, cache, queue, observe_queue_s=metrics.queue_seconds.observe)

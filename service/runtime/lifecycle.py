@@ -9,6 +9,7 @@ from typing import Final
 
 from model import ModelError
 from service.engine.engine import Engine
+from service.errors import NotReadyError
 from service.model_backend import Backend
 from service.request_ids import logged_for
 from service.runtime.assembly import assemble
@@ -109,6 +110,7 @@ class Lifecycle:
         backend = await asyncio.wrap_future(loading)
         readiness.not_ready_reason = "the model is being warmed up"
         service = readiness.service = assemble(self._settings, backend, self._metrics)
+        await service.image_decoder.start()
         if service.redis is not None:
             await service.redis.ping()
         try:
@@ -138,7 +140,7 @@ class Lifecycle:
         error = None if startup.cancelled() else startup.exception()
         if self.readiness.is_draining:  # which is why it failed
             return
-        if isinstance(error, ModelError | SettingsError | StartupError):
+        if isinstance(error, ModelError | SettingsError | StartupError | NotReadyError):
             self._on_failure(StartupError(str(error)))
         elif error is not None:  # our own bug, then: the operator gets a line, the log the rest
             logger.critical("start-up failed", exc_info=error)

@@ -31,7 +31,7 @@ def load_backend(settings: Settings) -> Blip2Backend:
     blip2, matching = Blip2.from_pretrained(settings.model, options, revision=settings.revision), None
     if settings.retrieval_model is not None:
         matching = _load_matching(settings.retrieval_model, settings.retrieval_revision, options)
-    limits = DecoderLimits(settings.max_rows, settings.kv_bytes, settings.max_prompt_tokens)
+    limits = DecoderLimits(settings.max_rows, settings.kv_bytes_on(str(device)), settings.max_prompt_tokens)
     backend = Blip2Backend(blip2, matching, limits)
     backend.pack(qformer_dtype)
     return backend

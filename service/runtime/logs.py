@@ -10,8 +10,36 @@ from typing import Final
 from service.request_ids import REQUEST_IDS
 
 _MAX_IDS: Final = 64  # of one line; a step of the engine may serve more requests
-
+_MAX_MESSAGES: Final = 100
+_QUIET_S: Final = 10.0
 FIELDS: Final = "fields"  # logger.info("request", extra={FIELDS: {…}}) puts the fields beside the message
+
+
+class RepeatFilter(logging.Filter):
+    """Passes one record of each message in ten seconds, with the number of those left out before it.
+
+    For loggers of libraries that write a line for each connection, or each turn of the event loop.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: dict[str, float] = {}  # when the message passed last
+        self._num_left_out: dict[str, int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and record.name != "asyncio":
+            return True  # the traceback of one request
+        message, now = str(record.msg), record.created
+        if now - self._passed.get(message, -_QUIET_S) < _QUIET_S:
+            self._num_left_out[message] = self._num_left_out.get(message, 0) + 1
+            return False
+        if len(self._passed) >= _MAX_MESSAGES:
+            self._passed.clear()
+        self._passed[message] = now
+        if num_left_out := self._num_left_out.pop(message, 0):
+            record.msg = f"{record.getMessage()} ({num_left_out} more of these were left out)"
+            record.args = None
+        return True
 
 
 class JsonFormatter(logging.Formatter):
@@ -47,6 +75,9 @@ def configure_logs(level: str) -> None:
     logging.captureWarnings(capture=True)
     for noisy in ("uvicorn.error", "uvicorn.access", "asyncio", "PIL", "urllib3", "filelock"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # the caller gets the error
+    for repetitive in ("uvicorn.error", "asyncio"):
+        logging.getLogger(repetitive).addFilter(RepeatFilter())
     threading.excepthook = _log_thread_death
 
 

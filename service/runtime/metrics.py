@@ -15,12 +15,15 @@ from prometheus_client import (
 from model import EmbeddingKind
 
 ROUTES: Final = ("/caption", "/vqa", "/retrieve")
+PROBES: Final = ("/livez", "/readyz", "/startupz", "/health", "/version", "/metrics")
 OTHER_ROUTE: Final = "other"  # unknown paths are one series, or a scanner would make thousands
 STAGES: Final = ("preprocess", "vision", "qformer", "decode", "match")
-SHED_REASONS: Final = ("overloaded", "not_ready", "draining")
+SHED_REASONS: Final = ("overloaded", "not_ready", "draining", "too_many_connections")
 ABANDONED_REASONS: Final = ("deadline", "disconnected")
 
-_STATUSES: Final = ("200", "400", "404", "405", "413", "415", "422", "429", "499", "500", "503", "504")
+_STATUSES: Final = (
+    "200", "400", "404", "405", "408", "413", "415", "422", "429", "431", "499", "500", "503", "504",
+)  # fmt: skip
 _SECONDS: Final = (*(0.001 * 2**power for power in range(16)), 60.0)  # geometric from 1 ms to 60 s
 _RATIOS: Final = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 _ROWS: Final = tuple(2**power for power in range(11))
@@ -80,6 +83,7 @@ class Metrics:
         self.out_of_memory = Counter(
             "blip2_out_of_memory", "Batches the device's memory did not hold", ["stage"], registry=registry
         )
+        self.upload_bytes = Gauge("blip2_upload_bytes", "Request bodies in flight", registry=registry)
         self._waiting = Gauge("blip2_waiting", "Items in the request queue", registry=registry)
         self._running = Gauge(
             "blip2_running", "Items taken from the queue and not answered", registry=registry

@@ -1,15 +1,19 @@
-"""Whether requests can be served now, and how many are in flight: the state that routes and probes read."""
+"""Whether requests can be served now, and what is in flight: the state that routes and probes read."""
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
+import random
+import time
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Final, Literal, TypeVar
 
-from service.errors import DrainingError, NotReadyError, TaskUnavailableError
+from service.errors import DrainingError, NotReadyError, OverloadedError, TaskUnavailableError
 from service.model_backend import Backend
 from service.runtime.assembly import Service
 
 _RETRY_S: Final = 5
+_UPLOAD_RETRY_S: Final = (2, 8)  # a range, so that callers refused together do not come back together
+_MIN_ARRIVAL_S: Final = 1.0  # during which an upload is not displaced
 
 T = TypeVar("T")
 TaskName = Literal["caption", "vqa", "retrieve"]
@@ -37,6 +41,107 @@ class Traffic:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         return self.num_requests == 0
+
+
+class Uploads:
+    """A budget of bytes over all request bodies, each from its first byte until its images are decoded.
+
+    Beyond the budget, a new upload displaces the slowest of those that still arrive. So unfinished uploads
+    cannot keep others out. For the event loop.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.num_bytes = 0
+        self.arriving: dict[UploadLease, None] = {}
+
+    def open(self) -> "UploadLease":
+        return UploadLease(self)
+
+    def add(self, lease: "UploadLease", num_bytes: int) -> None:
+        """Count bytes of a lease. Raises OverloadedError where there is not room for them."""
+        excess = self.num_bytes + num_bytes - self._max_bytes
+        if excess > 0 and not self._displace_slowest(lease, excess):
+            raise OverloadedError(
+                f"request bodies of {self.num_bytes} bytes are in flight, this one adds {num_bytes}, and the "
+                f"limit is {self._max_bytes}; send it again after the time in Retry-After",
+                retry_after_s=random.randint(*_UPLOAD_RETRY_S),
+            )
+        self.num_bytes += num_bytes
+
+    def _displace_slowest(self, newcomer: "UploadLease", num_bytes: int) -> bool:
+        """End arriving uploads until so many bytes are free; none if they all are not enough."""
+        now = time.monotonic()
+        displaced = []
+        for lease in sorted(self.arriving, key=lambda lease: lease.bytes_per_s(now)):
+            if num_bytes > 0 and lease is not newcomer and now - lease.started >= _MIN_ARRIVAL_S:
+                displaced.append(lease)
+                num_bytes -= lease.num_bytes
+        if num_bytes > 0:
+            return False
+        for lease in displaced:
+            lease.displace()
+        return True
+
+
+class UploadLease:
+    """The bytes of one request body in the budget.
+
+    num_bytes: as declared, or as arrived where that is more; less those released. is_displaced: by others.
+    """
+
+    def __init__(self, uploads: Uploads) -> None:
+        self._uploads = uploads
+        self._arrival: asyncio.Timeout | None = None
+        self._num_arrived = 0
+        self.started = time.monotonic()
+        self.num_bytes = 0
+        self.is_displaced = False
+
+    @contextlib.asynccontextmanager
+    async def arrive(self, timeout_s: float) -> AsyncIterator[None]:
+        """Bound the arrival, in the block. Raises TimeoutError after the time, or when it is displaced."""
+        self._uploads.arriving[self] = None
+        try:
+            async with asyncio.timeout(timeout_s) as self._arrival:
+                yield
+        finally:
+            self._uploads.arriving.pop(self, None)
+
+    def declare(self, num_bytes: int) -> None:
+        """Count the declared size. Raises OverloadedError."""
+        self._uploads.add(self, num_bytes)
+        self.num_bytes += num_bytes
+
+    def grow_to(self, num_arrived: int) -> None:
+        """Count what has arrived by now, where it exceeds the declared size. Raises OverloadedError."""
+        self._num_arrived = num_arrived
+        if num_arrived > self.num_bytes and not self.is_displaced:
+            self.declare(num_arrived - self.num_bytes)
+
+    def keep(self, num_bytes: int) -> None:
+        """Release all but so many bytes: the body is parsed, and only its images are held."""
+        self.release(self.num_bytes - num_bytes)
+
+    def release(self, num_bytes: int) -> None:
+        """Return bytes that nothing holds any more."""
+        num_bytes = min(num_bytes, self.num_bytes)
+        self.num_bytes -= num_bytes
+        self._uploads.num_bytes -= num_bytes
+
+    def close(self) -> None:
+        self.release(self.num_bytes)
+
+    def bytes_per_s(self, now: float) -> float:
+        return self._num_arrived / max(now - self.started, 1e-3)
+
+    def displace(self) -> None:
+        """End the arrival with a TimeoutError at the next turn of the event loop."""
+        assert self._arrival is not None
+        self.is_displaced = True
+        self._uploads.arriving.pop(self, None)
+        self._arrival.reschedule(asyncio.get_running_loop().time())
+        self.close()
 
 
 class Readiness:

@@ -8,6 +8,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "BLIP2_"
+_CPU_KV_BYTES, _GPU_KV_BYTES = 256 * 2**20, 4 * 2**30
 
 
 class SettingsError(Exception):
@@ -55,11 +56,28 @@ class Settings(BaseSettings):
         default=0, ge=0, le=1024, description="torch's CPU threads; 0: torch's own choice"
     )
     preprocess_threads: int = Field(
-        default=4, ge=1, le=64, description="CPU threads that decode and resize images"
+        default=4,
+        ge=1,
+        le=64,
+        description="images decoded at once, each in a process; large ones: half as many",
+    )
+    decode_bytes: int = Field(
+        default=528 * 2**20,
+        ge=32 * 2**20,
+        description="memory to decode large images in, together and one alone; small ones take 32 MiB each",
+    )
+    decode_timeout_ms: int = Field(
+        default=10_000,
+        ge=100,
+        le=600_000,
+        description="CPU time to decode one image; then its process is killed",
     )
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65535, description="0: any free port")
+    probe_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        default=None, description="a second port, for probes, /version and /metrics alone; unset: none"
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     redis_url: SecretStr | None = Field(default=None, description="unset: the in-process cache only")
@@ -67,12 +85,27 @@ class Settings(BaseSettings):
     cache_bytes: int = Field(default=256 * 2**20, ge=0, description="of the in-process cache; 0: none")
 
     max_body_bytes: int = Field(default=64 * 2**20, ge=1024)
+    max_upload_bytes: int = Field(
+        default=128 * 2**20,
+        ge=1024,
+        description="of all request bodies in flight, each until its images are decoded; more get 429",
+    )
+    upload_timeout_ms: int = Field(
+        default=60_000, ge=100, description="for one request body to arrive; a slower one gets 408"
+    )
+    max_connections: int = Field(
+        default=1000, ge=16, description="open at once; fewer where the limit of open files asks for it"
+    )
     max_image_bytes: int = Field(default=20 * 2**20, ge=64, description="of one image file")
     max_image_pixels: int = Field(default=40_000_000, ge=1, description="width times height of one image")
     max_images: int = Field(default=32, ge=1, description="in one request to /caption")
     max_questions: int = Field(default=32, ge=1, description="in one request to /vqa")
     max_candidates: int = Field(default=1000, ge=1, description="in one request to /retrieve")
     max_text_chars: int = Field(default=2000, ge=1, description="of one prompt, question or text")
+
+    max_new_tokens: int = Field(
+        default=8192, ge=1, le=2**20, description="of one answer; the language model may allow fewer"
+    )
 
     max_waiting: int = Field(
         default=2048,
@@ -82,10 +115,10 @@ class Settings(BaseSettings):
     max_rows: int = Field(
         default=128, ge=16, description="rows (beams, pairs) that run on the device at once"
     )
-    kv_bytes: int = Field(
-        default=4 * 2**30,
-        ge=2**20,
-        description="of the KV cache of running sequences; others wait, one that could never fit is rejected",
+    kv_bytes: Annotated[int, Field(ge=2**20)] | None = Field(
+        default=None,
+        description="of the KV cache of running sequences; others wait, one that could never fit is "
+        "rejected; unset: 4 GiB on a GPU, 256 MiB on a CPU",
     )
     max_prompt_tokens: int = Field(
         default=2048,
@@ -98,6 +131,10 @@ class Settings(BaseSettings):
         "of 5000 and four times the longest step at warm-up",
     )
     drain_timeout_ms: int = Field(default=30_000, ge=0, description="for running work after SIGTERM")
+
+    def kv_bytes_on(self, device: str) -> int:
+        """Return the limit of the KV cache on a device such as "cpu" or "cuda:0"."""
+        return self.kv_bytes or (_CPU_KV_BYTES if device == "cpu" else _GPU_KV_BYTES)
 
     @field_validator("redis_url")
     @classmethod
@@ -120,6 +157,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"{_variable('retrieval_revision')} is {self.retrieval_revision!r} and "
                 f"{_variable('retrieval_model')} is not set; set both, or neither"
+            )
+        if self.max_body_bytes > self.max_upload_bytes:
+            raise ValueError(
+                f"{_variable('max_body_bytes')} is {self.max_body_bytes} and {_variable('max_upload_bytes')} "
+                f"is {self.max_upload_bytes}: such a body could never arrive; raise the latter"
             )
         if self.max_image_bytes > self.max_body_bytes:
             raise ValueError(

@@ -4,12 +4,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import httpx
 
+from benchmarks.process_memory import resident_bytes
 from tests.integration.pictures import in_base64, picture
 from tests.integration.processes import ServiceProcess
 
@@ -113,28 +113,3 @@ class MemoryWatch:
     def _sample(self) -> None:
         while not self._ended.wait(0.02):
             self.peak_bytes = max(self.peak_bytes, resident_bytes(self._pid))
-
-
-def resident_bytes(pid: int) -> int:
-    """Return the proportional resident memory of a process and all its descendants."""
-    return sum(_resident_bytes(each) for each in [pid, *descendants(pid)])
-
-
-def descendants(pid: int) -> list[int]:
-    """Return the process ids of all descendants."""
-    children = [
-        int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in _read(path).split()
-    ]
-    return [found for child in children for found in (child, *descendants(child))]
-
-
-def _resident_bytes(pid: int) -> int:
-    lines = _read(Path(f"/proc/{pid}/smaps_rollup")).splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:  # it has ended meanwhile
-        return ""

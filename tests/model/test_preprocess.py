@@ -12,7 +12,8 @@ from PIL import ExifTags, Image
 from transformers.image_utils import load_image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from model.preprocess import ImagePreprocessor, make_upright
+from model.images.decoding import decode_image
+from model.preprocess import ImagePreprocessor
 
 
 def random_image(mode: str, size: tuple[int, int]) -> Image.Image:
@@ -34,7 +35,7 @@ def test_pixels_equal_those_of_transformers_to_the_bit(mode: str, size: tuple[in
 
 
 def test_16_bits_are_converted_as_transformers_converts_them() -> None:
-    # Which clips all above 255; what serves images scales them first, see `make_upright`.
+    # Which clips all above 255; what serves images scales them first, see `decode_image`.
     levels = np.random.default_rng(0).integers(0, 2**16, (40, 30), dtype=np.uint16)
     image = Image.fromarray(levels)
     assert image.mode == "I;16"
@@ -47,10 +48,12 @@ def test_16_bits_of_each_color_and_scaled_grey_are_those_of_transformers(tmp_pat
     reference = BlipImageProcessorPil(size={"height": 64, "width": 64})
     with Image.open(io.BytesIO(png_of_48_bits(levels))) as image:
         expected = reference(load_image(image), return_tensors="pt")["pixel_values"][0]
-        assert torch.equal(ImagePreprocessor(64)(make_upright(image)), expected)
+    assert torch.equal(ImagePreprocessor(64)(decode_image(png_of_48_bits(levels), 64)), expected)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
     scaled = Image.fromarray((levels >> 8).astype(np.uint8))
     expected = reference(scaled, return_tensors="pt")["pixel_values"][0]
-    assert torch.equal(ImagePreprocessor(64)(make_upright(Image.fromarray(levels))), expected)
+    deep = decode_image((tmp_path / "deep.png").read_bytes(), 64)
+    assert torch.equal(ImagePreprocessor(64)(deep), expected)
 
 
 def png_of_48_bits(levels: np.ndarray) -> bytes:
@@ -77,8 +80,7 @@ def test_a_turned_photograph_is_upright_as_transformers_loads_it(orientation: in
     random_image("RGB", (60, 40)).save(path, exif=exif)
     reference = BlipImageProcessorPil(size={"height": 64, "width": 64})
     expected = reference(load_image(str(path)), return_tensors="pt")["pixel_values"][0]
-    with Image.open(path) as image:
-        assert torch.equal(ImagePreprocessor(64)(make_upright(image)), expected)
+    assert torch.equal(ImagePreprocessor(64)(decode_image(path.read_bytes(), 64)), expected)
 
 
 def test_a_palette_with_a_transparent_colour_turns_white_there() -> None:

@@ -118,15 +118,15 @@ class FakeBackend:
         self.encode_gate.set()
         self.decode_gate.set()
 
-    def image_size(self, encoder: EncoderId) -> int:
-        return 2
-
     def empty_embedding(self, kind: EmbeddingKind, encoder: EncoderId) -> Tensor:
         return torch.empty((2, 3) if kind is EmbeddingKind.IMAGE_FEATURES else (1, 2), device="meta")
 
     @property
     def max_prefix_tokens(self) -> int:
         return MAX_PROMPT_WORDS + self.num_query_tokens
+
+    def image_size(self, encoder: EncoderId) -> int:
+        return 2
 
     def caption_prompt(self) -> str:
         return "a photo"

@@ -154,7 +154,10 @@ async def site(
     ready = asyncio.Event()
     model = backend or FakeBackend()
     app = create_app(
-        settings or Settings(), lambda: model, on_ready=lambda _: ready.set(), on_failure=on_failure
+        settings or Settings(preprocess_threads=1),
+        lambda: model,
+        on_ready=lambda _: ready.set(),
+        on_failure=on_failure,
     )
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (

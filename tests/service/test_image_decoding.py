@@ -5,7 +5,6 @@ import io
 import random
 import struct
 import zlib
-from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
@@ -13,15 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.preprocess import resize_to_square
+from model.images.decoding import decode_image
+from model.images.resize import resize_to_square
 from service.errors import ImageTooLargeError, InvalidImageError, ServiceError, UnsupportedImageError
-from service.image_decoding import ImageDecoder, decode_image
+from service.image_decoding import ImageDecoder
 
 SIZE = 16
 
 
 def expected_pixels(image: Image.Image) -> Tensor:
-    return torch.from_numpy(resize_to_square(image, SIZE))
+    return torch.from_numpy(np.array(resize_to_square(image, SIZE)))
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -46,10 +46,14 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @pytest.fixture
-async def decoder() -> AsyncIterator[ImageDecoder]:
-    made = ImageDecoder(max_bytes=100_000, max_pixels=40_000_000, num_threads=1)
-    yield made
-    made.close()
+def decoder() -> ImageDecoder:
+    return ImageDecoder(
+        max_bytes=100_000,
+        max_pixels=40_000_000,
+        num_processes=1,
+        max_decode_bytes=528 * 2**20,
+        max_cpu_s=10.0,
+    )
 
 
 async def pixels_of(decoder: ImageDecoder, source: str | bytes) -> Tensor:
@@ -115,7 +119,7 @@ async def test_the_first_frame_of_an_animation_is_taken(decoder: ImageDecoder) -
 def test_every_mode_becomes_pixels(mode: str) -> None:
     kind = "TIFF" if mode in ("CMYK", "YCbCr", "PA", "HSV") else "PNG"
     image = photo().convert("RGB").convert(mode if mode not in ("PA", "HSV") else "RGB")
-    assert expected_pixels(decode_image(encode(image, kind))).shape == (SIZE, SIZE, 3)
+    assert decode_image(encode(image, kind), SIZE).size == (SIZE, SIZE)
 
 
 async def test_16_bit_grey_is_scaled_not_clipped(decoder: ImageDecoder) -> None:
@@ -142,13 +146,13 @@ async def test_a_bomb_is_refused_by_its_header(
     decoder: ImageDecoder, width: int, height: int, shown: str
 ) -> None:
     with pytest.raises(InvalidImageError, match=rf"{shown}, the limit is 40 Mpx; downscale it first"):
-        await decoder.read(bomb(width, height))
+        await pixels_of(decoder, bomb(width, height))
 
 
 async def test_an_image_of_exactly_the_limit_is_let_in(decoder: ImageDecoder) -> None:
-    await decoder.read(bomb(8_000, 5_000))
-    with pytest.raises(InvalidImageError):
-        await decoder.read(bomb(8_000, 5_001))
+    assert await status_of(decoder, encode(Image.new("1", (8_000, 5_000)))) == 200
+    with pytest.raises(InvalidImageError, match=r"is 8000 x 5001 = 40\.01 Mpx, the limit is 40 Mpx"):
+        await pixels_of(decoder, bomb(8_000, 5_001))
 
 
 async def test_a_file_over_the_byte_limit_is_refused_in_any_wrapping(decoder: ImageDecoder) -> None:

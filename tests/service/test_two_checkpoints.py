@@ -5,6 +5,7 @@ import weakref
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from model import Blip2, GenerationParams
 from model.checkpoints import save_hub, save_retrieval_adapter
-from model.preprocess import resize_to_square
+from model.images.resize import resize_to_square
 from service.blip2_backend import Blip2Backend
 from service.engine.image_pool import ImageInput
 from service.engine.request import GenerateInput, Generations, Matches, MatchInput, Mode, Request
@@ -55,7 +56,7 @@ def load(generation: str, retrieval: str, *, dtype: Dtype = "float32") -> Blip2B
 
 
 def resized(picture: Image.Image, side: int) -> Tensor:
-    return torch.from_numpy(resize_to_square(picture, side))
+    return torch.from_numpy(np.array(resize_to_square(picture, side)))
 
 
 def inputs(backend: Blip2Backend, encoder: EncoderId) -> list[ImageInput]:

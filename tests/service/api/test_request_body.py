@@ -8,7 +8,7 @@ import pytest
 from starlette.requests import Request
 from starlette.types import Message
 
-from service.api.request_body import read_body
+from service.api.request_body import BodyReader
 from service.api.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
 from service.errors import (
     BodyTooLargeError,
@@ -17,6 +17,9 @@ from service.errors import (
     UnreadableBodyError,
     UnsupportedContentTypeError,
 )
+from service.inference import Upload
+from service.runtime.readiness import Uploads
+from service.runtime.settings import Settings
 
 LIMIT = 10_000
 JSON = {"content-type": "application/json"}
@@ -33,7 +36,9 @@ async def read(schema: type[B], content: bytes, headers: Mapping[str, str]) -> B
 
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": raw}
-    return await read_body(Request(scope, receive), schema, LIMIT)
+    settings = Settings(max_body_bytes=LIMIT, max_image_bytes=LIMIT)
+    lease = Uploads(settings.max_upload_bytes).open()
+    return await BodyReader(settings).read(Request(scope, receive), schema, lease, None)
 
 
 async def from_json(schema: type[B], fields: object) -> B:
@@ -62,7 +67,7 @@ def multipart(files: list[tuple[str, bytes]], fields: list[tuple[str, str]]) -> 
 
 
 async def test_json_and_form_give_the_same_request() -> None:
-    expected = CaptionRequest(image=b"\x89PNG", num_captions=2, do_sample=True, top_p=0.5, seed=7)
+    expected = CaptionRequest(image=Upload(b"\x89PNG"), num_captions=2, do_sample=True, top_p=0.5, seed=7)
     body, headers = multipart(
         [("image", b"\x89PNG")],
         [("num_captions", "2"), ("do_sample", "true"), ("top_p", "0.5"), ("seed", "7")],
@@ -74,7 +79,7 @@ async def test_a_repeated_image_part_becomes_images() -> None:
     body, headers = multipart([("image", b"one"), ("image", b"two")], [])
     read_back = await read(CaptionRequest, body, headers)
     assert read_back.image is None
-    assert read_back.images == [b"one", b"two"]
+    assert read_back.images == [Upload(b"one"), Upload(b"two")]
 
 
 async def test_lists_repeat_their_field_and_objects_are_json() -> None:
@@ -166,7 +171,7 @@ async def test_other_content_types_are_refused_with_those_that_are_taken(kind: s
 
 
 async def test_a_body_without_a_content_type_is_read_as_json() -> None:
-    assert (await read(CaptionRequest, b'{"image": "x"}', {})).image == "x"
+    assert (await read(CaptionRequest, b'{"image": "x"}', {})).image == Upload("x")
 
 
 async def test_a_body_over_the_limit_is_refused_whether_it_says_so_or_not() -> None:

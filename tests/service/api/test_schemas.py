@@ -5,6 +5,7 @@ import pytest
 from service.api.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
 from service.engine.request import Mode
 from service.errors import InvalidParamsError, InvalidRequestError, ServiceError, TooManyItemsError
+from service.inference import Upload
 from service.runtime.settings import Settings
 
 SETTINGS = Settings(max_images=2, max_questions=2, max_candidates=3, max_text_chars=20)
@@ -12,18 +13,18 @@ SETTINGS = Settings(max_images=2, max_questions=2, max_candidates=3, max_text_ch
 
 def refusal(schema: type[Body], **fields: object) -> ServiceError:
     with pytest.raises(ServiceError) as refused:
-        schema.model_validate(fields).check(SETTINGS)  # type: ignore[attr-defined]
+        schema.model_validate(fields).check(SETTINGS)
     return refused.value
 
 
 def test_caption_defaults_are_those_of_the_reference() -> None:
-    params = CaptionRequest(image="x").generation_params("num_captions")
+    params = CaptionRequest(image=Upload("x")).generation_params("num_captions")
     assert (params.num_beams, params.max_new_tokens, params.min_new_tokens) == (5, 30, 1)
     assert (params.length_penalty, params.repetition_penalty) == (1.0, 1.0)
 
 
 def test_vqa_defaults_are_those_of_the_paper() -> None:
-    params = VqaRequest(image="x", question=["y"]).generation_params("num_answers")
+    params = VqaRequest(image=Upload("x"), question=["y"]).generation_params("num_answers")
     assert (params.num_beams, params.max_new_tokens, params.length_penalty) == (5, 10, -1.0)
 
 
@@ -49,13 +50,15 @@ def test_every_generation_field_reaches_the_parameters() -> None:
 
 
 def test_sampling_uses_one_beam_unless_more_are_asked_for() -> None:
-    assert CaptionRequest(image="x", do_sample=True).generation_params("num_captions").num_beams == 1
+    assert CaptionRequest(image=Upload("x"), do_sample=True).generation_params("num_captions").num_beams == 1
     with pytest.raises(InvalidParamsError, match="num_beams is 5"):
-        CaptionRequest(image="x", do_sample=True, num_beams=5).generation_params("num_captions")
+        CaptionRequest(image=Upload("x"), do_sample=True, num_beams=5).generation_params("num_captions")
 
 
 def test_sampling_may_return_more_answers_than_beams() -> None:
-    params = CaptionRequest(image="x", do_sample=True, num_captions=8).generation_params("num_captions")
+    params = CaptionRequest(image=Upload("x"), do_sample=True, num_captions=8).generation_params(
+        "num_captions"
+    )
     assert params.num_return_sequences == 8
 
 

@@ -169,6 +169,13 @@ def test_a_revision_of_no_second_model_is_refused(environment: Environment) -> N
     assert "BLIP2_RETRIEVAL_MODEL is not set; set both, or neither" in refusal()
 
 
+def test_the_kv_cache_is_limited_by_device_unless_it_is_set(environment: Environment) -> None:
+    assert load_settings().kv_bytes_on("cuda:1") == load_settings().kv_bytes_on("mps") == 4 * 2**30
+    assert load_settings().kv_bytes_on("cpu") == 256 * 2**20
+    environment.setenv("BLIP2_KV_BYTES", str(2**20))
+    assert load_settings().kv_bytes_on("cuda") == load_settings().kv_bytes_on("cpu") == 2**20
+
+
 def test_settings_do_not_change_afterwards() -> None:
     with pytest.raises(ValidationError):
         load_settings().port = 1

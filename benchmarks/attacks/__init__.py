@@ -1,0 +1,1 @@
+"""The service under ordinary load with attacks mixed into it."""

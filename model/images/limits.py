@@ -1,0 +1,76 @@
+"""Decodes an image file within limits of memory and CPU time that the kernel enforces.
+
+For a process that does nothing else: one that exceeds its CPU time is killed.
+"""
+
+import contextlib
+import ctypes
+import signal
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from model.errors import InvalidImageFileError
+from model.images.decoding import decode_image
+
+_M_MMAP_THRESHOLD: Final = -3
+_MMAP_THRESHOLD_BYTES: Final = 2**18  # larger blocks are given back to the system as they are freed
+_PR_SET_PDEATHSIG: Final = 1
+_STATM: Final = Path("/proc/self/statm")
+_HAS_LIMITS: Final = sys.platform == "linux"
+
+if sys.platform != "win32":
+    import resource
+
+
+@cache
+def prepare_process() -> None:
+    """Prepare this process for decoding: it ends with its parent, ignores Ctrl-C, and gives memory back."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the service ends its processes itself
+    if _HAS_LIMITS:
+        library = ctypes.CDLL(None)
+        library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        with contextlib.suppress(AttributeError):  # musl has no mallopt, and gives memory back anyway
+            library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+
+
+def give_memory_back() -> None:
+    """Return to the system what was allocated for images and freed; takes about a millisecond."""
+    if _HAS_LIMITS:
+        with contextlib.suppress(AttributeError):  # musl
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def decode_within_limits(
+    data: bytes, side: int, *, max_pixels: int, max_bytes: int, max_cpu_s: float
+) -> bytes:
+    """Decode an image file into the [side, side, 3] bytes of its pixels.
+
+    max_bytes: to allocate. Raises InvalidImageFileError. Where it takes longer than max_cpu_s of CPU time,
+    the process dies.
+    """
+    prepare_process()
+    with _limits(max_bytes, max_cpu_s):
+        try:
+            return decode_image(data, side, max_pixels=max_pixels).tobytes()
+        except MemoryError:
+            message = f"decoding the image takes more than {max_bytes} bytes; save it again as a PNG or JPEG"
+    raise InvalidImageFileError(message)
+
+
+@contextlib.contextmanager
+def _limits(max_bytes: int, max_cpu_s: float) -> Iterator[None]:
+    if not _HAS_LIMITS:
+        yield
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used_bytes = int(_STATM.read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used_bytes + max_bytes, hard))
+    signal.setitimer(signal.ITIMER_PROF, max_cpu_s)  # its signal ends the process
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))

@@ -1,0 +1,61 @@
+"""PNG files without the chunks that no pixel depends on, which may be many, large, or bombs."""
+
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Final
+
+from model.errors import InvalidImageFileError
+
+MAX_CHUNKS: Final = 100_000
+_KEPT: Final = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"})
+_TEXTS: Final = frozenset({b"tEXt", b"zTXt", b"iTXt"})
+# Their values may hold the orientation.
+_KEYWORDS: Final = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+_MAX_TEXT_BYTES: Final = 2**20  # unpacked; Pillow refuses the image beyond it
+
+
+def without_metadata(data: bytes) -> bytes:
+    """Return the same picture without metadata and without further frames of an animation.
+
+    Raises InvalidImageFileError for too many chunks. A damaged end is kept, for the decoder to refuse.
+    """
+    view = memoryview(data)
+    kept = [
+        view[start:end] for kind, start, end in _chunks(data) if _is_kept(kind, view[start + 8 : end - 4])
+    ]
+    return b"".join([view[:8], *kept])
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield kind, start and end of each chunk, its length and checksum included."""
+    start = 8
+    for _ in range(MAX_CHUNKS):
+        if start + 8 > len(data):
+            return
+        (length,) = struct.unpack_from(">I", data, start)
+        kind, end = data[start + 4 : start + 8], start + length + 12
+        yield kind, start, min(end, len(data))
+        if kind == b"IEND":
+            return
+        start = end
+    raise InvalidImageFileError(f"the PNG has more than {MAX_CHUNKS} chunks; save it again without metadata")
+
+
+def _is_kept(kind: bytes, content: memoryview) -> bool:
+    if kind not in _TEXTS:
+        return kind in _KEPT
+    text = bytes(content[: _MAX_TEXT_BYTES + 1])
+    if len(text) > _MAX_TEXT_BYTES or not text.startswith(_KEYWORDS):
+        return False
+    compressed = text.find(b"x", text.index(b"\0"))  # where a zlib stream begins, if there is one
+    return compressed < 0 or _is_small(text[compressed:])
+
+
+def _is_small(compressed: bytes) -> bool:
+    unpacker = zlib.decompressobj()
+    try:
+        unpacker.decompress(compressed, _MAX_TEXT_BYTES)
+    except zlib.error:  # no zlib stream after all
+        return True
+    return not unpacker.unconsumed_tail

@@ -1,0 +1,152 @@
+"""Decoding: true files of odd kinds are read, and what is damaged is refused with a cure."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from model.errors import InvalidImageFileError, UnknownImageFormatError
+from model.images.decoding import decode_image
+from model.images.png import MAX_CHUNKS
+from tests.image_files import encode, noise, one_of_each_type, png, png_chunk, png_of_zeros, tiff
+
+FILES = one_of_each_type()
+RGB_ROWS = [row.tobytes() for row in np.asarray(noise(32, 32))]
+NOTE = b'{"node": 1}' * 200_000  # 2.2 MB
+
+
+def pixels(data: bytes, side: int = 32) -> np.ndarray:
+    return np.asarray(decode_image(data, side)).astype(int)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_type_of_file_is_equal_to_what_pillow_makes_of_it(name: str) -> None:
+    if name == "16-bit png":
+        pytest.skip("which Pillow clips")
+    with Image.open(io.BytesIO(FILES[name])) as image:
+        white = Image.new("RGBA", image.size, "white")
+        is_transparent = "A" in image.getbands() or "transparency" in image.info
+        opaque = Image.alpha_composite(white, image.convert("RGBA")) if is_transparent else image
+        expected = opaque.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
+    assert np.array_equal(pixels(FILES[name]), np.asarray(expected))
+
+
+METADATA = {
+    "zTXt": b"workflow\0\0" + zlib.compress(NOTE),
+    "iTXt": b"workflow\0\1\0\0\0" + zlib.compress(NOTE),
+    "tEXt": b"workflow\0" + NOTE,
+    "iCCP": b"profile\0\0" + zlib.compress(bytes(2_000_000)),
+    "eXIf": b"no exif at all",
+    "prVt": bytes(2_000_000),
+}
+
+
+@pytest.mark.parametrize("kind", METADATA)
+def test_metadata_of_any_size_do_not_cost_the_picture(kind: str) -> None:
+    chunk = png_chunk(kind.encode(), METADATA[kind])
+    expected = pixels(png(32, 32, RGB_ROWS))
+    assert np.array_equal(pixels(png(32, 32, RGB_ROWS, before=chunk)), expected)
+    assert np.array_equal(pixels(png(32, 32, RGB_ROWS, after=chunk)), expected)
+
+
+def test_a_bomb_in_metadata_is_not_unpacked() -> None:
+    bomb = png_chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(500_000_000), 9))
+    assert np.array_equal(pixels(png(32, 32, RGB_ROWS, before=bomb)), pixels(png(32, 32, RGB_ROWS)))
+
+
+def test_the_orientation_in_xmp_and_in_a_text_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    text = b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n      40\n" + exif.tobytes().hex().encode())
+    expected = np.rot90(pixels(png(32, 32, RGB_ROWS)), 3)
+    for chunk in (png_chunk(b"iTXt", xmp), png_chunk(b"zTXt", text), png_chunk(b"eXIf", exif.tobytes()[6:])):
+        assert np.array_equal(pixels(png(32, 32, RGB_ROWS, before=chunk)), expected)
+        assert np.array_equal(pixels(png(32, 32, RGB_ROWS, after=chunk)), expected)
+
+
+def test_chunks_of_a_png_are_limited() -> None:
+    chunk = png_chunk(b"tEXt", b"")
+    assert pixels(png(32, 32, RGB_ROWS, before=chunk * (MAX_CHUNKS - 3))).shape == (32, 32, 3)
+    with pytest.raises(InvalidImageFileError, match="more than 100000 chunks"):
+        decode_image(png(32, 32, RGB_ROWS, before=chunk * (MAX_CHUNKS - 2)), 32)
+
+
+def bit_rows(levels: np.ndarray, depth: int) -> list[bytes]:
+    bits = ((levels[..., None] >> np.arange(depth - 1, -1, -1)) & 1).astype(np.uint8)
+    return [row.tobytes() for row in np.packbits(bits.reshape(len(levels), -1), axis=1)]
+
+
+@pytest.mark.parametrize(
+    ("depth", "level"), [(1, 0), (2, 1), (4, 1), (4, 7), (8, 1), (16, 0), (16, 257), (16, 4096), (16, 40000)]
+)
+def test_the_transparent_grey_of_any_depth_turns_white(depth: int, level: int) -> None:
+    levels = np.full((96, 96), 0 if level else 2**depth - 1)
+    levels[:, :48] = level
+    levels[:, 90:] = 2**depth - 1
+    data = png(
+        96, 96, bit_rows(levels, depth), depth=depth, color_type=0,
+        before=png_chunk(b"tRNS", struct.pack(">H", level)),
+    )  # fmt: skip
+    found = pixels(data)
+    assert (found[:, :12] == 255).all()
+    if level:
+        assert (found[:, 18:26] == 0).all()
+
+
+@pytest.mark.parametrize("color", [(0, 0, 0), (0x1234, 0x5678, 0x9ABC), (255, 255, 255)])
+def test_the_transparent_colour_of_16_bits_turns_white(color: tuple[int, int, int]) -> None:
+    levels = np.full((96, 96, 3), 0x4000, dtype=">u2")
+    levels[:, :48] = color
+    rows = [row.tobytes() for row in levels]
+    data = png(96, 96, rows, depth=16, before=png_chunk(b"tRNS", struct.pack(">HHH", *color)))
+    found = pixels(data)
+    assert (found[:, :12] == 255).all()
+    assert (found[:, 20:] == 0x40).all()
+
+
+def test_a_tiff_of_12_bits_is_scaled_by_its_own_range() -> None:
+    levels = np.full((96, 96), 4095, np.uint32)
+    levels[:, 48:] = 600
+    left, right = levels[:, 0::2], levels[:, 1::2]
+    parts = [left >> 4, ((left & 15) << 4) | (right >> 8), right & 255]
+    found = pixels(tiff(np.stack(parts, 2).astype(np.uint8).tobytes(), 96, 96, depth=12))
+    assert (found[:, :12] == 255).all()
+    assert (found[:, 20:] == 600 >> 4).all()
+
+
+def test_a_tiff_of_16_bits_may_have_white_as_zero() -> None:
+    levels = np.zeros((32, 32), "<u2")
+    levels[:, 16:] = 65_535
+    found = pixels(tiff(levels.tobytes(), 32, 32, depth=16, photometric=0))
+    assert (found[:, :12] == 255).all()
+    assert (found[:, 20:] == 0).all()
+
+
+def test_a_frame_larger_than_its_canvas_is_limited() -> None:
+    data = bytearray(encode(noise(8, 8).convert("P"), "GIF"))
+    start = data.index(b",", 13 + 3 * 2 ** ((data[10] & 7) + 1))  # of the frame, behind the palette
+    data[start + 5 : start + 9] = struct.pack("<HH", 65_535, 65_535)
+    with pytest.raises(InvalidImageFileError, match="65535 x 65535 = 4295 Mpx, the limit is"):
+        decode_image(bytes(data), 32)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if "tiff" not in name])
+def test_a_file_without_pixels_is_refused(name: str) -> None:
+    with pytest.raises(InvalidImageFileError, match=r"whole|empty|no pixels"):
+        decode_image(FILES[name][:40], 32)
+
+
+def test_no_other_format_is_opened_whatever_its_name(tmp_path: Path) -> None:
+    for data in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", encode(noise(8, 8), "PPM")):
+        with pytest.raises(UnknownImageFormatError, match="none of JPEG, PNG"):
+            decode_image(data, 32)
+
+
+def test_an_image_of_the_longest_side_is_read() -> None:
+    assert pixels(png_of_zeros(1, 65_535)).max() == 0
+    assert pixels(png_of_zeros(65_535, 1)).max() == 0
