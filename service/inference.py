@@ -121,7 +121,9 @@ class Inference:
         where a prompt is too long.
         """
         tokenized = self._tokenize(prompts, prompts if questions is None else questions, params)
-        (reservation,) = self._queue.make_reservations(len(prompts))
+        (reservation,) = self._queue.make_reservations(
+            len(prompts), num_bytes=self._image_bytes(EncoderId.MAIN)
+        )
         with reservation:
             return await self._generate(reservation, image, tokenized, deadline, caller)
 
@@ -136,7 +138,9 @@ class Inference:
     ) -> list[ServedAnswer[Generations] | ServiceError]:
         """Generate texts for one prompt about each image, all queued or none. A bad image fails alone."""
         tokenized = self._tokenize([prompt], [prompt], params)
-        reservations = self._queue.make_reservations(*[1] * len(images))
+        reservations = self._queue.make_reservations(
+            *[1] * len(images), num_bytes=self._image_bytes(EncoderId.MAIN)
+        )
         with ExitStack() as stack:
             for reservation in reservations:
                 stack.enter_context(reservation)
@@ -161,16 +165,22 @@ class Inference:
         caller: str = "",
     ) -> ServedAnswer[Matches]:
         """Score candidates, texts or images, against a query."""
-        (reservation,) = self._queue.make_reservations(len(candidates))
+        sides = [query, *candidates]
+        uploads = [side for side in sides if isinstance(side, Upload)]
+        encoder = self._backend.matching_encoder
+        (reservation,) = self._queue.make_reservations(
+            len(candidates), num_bytes=self._image_bytes(encoder) * len(uploads)
+        )
         with reservation:
             started = time.monotonic()
-            sides = [query, *candidates]
-            uploads = [side for side in sides if isinstance(side, Upload)]
-            encoder = self._backend.matching_encoder
             images = iter(await self._load_images(uploads, required_to_match(mode), encoder))
             resolved = [side if isinstance(side, str) else next(images) for side in sides]
             inputs = MatchInput(resolved[0], tuple(resolved[1:]), mode, rerank_k, top_k)
             return await self._submit(reservation, Request(inputs, deadline, caller=caller), started)
+
+    def _image_bytes(self, encoder: EncoderId) -> int:
+        """Return the number of bytes of one decoded image: 8 bits for each of three channels."""
+        return 3 * self._backend.image_size(encoder) ** 2
 
     def _tokenize(
         self, prompts: Sequence[str], questions: Sequence[str], params: GenerationParams

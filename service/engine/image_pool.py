@@ -24,6 +24,11 @@ class ImageInput:
     embeddings: Mapping[EmbeddingKind, Tensor]
     encoder: EncoderId = EncoderId.MAIN
 
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes of its pixels."""
+        return 0 if self.pixels is None else self.pixels.nbytes
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ComputedEmbedding:

@@ -14,10 +14,11 @@ from typing import Any, Final, TypeVar
 from torch import Tensor
 
 from service.engine.candidate_scores import CandidateScores
+from service.engine.fair_queueing import WeightedFairScheduler
 from service.engine.image_pool import EncodedImage
 from service.engine.isolation import Bisection
 from service.engine.request import MAX_PAIRS_PER_STEP, AdmissionClass, AnyRequest, GenerateInput
-from service.engine.request_queue import RequestQueue, WeightedFairScheduler
+from service.engine.request_queue import RequestQueue
 from service.engine.sequence import Sequence, WaitingSequences, build_sequences
 from service.engine.step import BatchSizeLimit, DecodeStep, EncodeStep, MatchStep, Step, Workload
 from service.errors import DeadlineExceededError
@@ -29,6 +30,7 @@ MAX_PROMPT_TOKENS_PER_STEP: Final = 1024  # prefilled at once, image tokens and 
 MAX_TEXT_TOKENS_PER_STEP: Final = 2560  # of texts and pairs, padding and a pair's query tokens included
 MAX_STEP_S: Final = 0.5  # batches of images, texts and pairs are sized to take about so long at most
 MAX_PREFETCHED: Final = 8  # requests of a class whose images are encoded while others hold the rows
+MAX_MATCH_IMAGES: Final = 1024  # of all admitted match requests; one of more is admitted alone
 LONG_SHARE: Final = 0.75  # of the rows, for sequences of many tokens
 # Shares of device time while all workloads are ready. Images of generation requests have by far the largest
 # weight: encoding many first lets their sequences share decode steps, and prefetch bounds their number.
@@ -108,7 +110,7 @@ class Scheduler:
 
     def admit(self, queue: RequestQueue) -> AnyRequest | None:
         """Admit the next request whose class has room; None where there is none."""
-        while request := queue.take(open_classes(self.requests, self._max_rows)):
+        while request := queue.take(open_classes(self.requests, self._max_rows), self._fits):
             if request.has_expired(time.monotonic()):
                 request.fail(DeadlineExceededError("the deadline passed while the request was in the queue"))
             elif not request.is_done:
@@ -117,6 +119,13 @@ class Scheduler:
                 self._encoding.append(request)
                 return request
         return None
+
+    def _fits(self, request: AnyRequest) -> bool:
+        """Return whether the images of a request may be held beside those of the admitted match requests."""
+        if request.admission_class is not AdmissionClass.MATCH:
+            return True
+        held = sum(len(each.images) for each in self.requests if each.admission_class is AdmissionClass.MATCH)
+        return held == 0 or held + len(request.inputs.images) <= MAX_MATCH_IMAGES
 
     def schedule(self) -> Step | None:
         """Plan the next step; None while nothing can run."""

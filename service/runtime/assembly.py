@@ -61,7 +61,7 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Service:
         count=metrics.count_lookup,
     )
     throughput = Throughput()
-    queue = RequestQueue(settings.max_waiting, throughput)
+    queue = RequestQueue(settings.max_waiting, throughput, max_bytes=settings.max_waiting_bytes)
     engine = Engine(
         backend,
         queue,

@@ -112,6 +112,12 @@ class Settings(BaseSettings):
         ge=1,
         description="captions, questions and candidates in the request queue; more are rejected with 429",
     )
+    max_waiting_bytes: int = Field(
+        default=96 * 2**20,
+        ge=2**20,
+        description="of decoded images in the request queue; more are rejected with 429, but for a request "
+        "that is alone",
+    )
     max_rows: int = Field(
         default=128, ge=16, description="rows (beams, pairs) that run on the device at once"
     )

@@ -7,8 +7,9 @@ here it is order, room, and what happens between two tokens.
 from functools import partial
 
 from model import GenerationParams
+from service.engine.image_pool import ImageInput
 from service.engine.request import AnyRequest, Mode
-from tests.service.fakes import TIMEOUT_S, FakeBackend
+from tests.service.fakes import TIMEOUT_S, FakeBackend, pixels
 from tests.service.running import EngineHarness, running_engine, text_of, until
 
 LONG = GenerationParams(num_beams=4, max_new_tokens=200)
@@ -210,3 +211,19 @@ def test_batches_of_texts_and_pairs_are_smaller_where_a_checkpoint_reads_long_te
         assert len(request.future.result(TIMEOUT_S).value) == 20
         assert harness.backend.text_batches == [5] * 4
         assert max(harness.backend.match_batches) == 4
+
+
+def test_images_of_all_match_requests_together_are_bounded_and_a_larger_request_runs_alone() -> None:
+    with running_engine(max_items=10_000, started=False) as harness:
+        images = [ImageInput(f"digest-{index}", pixels(20 + index % 200), {}) for index in range(1500)]
+        first = harness.match("1", *images[:600])
+        second, third = harness.match("1", *images[600:1025]), harness.match("1", *images[:424])
+        larger = harness.match("1", *images)
+        num_images = list[int]()
+        for request in (first, second, third, larger):
+            request.future.add_done_callback(lambda _: num_images.append(harness.engine.num_images))
+        harness.engine.start()
+        for request in (first, second, third, larger):
+            request.future.result(TIMEOUT_S)
+        assert max(num_images[:-1]) <= 1024  # 600 + 425 are one too many
+        assert num_images[-1] == 1500
