@@ -83,8 +83,8 @@ class TokenizedPrompts:
 class Inference:
     """Runs requests: decodes images, looks up embeddings, queues, awaits the answer.
 
-    deadline: on the monotonic clock, or None; past it a request never reaches the device. caller: see
-    `Request`.
+    max_images: a request of more is a bulk request for the cache. deadline: on the monotonic clock, or None;
+    past it a request never reaches the device. caller: see `Request`.
 
     All methods raise OverloadedError or NotReadyError where the queue refuses the work, a RequestError where
     an image cannot be used, and InferenceFailedError where the model fails on it.
@@ -97,12 +97,14 @@ class Inference:
         cache: EmbeddingCache,
         queue: RequestQueue,
         *,
+        max_images: int,
         observe_queue_s: Callable[[float], None],
     ) -> None:
         self._backend = backend
         self._image_decoder = image_decoder
         self._cache = cache
         self._queue = queue
+        self._max_images = max_images
         self._observe_queue_s = observe_queue_s
 
     async def generate(
@@ -173,9 +175,10 @@ class Inference:
         )
         with reservation:
             started = time.monotonic()
-            images = iter(await self._load_images(uploads, required_to_match(mode), encoder))
+            is_bulk = len(uploads) > self._max_images
+            images = iter(await self._load_images(uploads, required_to_match(mode), encoder, is_bulk=is_bulk))
             resolved = [side if isinstance(side, str) else next(images) for side in sides]
-            inputs = MatchInput(resolved[0], tuple(resolved[1:]), mode, rerank_k, top_k)
+            inputs = MatchInput(resolved[0], tuple(resolved[1:]), mode, rerank_k, top_k, is_bulk)
             return await self._submit(reservation, Request(inputs, deadline, caller=caller), started)
 
     def _image_bytes(self, encoder: EncoderId) -> int:
@@ -216,12 +219,18 @@ class Inference:
         return ServedAnswer(answer, preprocess_s)
 
     async def _load_images(
-        self, images: Sequence[Upload], required: frozenset[EmbeddingKind], encoder: EncoderId
+        self,
+        images: Sequence[Upload],
+        required: frozenset[EmbeddingKind],
+        encoder: EncoderId,
+        *,
+        is_bulk: bool = False,
     ) -> list[ImageInput]:
         files = await _gather_or_cancel(
             _with_field_name(image.field, self._image_decoder.read(image.take())) for image in images
         )
-        known = await self._cache.lookup([_digest_for(file, encoder) for file in files], required, encoder)
+        digests = [_digest_for(file, encoder) for file in files]
+        known = await self._cache.lookup(digests, required, encoder, is_bulk=is_bulk)
         works = [
             _with_field_name(image.field, self._build_input(image, file, known, required, encoder))
             for image, file in zip(images, files, strict=True)
