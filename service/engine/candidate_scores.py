@@ -97,14 +97,14 @@ class CandidateScores:
             if image.error is not None:
                 self.fail(image.error)
                 return []
-            (found if self._needs(image) else encoded).append(image)
+            (found if self._requires(image) else encoded).append(image)
             if len(found) == count:
                 break
         for image in encoded:
             del self._unencoded[image]
         return found
 
-    def _needs(self, image: EncodedImage) -> bool:
+    def _requires(self, image: EncodedImage) -> bool:
         if image.is_pending:
             return True
         if not self.keeps_features or (self.inputs.mode is Mode.RERANK and not self.is_compared):
@@ -152,7 +152,7 @@ class CandidateScores:
         images = [self.request.images[index] for index in self.reranked]
         chosen = set(self.reranked)
         self.features = {index: features for index, features in self.features.items() if index in chosen}
-        self._unencoded = {image: None for image in images if self._needs(image)}
+        self._unencoded = {image: None for image in images if self._requires(image)}
 
     def set_logits(self, index: int, no: float, yes: float) -> None:
         """Store the logits of a pair, and drop the features of its image."""

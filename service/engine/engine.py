@@ -176,7 +176,8 @@ class Engine:
     def _encode(self, step: EncodeStep) -> None:
         try:
             self._encoder_runner.run(step.items)
-            self._match_runner.keep_features(step.scores, step.items)
+            if step.scores:
+                self._match_runner.keep_features(step.scores, step.items)
         finally:
             self._encoder_runner.release(step.items)
 

@@ -164,7 +164,7 @@ class MatchInput:
 
     @property
     def required(self) -> frozenset[EmbeddingKind]:
-        """What is held of every image; of images that are ranked, `CandidateScores` holds some features."""
+        """The embeddings held of every image; `CandidateScores` holds features of some that are ranked."""
         return required_to_match(Mode.ITC if self.ranks_images else self.mode)
 
 

@@ -56,7 +56,7 @@ async def test_a_step_that_exceeds_the_memory_does_not_fail_the_start(memory_row
 
 async def test_a_largest_step_that_fails_alone_does_not_fail_the_start() -> None:
     class Small(FakeBackend):
-        """Has no memory for many texts, however few at once."""
+        """A model without memory for any long text."""
 
         def embed_texts(self, texts: Sequence[str]) -> Tensor:
             if any("photo photo" in text for text in texts):
