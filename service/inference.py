@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from model import EmbeddingKind, GenerationParams
 from service.cache.embedding_cache import EmbeddingCache, Lookup
@@ -30,6 +30,8 @@ from service.engine.request_queue import RequestQueue, Reservation
 from service.errors import FieldError, InferenceFailedError, RequestError, ServiceError
 from service.image_decoding import ImageDecoder, ImageFile
 from service.model_backend import Backend, EncoderId
+
+_MAX_DECODED_AT_ONCE: Final = 8  # images of one request, so that those of others come between them
 
 T = TypeVar("T")
 
@@ -231,8 +233,9 @@ class Inference:
         )
         digests = [_digest_for(file, encoder) for file in files]
         known = await self._cache.lookup(digests, required, encoder, is_bulk=is_bulk)
+        turns = asyncio.Semaphore(_MAX_DECODED_AT_ONCE)
         works = [
-            _with_field_name(image.field, self._build_input(image, file, known, required, encoder))
+            _with_field_name(image.field, self._build_input(turns, image, file, known, required, encoder))
             for image, file in zip(images, files, strict=True)
         ]
         files.clear()  # each file is held by its decoding alone
@@ -240,6 +243,7 @@ class Inference:
 
     async def _build_input(
         self,
+        turns: asyncio.Semaphore,
         image: Upload,
         file: ImageFile,
         cached: Lookup,
@@ -251,7 +255,8 @@ class Inference:
         is_known = required <= known.keys() or EmbeddingKind.IMAGE_FEATURES in known
         pixels = None
         if not is_known:
-            pixels = await self._image_decoder.decode_pixels(file, self._backend.image_size(encoder))
+            async with turns:
+                pixels = await self._image_decoder.decode_pixels(file, self._backend.image_size(encoder))
         image.drop()
         return ImageInput(digest, pixels, known, encoder)
 
@@ -283,5 +288,5 @@ async def _gather_or_cancel(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     try:
         return await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
-            task.cancel()
+        while tasks:  # none is left here: its error refers to this frame
+            tasks.pop().cancel()

@@ -75,7 +75,7 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65535, description="0: any free port")
-    probe_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+    probe_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         default=None, description="a second port, for probes, /version and /metrics alone; unset: none"
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
