@@ -16,7 +16,8 @@ from service.engine.request import AnyRequest
 from service.engine.request_queue import RequestQueue, Throughput
 from service.engine.runners.decode_runner import DecodeRunner
 from service.engine.runners.encoder_runner import EncoderRunner
-from service.engine.runners.match_runner import MatchRunner, TextEmbedder
+from service.engine.runners.match_runner import MatchRunner
+from service.engine.runners.text_embedder import TextEmbedder
 from service.engine.scheduler import Scheduler
 from service.engine.step import DecodeStep, EncodeStep, Step
 from service.errors import LostRequestError, NotReadyError, OutOfDeviceMemoryError

@@ -44,22 +44,43 @@ class WeightedFairScheduler(Generic[T]):
         self._virtual_times[name] += cost / self._weights.get(name, 1.0)
         self._virtual_time += cost / sum(self._weights.get(each, 1.0) for each in self._contending)
 
+
+class RequestOrder:
+    """The order of one caller's requests: by when each would begin its last prompt, if all shared the device.
+
+    So requests of few prompts pass those of many, equal ones stay in order and end one by one, and nobody
+    waits for ever: the virtual time, at which newcomers start, advances with all service.
+    """
+
+    def __init__(self) -> None:
+        self._starts: dict[AnyRequest, float] = {}  # of the last prompt, in virtual time
+        self._virtual_time = 0.0
+
     @property
     def is_empty(self) -> bool:
-        return not self._virtual_times
+        return not self._starts
 
-    def forget(self, name: T) -> None:
-        """Forget a name that never comes again."""
-        self._virtual_times.pop(name, None)
-        self._contending -= {name}
+    def next(self, requests: Collection[AnyRequest]) -> AnyRequest:
+        """Return the request that comes first; of equal ones the first of `requests`."""
+        for request in requests:
+            if request not in self._starts:
+                self._starts[request] = self._virtual_time + request.inputs.early_cost
+        return min(requests, key=self._starts.__getitem__)
+
+    def charge(self, cost: float) -> None:
+        """Add what a request was given."""
+        self._virtual_time += cost / max(1, len(self._starts))
+
+    def forget(self, request: AnyRequest) -> None:
+        self._starts.pop(request, None)
 
 
 class FairOrder:
-    """The order of admitted requests: callers take turns by cost, and so do the requests of each."""
+    """The order of admitted requests: callers take turns by cost, and the requests of each have an order."""
 
     def __init__(self) -> None:
         self._caller_order = WeightedFairScheduler[str]()
-        self._requests: dict[str, WeightedFairScheduler[AnyRequest]] = defaultdict(WeightedFairScheduler)
+        self._requests: dict[str, RequestOrder] = defaultdict(RequestOrder)
 
     def next(self, requests: Collection[AnyRequest]) -> AnyRequest:
         """Return the request that is to be served next; of equal ones the first."""
@@ -69,7 +90,7 @@ class FairOrder:
     def charge(self, request: AnyRequest, cost: float) -> None:
         """Add what a request was given."""
         self._caller_order.charge(request.caller, cost)
-        self._requests[request.caller].charge(request, cost)
+        self._requests[request.caller].charge(cost)
 
     def forget(self, request: AnyRequest) -> None:
         """Forget a request that is done."""

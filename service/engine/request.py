@@ -111,6 +111,11 @@ class GenerateInput:
         return self.num_rows * self.params.max_new_tokens
 
     @property
+    def early_cost(self) -> float:
+        """Number of row-tokens of all its prompts but the last."""
+        return self.cost * (1 - 1 / len(self.prompts))
+
+    @property
     def admission_class(self) -> AdmissionClass:
         is_short = self.params.max_new_tokens <= MAX_SHORT_TOKENS and self.cost <= MAX_SHORT_ROW_TOKENS
         return AdmissionClass.SHORT if is_short else AdmissionClass.LONG
@@ -157,6 +162,11 @@ class MatchInput:
     def cost(self) -> int:
         """Number of candidates."""
         return len(self.candidates)
+
+    @property
+    def early_cost(self) -> float:
+        """Number of candidates before the last."""
+        return self.cost - 1
 
     @property
     def admission_class(self) -> AdmissionClass:

@@ -227,3 +227,16 @@ def test_images_of_all_match_requests_together_are_bounded_and_a_larger_request_
             request.future.result(TIMEOUT_S)
         assert max(num_images[:-1]) <= 1024  # 600 + 425 are one too many
         assert num_images[-1] == 1500
+
+
+def test_equal_requests_of_many_questions_are_answered_one_after_the_other() -> None:
+    with running_engine(max_rows=8, started=False) as harness:
+        requests = {
+            f"request{index}": harness.caption(index, *(f"a {number}" for number in range(6)), params=SHORT)
+            for index in range(5)
+        }
+        num_steps: list[int] = []
+        for request in requests.values():
+            request.future.add_done_callback(lambda _: num_steps.append(len(harness.backend.decode_batches)))
+        assert order_of_answers(harness, **requests) == list(requests)
+        assert num_steps[0] <= 7  # six questions of two tokens, two at once

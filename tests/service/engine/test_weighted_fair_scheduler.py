@@ -65,15 +65,6 @@ def test_a_stream_of_new_names_does_not_keep_an_old_one_waiting() -> None:
     assert num_others <= 2 * 3 * 20 + 4
 
 
-def test_names_that_are_gone_are_forgotten() -> None:
-    shares = WeightedFairScheduler[str]()
-    shares.charge(shares.next(["first"]), 5.0)
-    for number in range(100):
-        shares.charge(shares.next([f"name{number}"]), 1.0)
-    shares.forget("name99")
-    assert shares.is_empty
-
-
 def test_who_has_had_much_does_not_start_anew_by_leaving_for_a_moment() -> None:
     shares = WeightedFairScheduler[str]()
     assert shares.next(["a", "b"]) == "a"
