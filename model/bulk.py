@@ -18,9 +18,10 @@ from model.blip2 import Blip2
 from model.errors import ModelError
 from model.generation import DecodeRequest, Generation, GenerationParams, run_requests
 from model.images.decoding import decode_image
-from model.images.limits import give_memory_back
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"})
+SUFFIXES = frozenset(
+    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".dib"}
+)
 _MAX_REQUESTS = 32  # decoded together
 _MAX_PAIRS = 32  # of image and text, matched together
 _RECORD_START = b'{"image": '
@@ -160,7 +161,6 @@ def _run_batch(blip2: Blip2, paths: Sequence[Path], task: BulkTask) -> list[dict
             pixels[path] = blip2.preprocess(decode_image(path.read_bytes(), blip2.preprocess.image_size))
         except (ModelError, OSError, MemoryError) as error:
             errors[path] = str(error)
-    give_memory_back()
     results = iter(task.run(blip2.encode_images(torch.stack(list(pixels.values())))) if pixels else ())
     return [
         {"image": str(path), **task.query, **({"error": errors[path]} if path in errors else next(results))}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.errors import ModelError
 from model.images.header import ImageHeader, check_size, memory_of, read_header, sniff_format
-from model.images.limits import decode_within_limits, prepare_process
+from model.images.limits import decode_in_background, decode_within_limits, prepare_process
 from service.errors import ImageTooLargeError, InvalidImageError, NotReadyError, for_caller
 
 # To be increased when the same file would be decoded into other pixels than before.
@@ -28,7 +28,7 @@ PREPROCESS_VERSION: Final = "2"
 SMALL_DECODE_BYTES: Final = 32 * 2**20  # a photo of 3 Mpx
 
 _SMALL_CPU_S: Final = 0.5
-_WALL_FACTOR: Final = 6  # of CPU time; only a process that hangs takes so long
+_WALL_FACTOR: Final = 20  # of CPU time: a large image waits for whatever else the machine does
 _SMALL_FILE_BYTES: Final = 2**18  # a larger one is hashed in a thread, which takes a millisecond and more
 _RETRY_S: Final = 5
 _DATA_URI: Final = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]+)*?;base64,", re.ASCII)
@@ -151,14 +151,16 @@ class DecodeProcesses:
                 f"decoding the image takes {num_bytes} bytes, the limit is {self._max_decode_bytes} "
                 "(BLIP2_DECODE_BYTES); downscale it, or save it as a plain JPEG or PNG"
             )
-        work = partial(decode_within_limits, data, image_size, max_pixels=max_pixels, max_bytes=num_bytes)
+        call = partial(partial, data=data, side=image_size, max_pixels=max_pixels, max_bytes=num_bytes)
         if num_bytes <= SMALL_DECODE_BYTES:
             async with self._small:
                 with suppress(BrokenWorkerProcess, TimeoutError):
-                    return await self._run(partial(work, max_cpu_s=min(_SMALL_CPU_S, self._max_cpu_s)))
+                    return await self._run(
+                        call(decode_within_limits, max_cpu_s=min(_SMALL_CPU_S, self._max_cpu_s))
+                    )
         async with self._large, self._large_bytes.hold(num_bytes):
             try:
-                return await self._run(partial(work, max_cpu_s=self._max_cpu_s))
+                return await self._run(call(decode_in_background, max_cpu_s=self._max_cpu_s))
             except (BrokenWorkerProcess, OSError):
                 await self._check_that_processes_start()
                 raise InvalidImageError(

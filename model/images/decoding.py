@@ -7,10 +7,10 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from PIL import ExifTags, Image, _webp
+from PIL import ExifTags, Image, UnidentifiedImageError, _webp
 
 from model.errors import InvalidImageFileError
-from model.images.header import ImageHeader, check_size, read_header
+from model.images.header import ImageHeader, check_size, damaged_header, read_header
 from model.images.png import without_metadata
 from model.images.resize import resize_to_square
 
@@ -51,6 +51,8 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[I
             _check_depth(image)
             image.load()
             yield image, header
+    except UnidentifiedImageError as exc:
+        raise damaged_header(header.format) from exc
     except DAMAGE as exc:
         reason = str(exc)[:_MAX_ECHOED]
         raise InvalidImageFileError(f"the image is damaged ({reason}); send the file whole") from exc

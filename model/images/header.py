@@ -53,10 +53,8 @@ def read_header(data: bytes) -> ImageHeader:
     name = sniff_format(data)
     try:
         return _READERS[name](data)
-    except (struct.error, LookupError) as exc:
-        raise InvalidImageFileError(
-            f"the file begins as {name}, but its header is damaged; send it whole"
-        ) from exc
+    except (struct.error, LookupError, ValueError, ArithmeticError) as exc:
+        raise damaged_header(name) from exc
 
 
 def sniff_format(data: bytes) -> str:
@@ -71,6 +69,10 @@ def sniff_format(data: bytes) -> str:
             f"the file is none of {', '.join(SIGNATURES)}; convert it to one of them"
         )
     return name
+
+
+def damaged_header(name: str) -> InvalidImageFileError:
+    return InvalidImageFileError(f"the file begins as {name}, but its header is damaged; send it whole")
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:

@@ -5,10 +5,12 @@ For a process that does nothing else: one that exceeds its CPU time is killed.
 
 import contextlib
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Iterator
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +19,9 @@ from model.images.decoding import decode_image
 
 _M_MMAP_THRESHOLD: Final = -3
 _MMAP_THRESHOLD_BYTES: Final = 2**18  # larger blocks are given back to the system as they are freed
+_M_ARENA_MAX: Final = -8
 _PR_SET_PDEATHSIG: Final = 1
+_NICE: Final = 5  # a third of the share of a thread that is not nice
 _STATM: Final = Path("/proc/self/statm")
 _HAS_LIMITS: Final = sys.platform == "linux"
 
@@ -27,20 +31,19 @@ if sys.platform != "win32":
 
 @cache
 def prepare_process() -> None:
-    """Prepare this process for decoding: it ends with its parent, ignores Ctrl-C, and gives memory back."""
+    """Prepare this process for decoding: it ends with its parent, ignores Ctrl-C, and gives memory back.
+
+    It writes no errors, either: libtiff's own messages would fill a pipe that nobody reads.
+    """
+    with Path(os.devnull).open("wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal; the service ends its processes itself
     if _HAS_LIMITS:
         library = ctypes.CDLL(None)
         library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         with contextlib.suppress(AttributeError):  # musl has no mallopt, and gives memory back anyway
             library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
-
-
-def give_memory_back() -> None:
-    """Return to the system what was allocated for images and freed; takes about a millisecond."""
-    if _HAS_LIMITS:
-        with contextlib.suppress(AttributeError):  # musl
-            ctypes.CDLL(None).malloc_trim(0)
+            library.mallopt(_M_ARENA_MAX, 1)  # another one for a thread would count 64 MiB
 
 
 def decode_within_limits(
@@ -58,6 +61,21 @@ def decode_within_limits(
         except MemoryError:
             message = f"decoding the image takes more than {max_bytes} bytes; save it again as a PNG or JPEG"
     raise InvalidImageFileError(message)
+
+
+def decode_in_background(
+    data: bytes, side: int, *, max_pixels: int, max_bytes: int, max_cpu_s: float
+) -> bytes:
+    """Decode as `decode_within_limits`, at a low priority where the machine has other work."""
+    prepare_process()
+    with ThreadPoolExecutor(1, initializer=_lower_priority) as thread:
+        work = partial(decode_within_limits, max_pixels=max_pixels, max_bytes=max_bytes, max_cpu_s=max_cpu_s)
+        return thread.submit(work, data, side).result()
+
+
+def _lower_priority() -> None:
+    if _HAS_LIMITS:
+        os.nice(_NICE)  # of this thread alone, on Linux; a process could not take it back
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from model import EmbeddingKind, Generation, GenerationParams
 from service.engine.image_pool import ComputedEmbedding, EncodeBatch, EncodedImage, ImageInput
@@ -94,6 +94,7 @@ class GenerateInput:
     prompts: tuple[tuple[int, ...], ...]
     params: GenerationParams
     questions: tuple[str, ...] = ()
+    is_bulk: ClassVar[bool] = False
 
     @property
     def images(self) -> tuple[ImageInput, ...]:
@@ -123,7 +124,8 @@ class GenerateInput:
 class MatchInput:
     """Candidates to score against one query: texts and images in any combination, but ITM needs one of each.
 
-    rerank_k: how many of the best by ITC are scored by ITM. top_k: how many are returned.
+    rerank_k: how many of the best by ITC are scored by ITM. top_k: how many are returned. is_bulk: it has so
+    many images that they may take a share of the in-process cache only.
     """
 
     query: str | ImageInput
@@ -131,6 +133,12 @@ class MatchInput:
     mode: Mode
     rerank_k: int
     top_k: int
+    is_bulk: bool = False
+
+    @property
+    def ranks_images(self) -> bool:
+        """Whether the query is a text and the candidates are images."""
+        return isinstance(self.query, str) and not isinstance(self.candidates[0], str)
 
     @property
     def images(self) -> tuple[ImageInput, ...]:
@@ -156,7 +164,8 @@ class MatchInput:
 
     @property
     def required(self) -> frozenset[EmbeddingKind]:
-        return required_to_match(self.mode)
+        """The embeddings held of every image; `CandidateScores` holds features of some that are ranked."""
+        return required_to_match(Mode.ITC if self.ranks_images else self.mode)
 
 
 def required_to_generate(*, is_question_conditioned: bool) -> frozenset[EmbeddingKind]:

@@ -14,7 +14,7 @@ import pytest
 from tests.attacks.harness import MemoryWatch, bystander
 from tests.attacks.raw_http import connected, head, is_open, read_status
 from tests.faults.clients import faulty_service
-from tests.faults.faulty_service import HOLD
+from tests.faults.faulty_device import HOLD
 from tests.integration.pictures import in_base64, picture
 from tests.integration.processes import ServiceProcess, poll, service
 

@@ -3,13 +3,14 @@
 import sys
 from typing import NoReturn
 
-from service.runtime.listener import open_listener
-from service.runtime.loading import load_backend
-from service.runtime.settings import load_settings
-from service.server import serve
-
 
 def main() -> int:
+    # Not above: the processes that decode images import this file too.
+    from service.runtime.listener import open_listener
+    from service.runtime.loading import load_backend
+    from service.runtime.settings import load_settings
+    from service.server import serve
+
     settings = load_settings()
 
     def load() -> NoReturn:

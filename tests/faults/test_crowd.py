@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from tests.faults.clients import ask, client_of, faulty_service, has, request
-from tests.faults.faulty_service import HOLD
+from tests.faults.faulty_device import HOLD
 from tests.integration.processes import ServiceProcess, poll_async, service
 
 CAPACITY, NUM_TOO_MANY, NUM_GONE, NUM_SLOW = 32, 8, 500, 50

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.clients import ask, ask_together, client_of, faulty_service, has, is_red, request, texts_of
-from tests.faults.faulty_service import HANG, HOLD, LOSE, MEMORY_ROWS, RAISE
+from tests.faults.faulty_device import HANG, HOLD, LOSE, MEMORY_ROWS, RAISE
 from tests.integration.processes import ServiceProcess, poll_async, service
 
 pytestmark = pytest.mark.serial
@@ -105,7 +105,7 @@ async def test_a_hung_device_turns_livez_red_in_time_and_ends_the_process(
     with faulty_service(tmp_path, model=random_checkpoint, stall_timeout_ms=stall_timeout_ms) as faulty:
         await lose(faulty, HANG, STALL_TIMEOUT_S + 1.0)
         assert "the engine has made no progress" in faulty.errors
-        assert "faulty_service.py" in faulty.errors  # the stack of the hanging thread
+        assert "faulty_device.py" in faulty.errors  # the stack of the hanging thread
 
 
 async def test_a_process_that_was_paused_amid_a_turn_goes_on(random_checkpoint: Path, tmp_path: Path) -> None:

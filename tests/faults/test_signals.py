@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.faults.clients import ask, client_of, faulty_service, has, request
-from tests.faults.faulty_service import HOLD
+from tests.faults.faulty_device import HOLD
 from tests.integration.processes import START_TIMEOUT_S, ServiceProcess, poll, poll_async
 
 

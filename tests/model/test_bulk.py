@@ -1,6 +1,7 @@
 """Bulk tasks without a server: correct records, and runs that can be continued."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from benchmarks.process_memory import resident_bytes
 from model import Blip2, GenerationParams, TaskUnavailableError
 from model.__main__ import main
 from model.bulk import build_captioning
@@ -173,3 +175,29 @@ def test_a_checkpoint_without_the_component_is_refused(random_checkpoint: Path) 
     blip2 = Blip2.from_pretrained(str(random_checkpoint.parent / "stage1"))
     with pytest.raises(TaskUnavailableError, match="has no language model"):
         build_captioning(blip2, None, GenerationParams())
+
+
+def test_no_file_is_opened_by_the_plugin_of_another_format(random_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n")
+    random_picture(0).save(folder / "picture.png", "PPM")
+    random_picture(0).save(folder / "photo.jfif", "JPEG")
+    out = tmp_path / "captions.jsonl"
+    assert main(["caption", str(folder), "--model", str(random_checkpoint), "--out", str(out)]) == 1
+    found = {Path(line["image"]).name: line for line in lines(out)}
+    assert list(found) == ["photo.jfif", "picture.png", "script.jpg"]
+    assert "error" not in found["photo.jfif"]
+    for name in ("picture.png", "script.jpg"):
+        assert "none of JPEG, PNG" in found[name]["error"]
+
+
+def test_memory_of_large_images_is_given_back(random_checkpoint: Path, tmp_path: Path) -> None:
+    random_picture(0).save(tmp_path / "small.png")
+    for index in range(3):  # 80 MB each
+        Image.new("RGBA", (5000, 4000 + index)).save(tmp_path / f"large{index}.png", compress_level=1)
+    options = ["--model", str(random_checkpoint), "--batch-size", "1"]
+    assert main(["caption", str(tmp_path / "small.png"), *options, "--out", str(tmp_path / "1.jsonl")]) == 0
+    before = resident_bytes(os.getpid())
+    assert main(["caption", str(tmp_path), *options, "--out", str(tmp_path / "2.jsonl")]) == 0
+    assert resident_bytes(os.getpid()) - before < 60 * 2**20

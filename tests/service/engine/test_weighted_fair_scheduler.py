@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from service.engine.request_queue import WeightedFairScheduler
+from service.engine.fair_queueing import WeightedFairScheduler
 
 
 def serve(
