@@ -47,7 +47,7 @@ def test_forty_unfinished_uploads_take_no_more_than_the_budget(attacked: Service
         with contextlib.suppress(ConnectionError):  # it is not read to its end
             connection.sendall(head("/caption", UPLOAD_BYTES) + body)
         connection.settimeout(1)
-        with contextlib.suppress(TimeoutError):  # of those that were let in
+        with contextlib.suppress(TimeoutError):  # of those that still arrive
             statuses.append(read_status(connection))
 
     with bystander(attacked), MemoryWatch(attacked) as memory, ExitStack() as stack:
