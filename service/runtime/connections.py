@@ -21,6 +21,8 @@ ACCESS: Final = "access"  # the key of `Access` in the state of an ASGI scope
 _HEADER_TIMEOUT_S: Final = 10.0  # from accept, or from the first byte on a kept connection
 _SWEEP_S: Final = 1.0
 _REPORT_S: Final = 60.0
+_MAX_DISCARDED_BYTES: Final = 2**20  # of a body whose request is answered
+_LINGER_S: Final = 2.0  # for the caller to read why its body is not read any more
 _NUM_EXTRA: Final = 16  # beyond the limit, for probes
 MAX_PROBE_CONNECTIONS: Final = 32  # on the port of their own
 # Files beside connections: weights, Redis, worker processes, and those accepted but not yet counted.
@@ -156,6 +158,7 @@ class BoundedProtocol(H11Protocol):
         self._pool_of = pool_of
         self._reject = reject
         self._lifespan_state = self.app_state
+        self._num_discarded = 0
 
     @property
     def awaits_body(self) -> bool:
@@ -182,12 +185,26 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_discarding(len(data)):
+            return
         self._pool.note_bytes(self)
         self.app_state = {**self._lifespan_state, ACCESS: self._pool.access()}
         super().data_received(data)
         self._pool.update(self)
 
+    def _is_discarding(self, num_bytes: int) -> bool:
+        """Stop reading, and close later, where much of a body follows though its request is answered."""
+        if self._has_request or self.cycle is None or self.conn.their_state is not h11.SEND_BODY:
+            return False
+        self._num_discarded += num_bytes
+        if self._num_discarded <= _MAX_DISCARDED_BYTES:
+            return False
+        self.flow.pause_reading()
+        self.loop.call_later(_LINGER_S, self.transport.abort)
+        return True
+
     def on_response_complete(self) -> None:
+        self._num_discarded = 0
         super().on_response_complete()
         self._pool.update(self)
 
