@@ -4,6 +4,7 @@ pixel_values → vision_model → image_features → ln_vision → (query_tokens
 → language_projection → language_model_inputs → language_model → text
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import cached_property
@@ -18,7 +19,7 @@ from model.generation import DecodeRequest, Generation, GenerationParams, run_re
 from model.language import LanguageModel
 from model.matching import Matcher
 from model.packing import pack_linears
-from model.qformer import QFormer
+from model.qformer import QFormer, QFormerLayer
 
 
 class EmbeddingKind(StrEnum):
@@ -111,6 +112,18 @@ class Blip2(nn.Module):
         The first time, it may read the weight files again, at about a gigabyte a second.
         """
         return self._compute_fingerprint()
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """One module for each layer of each component, called whenever that layer runs."""
+        stacks = (
+            stack
+            for name, stack in self.named_modules()
+            # Not the lists within a layer, which T5 has.
+            if isinstance(stack, nn.ModuleList) and not any(part.isdigit() for part in name.split("."))
+        )
+        layers = itertools.chain.from_iterable(stacks)
+        return [layer.attention if isinstance(layer, QFormerLayer) else layer for layer in layers]
 
     @property
     def image_size(self) -> int:

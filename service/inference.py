@@ -85,8 +85,8 @@ class TokenizedPrompts:
 class Inference:
     """Runs requests: decodes images, looks up embeddings, queues, awaits the answer.
 
-    deadline: on the monotonic clock, or None; past it a request never reaches the device. caller: see
-    `Request`.
+    max_images: a request of more is a bulk request for the cache. deadline: on the monotonic clock, or None;
+    past it a request never reaches the device. caller: see `Request`.
 
     All methods raise OverloadedError or NotReadyError where the queue refuses the work, a RequestError where
     an image cannot be used, and InferenceFailedError where the model fails on it.
@@ -99,12 +99,14 @@ class Inference:
         cache: EmbeddingCache,
         queue: RequestQueue,
         *,
+        max_images: int,
         observe_queue_s: Callable[[float], None],
     ) -> None:
         self._backend = backend
         self._image_decoder = image_decoder
         self._cache = cache
         self._queue = queue
+        self._max_images = max_images
         self._observe_queue_s = observe_queue_s
 
     async def generate(
@@ -123,7 +125,9 @@ class Inference:
         where a prompt is too long.
         """
         tokenized = self._tokenize(prompts, prompts if questions is None else questions, params)
-        (reservation,) = self._queue.make_reservations(len(prompts))
+        (reservation,) = self._queue.make_reservations(
+            len(prompts), num_bytes=self._image_bytes(EncoderId.MAIN)
+        )
         with reservation:
             return await self._generate(reservation, image, tokenized, deadline, caller)
 
@@ -138,7 +142,9 @@ class Inference:
     ) -> list[ServedAnswer[Generations] | ServiceError]:
         """Generate texts for one prompt about each image, all queued or none. A bad image fails alone."""
         tokenized = self._tokenize([prompt], [prompt], params)
-        reservations = self._queue.make_reservations(*[1] * len(images))
+        reservations = self._queue.make_reservations(
+            *[1] * len(images), num_bytes=self._image_bytes(EncoderId.MAIN)
+        )
         with ExitStack() as stack:
             for reservation in reservations:
                 stack.enter_context(reservation)
@@ -163,16 +169,23 @@ class Inference:
         caller: str = "",
     ) -> ServedAnswer[Matches]:
         """Score candidates, texts or images, against a query."""
-        (reservation,) = self._queue.make_reservations(len(candidates))
+        sides = [query, *candidates]
+        uploads = [side for side in sides if isinstance(side, Upload)]
+        encoder = self._backend.matching_encoder
+        (reservation,) = self._queue.make_reservations(
+            len(candidates), num_bytes=self._image_bytes(encoder) * len(uploads)
+        )
         with reservation:
             started = time.monotonic()
-            sides = [query, *candidates]
-            uploads = [side for side in sides if isinstance(side, Upload)]
-            encoder = self._backend.matching_encoder
-            images = iter(await self._load_images(uploads, required_to_match(mode), encoder))
+            is_bulk = len(uploads) > self._max_images
+            images = iter(await self._load_images(uploads, required_to_match(mode), encoder, is_bulk=is_bulk))
             resolved = [side if isinstance(side, str) else next(images) for side in sides]
-            inputs = MatchInput(resolved[0], tuple(resolved[1:]), mode, rerank_k, top_k)
+            inputs = MatchInput(resolved[0], tuple(resolved[1:]), mode, rerank_k, top_k, is_bulk)
             return await self._submit(reservation, Request(inputs, deadline, caller=caller), started)
+
+    def _image_bytes(self, encoder: EncoderId) -> int:
+        """Return the number of bytes of one decoded image: 8 bits for each of three channels."""
+        return 3 * self._backend.image_size(encoder) ** 2
 
     def _tokenize(
         self, prompts: Sequence[str], questions: Sequence[str], params: GenerationParams
@@ -208,12 +221,18 @@ class Inference:
         return ServedAnswer(answer, preprocess_s)
 
     async def _load_images(
-        self, images: Sequence[Upload], required: frozenset[EmbeddingKind], encoder: EncoderId
+        self,
+        images: Sequence[Upload],
+        required: frozenset[EmbeddingKind],
+        encoder: EncoderId,
+        *,
+        is_bulk: bool = False,
     ) -> list[ImageInput]:
         files = await _gather_or_cancel(
             _with_field_name(image.field, self._image_decoder.read(image.take())) for image in images
         )
-        known = await self._cache.lookup([_digest_for(file, encoder) for file in files], required, encoder)
+        digests = [_digest_for(file, encoder) for file in files]
+        known = await self._cache.lookup(digests, required, encoder, is_bulk=is_bulk)
         turns = asyncio.Semaphore(_MAX_DECODED_AT_ONCE)
         works = [
             _with_field_name(image.field, self._build_input(turns, image, file, known, required, encoder))
@@ -269,5 +288,5 @@ async def _gather_or_cancel(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     try:
         return await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
-            task.cancel()
+        while tasks:  # none is left here: its error refers to this frame
+            tasks.pop().cancel()

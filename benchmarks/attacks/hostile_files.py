@@ -11,6 +11,7 @@ from PIL import Image
 _START_OF_SCAN = b"\xff\xda"
 _END_OF_IMAGE = b"\xff\xd9"
 _TIFF_LONG, _TIFF_SHORT = 4, 3
+_BLOCK_BYTES = 2**20
 
 
 def jpeg_of_many_scans(num_scans: int = 600, side: int = 2000) -> bytes:
@@ -25,9 +26,10 @@ def jpeg_of_many_scans(num_scans: int = 600, side: int = 2000) -> bytes:
 def png(width: int, height: int, *, bit_depth: int = 8, colour_type: int = 0) -> bytes:
     """Return a valid PNG of zeros. colour_type: 0 grey, 2 RGB, 6 RGBA."""
     num_channels = {0: 1, 2: 3, 6: 4}[colour_type]
-    row = bytes(1 + (width * bit_depth * num_channels + 7) // 8)
+    num_bytes = height * (1 + (width * bit_depth * num_channels + 7) // 8)
     compressor = zlib.compressobj(9)
-    pixels = b"".join(compressor.compress(row) for _ in range(height)) + compressor.flush()
+    blocks = (bytes(min(_BLOCK_BYTES, num_bytes - start)) for start in range(0, num_bytes, _BLOCK_BYTES))
+    pixels = b"".join(map(compressor.compress, blocks)) + compressor.flush()
     header = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from model.errors import InvalidParamsError
+from model.errors import InvalidParamsError, InvalidPromptError
 from model.generation.params import GenerationParams
 from model.generation.request import memory_requirement
 from model.language import LanguageModel, MemoryRequirement
@@ -11,10 +11,14 @@ from model.language import LanguageModel, MemoryRequirement
 
 @dataclass(frozen=True, slots=True)
 class DecoderLimits:
-    """The most that may run at once. max_rows: beams and samples. max_kv_bytes: their keys and values."""
+    """The most that may run at once. max_rows: beams and samples. max_kv_bytes: their keys and values.
+
+    max_prefix_tokens: image tokens and prompt of one sequence, which are prefilled in one step.
+    """
 
     max_rows: int = 2**31
     max_kv_bytes: int = 2**63
+    max_prefix_tokens: int = 2**31
 
     def are_exceeded(self, requirements: Sequence[MemoryRequirement], language_model: LanguageModel) -> bool:
         """Return whether sequences of these requirements exceed a limit together."""
@@ -22,7 +26,12 @@ class DecoderLimits:
         return num_rows > self.max_rows or language_model.kv_bytes(requirements) > self.max_kv_bytes
 
     def check(self, requirement: MemoryRequirement, language_model: LanguageModel) -> None:
-        """Raise InvalidParamsError where one sequence alone exceeds a limit."""
+        """Raise InvalidParamsError where one sequence alone exceeds a limit, or InvalidPromptError."""
+        if requirement.num_prefix_tokens > self.max_prefix_tokens:
+            raise InvalidPromptError(
+                f"image and prompt have {requirement.num_prefix_tokens} tokens, the limit is "
+                f"{self.max_prefix_tokens}; shorten the prompt"
+            )
         if requirement.num_rows > self.max_rows:
             raise InvalidParamsError(
                 f"the request works on {requirement.num_rows} beams or samples at once, the limit is "
@@ -47,8 +56,8 @@ def check_fits(
 ) -> None:
     """Raise what `Decoder.add` raises for a request that could never run; thread-safe.
 
-    InvalidPromptError where image tokens, prompt and answer exceed the positions of the language model,
-    InvalidParamsError where the request alone exceeds the limits.
+    InvalidPromptError where image tokens, prompt and answer exceed the positions of the language model, or
+    the first two their limit. InvalidParamsError where the request alone exceeds the other limits.
     """
     language_model.check_length(
         num_prompt_tokens=num_prompt_tokens,

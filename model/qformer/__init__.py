@@ -1,6 +1,6 @@
 """The Q-Former and its text embeddings."""
 
-from model.qformer.layer import KeysValues
+from model.qformer.layer import KeysValues, QFormerLayer
 from model.qformer.qformer import (
     QFormer,
     QueryStates,
@@ -12,6 +12,7 @@ from model.qformer.qformer import (
 __all__ = [
     "KeysValues",
     "QFormer",
+    "QFormerLayer",
     "QueryStates",
     "build_query_tokens",
     "copy_text_ffn_to_query_ffn",

@@ -167,7 +167,11 @@ def without_null(rule: Any) -> Any:
     if rule == _ABSENT:
         return False
     if isinstance(rule, dict):
-        return {key: without_null(value) for key, value in rule.items() if value != _GIVEN}
+        return {
+            key: value if key == "candidates" else without_null(value)  # which is JSON in a form too
+            for key, value in rule.items()
+            if value != _GIVEN
+        }
     return [without_null(each) for each in rule] if isinstance(rule, list) else rule
 
 

@@ -1,46 +1,95 @@
-"""JSON within a limit: values are counted before they are built, for each costs many times its bytes."""
+"""JSON within limits, checked before it is parsed: each value costs many times its bytes.
 
+All passes over the text are calls into C, which scan 64 MB within 0.2 s each.
+"""
+
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pydantic_core
 
-from service.errors import InvalidRequestError, TooManyItemsError, echo_value
+from service.errors import MAX_ECHOED, InvalidRequestError, TooManyItemsError, echo_value
 
-_STRUCTURE: Final = (b",", b"[", b"{")
+_STRUCTURE: Final = (b",", b"[", b"{")  # each value but the first follows one
+_MAX_UNCHECKED_BYTES: Final = 64 * 1024
+_BYTES_PER_CHAR: Final = 12  # of JSON, for a character beyond the basic plane: \ud83d\ude00
 
 
-class ValueLimit:
-    """Counts the values of the JSON texts of one request. Each but the first follows one of , [ {."""
+@dataclass(frozen=True, slots=True)
+class TextLimits:
+    """max_values: in one request. max_chars: of a text with characters beyond ASCII; images have none."""
 
-    def __init__(self, max_values: int) -> None:
-        self._max_values = max_values
-        self._num_left = max_values
+    max_values: int
+    max_chars: int
 
-    def count(self, num_values: int) -> None:
-        """Raise TooManyItemsError where there are more values than the limit."""
-        self._num_left -= num_values
-        if self._num_left < 0:
-            raise TooManyItemsError(
-                f"the body has more than {self._max_values} values, the most any request needs; "
-                "send fewer at once"
+    def check_wide(self, text: bytes | bytearray) -> None:
+        """Raise InvalidRequestError for a long text that takes up to four bytes a character."""
+        if len(text) > self.max_chars * _BYTES_PER_CHAR and _is_wide(text):
+            raise InvalidRequestError(
+                f"a text in the body has {len(text)} bytes, the limit is {self.max_chars} characters; "
+                "shorten it"
             )
 
-    def count_json(self, data: bytes | bytearray) -> None:
-        """Count the values of a text. Each call into C scans 64 MB within 0.2 s.
 
-        Raises TooManyItemsError. Of data that is no JSON, at least the readable beginning is counted.
+class JsonCheck:
+    """Checks the JSON texts of one request against limits that they share."""
+
+    def __init__(self, limits: TextLimits) -> None:
+        self._limits = limits
+        self._num_left = limits.max_values
+
+    def check(self, data: bytes | bytearray) -> None:
+        """Raise TooManyItemsError for too many values, InvalidRequestError for a long text beyond ASCII.
+
+        Of data that is no JSON, at least the readable beginning is checked.
         """
         num_values = _count(data, self._num_left)
-        if num_values > self._num_left:  # perhaps inside strings
-            num_values = self._count_outside_strings(data)
-        self.count(num_values)
+        is_wide = len(data) > _MAX_UNCHECKED_BYTES and _is_wide(data)
+        if num_values > self._num_left or is_wide:  # perhaps they are inside strings
+            num_values = self._check_pieces(data)
+        self._num_left -= num_values
+        if self._num_left < 0:
+            raise self._too_many()
 
-    def _count_outside_strings(self, data: bytes | bytearray) -> int:
+    def _check_pieces(self, data: bytes | bytearray) -> int:
         unescaped = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-        # Each string is a value or a key; the split below makes no more pieces than that.
+        # Each string is a value or a key. So the split makes no more pieces than that.
         if unescaped.count(b'"') > 4 * self._num_left + 4:
-            return self._num_left + 1
-        return sum(_count(outside, self._num_left) for outside in unescaped.split(b'"')[::2])
+            raise self._too_many()
+        pieces = unescaped.split(b'"')
+        for text in pieces[1::2]:
+            self._limits.check_wide(text)
+        return sum(_count(outside, self._num_left) for outside in pieces[::2])
+
+    def _too_many(self) -> TooManyItemsError:
+        return TooManyItemsError(
+            f"the body has more than {self._limits.max_values} values, the most any request needs; "
+            "send fewer at once"
+        )
+
+
+def parse_objects(name: str, texts: list[bytes | bytearray], limits: TextLimits) -> list[Any]:
+    """Parse the JSON texts of one field of a form. Raises as `JsonCheck`, and InvalidRequestError."""
+    check, parsed = JsonCheck(limits), []
+    for text in texts:
+        check.check(text)
+        try:
+            parsed.append(pydantic_core.from_json(text))
+        except ValueError as exc:
+            value = echo_value(text[: 4 * MAX_ECHOED].decode(errors="replace"))
+            raise InvalidRequestError.of(
+                name,
+                f"{value} is not JSON ({exc}); send an object in {{ and }}, and repeat the field for a list",
+            ) from None
+    return parsed
+
+
+def _is_wide(text: bytes | bytearray) -> bool:
+    """Return whether a JSON text has characters beyond ASCII, but for escapes up to \\u00ff.
+
+    Some clients escape the + of base64 as \\u002B.
+    """
+    return not text.isascii() or text.count(b"\\u") > text.count(b"\\u00")
 
 
 def _count(data: bytes | bytearray, limit: int) -> int:
@@ -52,22 +101,3 @@ def _count(data: bytes | bytearray, limit: int) -> int:
             found += 1
             at = data.find(character, at + 1)
     return found
-
-
-def parse_objects(name: str, texts: list[str], max_values: int) -> list[Any]:
-    """Parse the JSON texts of one field of a form, within one limit.
-
-    Raises InvalidRequestError, and TooManyItemsError beyond the limit.
-    """
-    limit, parsed = ValueLimit(max_values), []
-    for text in texts:
-        limit.count_json(text.encode())
-        try:
-            parsed.append(pydantic_core.from_json(text))
-        except ValueError as exc:
-            raise InvalidRequestError.of(
-                name,
-                f"{echo_value(text)} is not JSON ({exc}); send an object in {{ and }}, "
-                "and repeat the field for a list",
-            ) from None
-    return parsed

@@ -4,7 +4,6 @@ Bytes, time and number of values are bounded before they are spent. Errors are e
 """
 
 import asyncio
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,17 +14,14 @@ from pydantic import ValidationError
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from service.api.body_errors import explain
-from service.api.disconnect import deadline_error
-from service.api.json_body import ValueLimit, parse_objects
+from service.api.disconnect import BodyReceiver
+from service.api.json_body import JsonCheck, TextLimits, parse_objects
 from service.api.schemas import Body
 from service.errors import (
-    BodyTooLargeError,
     InvalidRequestError,
-    OverloadedError,
-    RequestTimeoutError,
     TooManyItemsError,
     UnreadableBodyError,
     UnsupportedContentTypeError,
@@ -54,10 +50,11 @@ class BodyReader:
     """Reads bodies. Large ones are parsed in a thread, one at a time: each may take its size again."""
 
     def __init__(self, settings: Settings) -> None:
-        self._max_bytes = settings.max_body_bytes
-        self._timeout_s = settings.upload_timeout_ms / 1000
+        self._receiver = BodyReceiver(settings)
         most_items = max(settings.max_images, settings.max_questions, settings.max_candidates)
-        self._max_values = _VALUES_PER_ITEM * most_items + _OTHER_VALUES
+        self._limits = TextLimits(
+            max_values=_VALUES_PER_ITEM * most_items + _OTHER_VALUES, max_chars=settings.max_text_chars
+        )
         self._one_at_a_time = asyncio.Semaphore(1)
 
     async def read(self, request: Request, schema: type[B], lease: UploadLease, deadline: float | None) -> B:
@@ -68,54 +65,16 @@ class BodyReader:
         DeadlineExceededError (504).
         """
         parse = _parser_for(request)
-        body = await self._receive_in_time(request, lease, deadline)
-        if len(body) <= _MAX_INLINE_BYTES:
-            return parse(body, schema, self._max_values)
-        async with self._one_at_a_time:
-            return await asyncio.to_thread(parse, body, schema, self._max_values)
-
-    async def _receive_in_time(
-        self, request: Request, lease: UploadLease, deadline: float | None
-    ) -> bytearray:
-        left_s = self._timeout_s if deadline is None else deadline - time.monotonic()
-        try:
-            async with lease.arrive(min(self._timeout_s, max(left_s, 0.0))):
-                return await self._receive(request, lease)
-        except TimeoutError:
-            if lease.is_displaced:
-                raise OverloadedError(
-                    "too many uploads at once, and this one was the slowest; send it again, and faster",
-                    retry_after_s=_RETRY_S,
-                ) from None
-            if left_s < self._timeout_s:
-                raise deadline_error(request) from None
-            raise RequestTimeoutError(
-                f"the body has not arrived within {self._timeout_s:g} s (BLIP2_UPLOAD_TIMEOUT_MS); "
-                "send it faster, or less at once"
-            ) from None
-
-    async def _receive(self, request: Request, lease: UploadLease) -> bytearray:
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal():  # h11 refuses others, and more than 20 digits
-            self._check_size(int(declared))
-            lease.declare(int(declared))
         body = bytearray()
-        while True:
-            message = await request.receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            body += message.get("body", b"")
-            self._check_size(len(body))
-            lease.grow_to(len(body))
-            if not message.get("more_body", False):
-                return body
-
-    def _check_size(self, num_bytes: int) -> None:
-        if num_bytes > self._max_bytes:
-            raise BodyTooLargeError(
-                f"the body has {num_bytes} bytes or more, the limit is {self._max_bytes}; "
-                "send fewer or smaller images"
-            )
+        try:
+            await self._receiver.receive(request, body, lease, deadline)
+        except BaseException:
+            body.clear()  # which the traceback would hold
+            raise
+        if len(body) <= _MAX_INLINE_BYTES:
+            return _parse_and_clear(parse, body, schema, self._limits)
+        async with self._one_at_a_time:
+            return await asyncio.to_thread(_parse_and_clear, parse, body, schema, self._limits)
 
 
 @dataclass(slots=True)
@@ -138,15 +97,16 @@ class _Part:
         self.is_file = b"filename" in disposition or not (media_type or b"text/").startswith(b"text/")
         self.encoding = _encoding(parameters, self.encoding)
 
-    def value(self) -> str | bytes:
-        """Return the bytes of an image file, else text: browsers send JSON as a file part too."""
+    def value(self, limits: TextLimits) -> str | bytes:
+        """Return the bytes of an image file, else text: browsers send values as a file part too."""
         data, self.data = self.data, b""  # held once
         if self.is_file and self.name in _IMAGE_FIELDS:
             return bytes(data)
+        limits.check_wide(data)
         return _decode(data, self.encoding, self.name)
 
 
-def _parser_for(request: Request) -> Callable[[bytearray, type[B], int], B]:
+def _parser_for(request: Request) -> Callable[[bytearray, type[B], TextLimits], B]:
     """Return the parser of the body, which may run in a thread. Raises UnsupportedContentTypeError."""
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.strip().lower() not in ("", "identity"):
@@ -164,23 +124,36 @@ def _parser_for(request: Request) -> Callable[[bytearray, type[B], int], B]:
     )
 
 
-def _parse_json_body(body: bytearray, schema: type[B], max_values: int) -> B:
-    ValueLimit(max_values).count_json(body)
+def _parse_and_clear(
+    parse: Callable[[bytearray, type[B], TextLimits], B], body: bytearray, schema: type[B], limits: TextLimits
+) -> B:
+    try:
+        return parse(body, schema, limits)
+    finally:
+        body.clear()  # which the traceback of an error would hold
+
+
+def _parse_json_body(body: bytearray, schema: type[B], limits: TextLimits) -> B:
+    JsonCheck(limits).check(body)
     try:
         return schema.model_validate_json(body, strict=True)
     except ValidationError as exc:
-        raise explain(exc, schema) from None
+        error = explain(exc, schema)
+    raise error  # not in the handler: its context would hold the values
 
 
-def _parse_form_body(content_type: str, body: bytearray, schema: type[B], max_values: int) -> B:
-    parts = _Form(content_type).parse(body, max_values)
+def _parse_form_body(content_type: str, body: bytearray, schema: type[B], limits: TextLimits) -> B:
+    parts = _Form(content_type).parse(body, limits.max_values)
+    fields = _to_fields(parts, schema, limits)
     try:
-        return schema.model_validate(_to_fields(parts, schema, max_values))
+        return schema.model_validate(fields)
     except ValidationError as exc:
-        raise explain(exc, schema) from None
+        error = explain(exc, schema)
+    fields.clear()
+    raise error
 
 
-def _to_fields(parts: dict[str, list[_Part]], schema: type[Body], max_values: int) -> dict[str, Any]:
+def _to_fields(parts: dict[str, list[_Part]], schema: type[Body], limits: TextLimits) -> dict[str, Any]:
     if len(parts.get("image", ())) > 1 and "images" in schema.lists:
         parts["images"] += parts.pop("image")
     fields: dict[str, Any] = {}
@@ -190,9 +163,11 @@ def _to_fields(parts: dict[str, list[_Part]], schema: type[Body], max_values: in
         elif len(same) > 1 and name not in schema.lists:
             raise InvalidRequestError.of(name, f"is sent {len(same)} times; send it once")
         else:
-            values: list[Any] = [part.value() for part in same]
-            if name in schema.objects:
-                values = parse_objects(name, values, max_values)
+            values: list[Any] = (
+                parse_objects(name, [part.data for part in same], limits)
+                if name in schema.objects
+                else [part.value(limits) for part in same]
+            )
             fields[name] = _flatten(values) if name in schema.lists else values[0]
     return fields
 

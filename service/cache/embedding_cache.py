@@ -56,23 +56,26 @@ class EmbeddingCache:
         self._count = count
 
     async def lookup(
-        self, digests: Sequence[str], required: frozenset[EmbeddingKind], encoder: EncoderId
+        self,
+        digests: Sequence[str],
+        required: frozenset[EmbeddingKind],
+        encoder: EncoderId,
+        *,
+        is_bulk: bool = False,
     ) -> Lookup:
-        """Look up what is required of images of one encoder, or else the features, to compute it from."""
+        """Look up what is required of images of one encoder, or else the features, to compute it from.
+
+        is_bulk: for a request of many images, which reads no features from Redis: they would be too many.
+        """
         found: Lookup = {digest: {} for digest in digests}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_BUDGET_S):
-                await self._look_up_all(found, required, encoder)
+                for kind in sorted(required):
+                    await self._look_up(kind, found, encoder, is_bulk)
+                lacking = {digest: known for digest, known in found.items() if required - known.keys()}
+                if lacking and EmbeddingKind.IMAGE_FEATURES not in required:
+                    await self._look_up(EmbeddingKind.IMAGE_FEATURES, lacking, encoder, is_bulk)
         return found
-
-    async def _look_up_all(
-        self, found: Lookup, required: frozenset[EmbeddingKind], encoder: EncoderId
-    ) -> None:
-        for kind in sorted(required):
-            await self._look_up(kind, found, encoder)
-        lacking = {digest: known for digest, known in found.items() if required - known.keys()}
-        if lacking and EmbeddingKind.IMAGE_FEATURES not in required:
-            await self._look_up(EmbeddingKind.IMAGE_FEATURES, lacking, encoder)
 
     def store(self, computed: Iterable[ComputedEmbedding]) -> None:
         """Schedule writes to Redis; the engine has put the embeddings into this process's memory already."""
@@ -80,9 +83,11 @@ class EmbeddingCache:
             for embedding in computed:
                 self._redis.put(self._key(embedding.digest, embedding.kind), embedding.tensor)
 
-    async def _look_up(self, kind: EmbeddingKind, found: Lookup, encoder: EncoderId) -> None:
-        lacking = [digest for digest, known in found.items() if not self._get_local(digest, kind, known)]
-        if not lacking or self._redis is None:
+    async def _look_up(self, kind: EmbeddingKind, found: Lookup, encoder: EncoderId, is_bulk: bool) -> None:
+        lacking = [
+            digest for digest, known in found.items() if not self._get_local(digest, kind, known, is_bulk)
+        ]
+        if not lacking or self._redis is None or (is_bulk and kind is EmbeddingKind.IMAGE_FEATURES):
             return
         keys = [self._key(digest, kind) for digest in lacking]
         reads = await self._redis.get(kind, keys, self._expected(kind, encoder))
@@ -90,10 +95,12 @@ class EmbeddingCache:
             self._count("redis", kind, read.result)
             if read.tensor is not None:
                 found[digest][kind] = read.tensor
-                self._memory.put(digest, kind, read.tensor)
+                self._memory.put(digest, kind, read.tensor, is_bulk=is_bulk)
 
-    def _get_local(self, digest: str, kind: EmbeddingKind, known: dict[EmbeddingKind, Tensor]) -> bool:
-        tensor = self._memory.get(digest, kind)
+    def _get_local(
+        self, digest: str, kind: EmbeddingKind, known: dict[EmbeddingKind, Tensor], is_bulk: bool
+    ) -> bool:
+        tensor = self._memory.get(digest, kind, is_bulk=is_bulk)
         self._count("memory", kind, "miss" if tensor is None else "hit")
         if tensor is not None:
             known[kind] = tensor

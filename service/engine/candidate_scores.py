@@ -1,29 +1,44 @@
-"""The progress of one match request: texts embedded, cosines known, pairs scored, answer ranked."""
+"""The progress of one match request: texts embedded, images encoded and compared, pairs scored."""
 
+import bisect
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from model import EmbeddingKind
-from service.engine.request import Match, Matches, MatchInput, Mode, Request
+from service.engine.image_pool import EncodedImage
+from service.engine.request import MAX_PAIRS_PER_STEP, Match, Matches, MatchInput, Mode, Request
 from service.errors import InferenceFailedError
 
 
-@dataclass(slots=True, eq=False)
 class CandidateScores:
-    """A match request in progress, in three stages: embed its texts, compare by cosine, score its pairs.
+    """A match request in progress: embed its texts, encode its images, compare by cosine, score its pairs.
 
-    text_embeds: [E] of each text embedded so far. itc: cosines, once known. reranked: the candidates that
-    the matching head scores, in this order. logits: (no, yes) of those it has scored.
+    Candidate images of a text are ranked while they are encoded. Only the features of those that the matching
+    head may score are kept: of the best `rerank_k` so far, or in mode itm of a batch of pairs.
+
+    indices: of the candidates that an image is. features: [P, V] by candidate, until its pair is scored.
+    text_embeds: [E] of each text embedded so far. itc: cosines, once all are known. reranked: the candidates
+    that the matching head scores, in this order. logits: (no, yes) of those it has scored.
     """
 
-    request: Request[Matches]
-    text_embeds: dict[str, Tensor]
-    itc: list[float] = field(default_factory=list)
-    reranked: list[int] = field(default_factory=list)
-    logits: list[tuple[float, float]] = field(default_factory=list)
+    def __init__(self, request: Request[Matches], text_embeds: Mapping[str, Tensor]) -> None:
+        self.request = request
+        self.text_embeds = dict(text_embeds)
+        self.missing_texts = dict.fromkeys(text for text in self.inputs.texts if text not in text_embeds)
+        self.indices: dict[EncodedImage, list[int]] = {}
+        if self.inputs.ranks_images:
+            for index, image in enumerate(request.images):
+                self.indices.setdefault(image, []).append(index)
+        self.features: dict[int, Tensor] = {}
+        self.itc: list[float] = []
+        self.reranked: list[int] = []
+        self.logits: dict[int, tuple[float, float]] = {}
+        self.images = frozenset(request.images)
+        self._unencoded = dict.fromkeys(request.images)
+        self._best: list[tuple[float, int]] = []  # (-cosine, index) of the best so far
 
     @property
     def inputs(self) -> MatchInput:
@@ -35,16 +50,85 @@ class CandidateScores:
         return self.request.is_done
 
     @property
-    def missing_texts(self) -> list[str]:
-        return [text for text in dict.fromkeys(self.inputs.texts) if text not in self.text_embeds]
-
-    @property
     def is_compared(self) -> bool:
         return bool(self.itc)
 
+    @property
+    def is_selective(self) -> bool:
+        """Whether the features of some images are dropped, because others are better."""
+        inputs = self.inputs
+        return inputs.mode is Mode.RERANK and inputs.ranks_images and inputs.rerank_k < len(inputs.candidates)
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether the matching head scores candidate images, whose features are kept until then."""
+        return bool(self.indices) and self.inputs.mode is not Mode.ITC
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a batch of pairs of mode itm is to be scored before more images are encoded."""
+        return self.inputs.mode is Mode.ITM and len(self.features) >= MAX_PAIRS_PER_STEP
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether its next work is to score pairs."""
+        return not self.missing_texts and (self.is_compared or self.is_full)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has texts to embed, candidates to compare or pairs to score now."""
+        return bool(self.missing_texts) or self.is_full or not (self.next_images(1) or self.is_done)
+
+    def add_texts(self, embeds: Mapping[str, Tensor]) -> None:
+        """Store the embeddings of texts that were missing."""
+        for text in [text for text in self.missing_texts if text in embeds]:
+            self.text_embeds[text] = embeds[text]
+            del self.missing_texts[text]
+
+    def next_images(self, count: int) -> list[EncodedImage]:
+        """Return up to `count` images to be encoded now; fail where one of them cannot be.
+
+        None while the text by which they are ranked is not embedded, or while `is_full`.
+        """
+        if self.is_done or self.is_full or (self.indices and self.missing_texts):
+            return []
+        found, encoded = list[EncodedImage](), list[EncodedImage]()
+        for image in self._unencoded:
+            if image.error is not None:
+                self.fail(image.error)
+                return []
+            (found if self._requires(image) else encoded).append(image)
+            if len(found) == count:
+                break
+        for image in encoded:
+            del self._unencoded[image]
+        return found
+
+    def _requires(self, image: EncodedImage) -> bool:
+        if image.is_pending:
+            return True
+        if not self.keeps_features or (self.inputs.mode is Mode.RERANK and not self.is_compared):
+            return False
+        return any(index not in self.features and index not in self.logits for index in self.indices[image])
+
+    def keep(self, image: EncodedImage, features: Tensor, cosine: float) -> None:
+        """Keep the [P, V] features of an image, if its pair may be scored."""
+        for index in self.indices[image]:
+            if index in self.features or index in self.logits or self.is_full:
+                continue
+            if self.is_compared and index not in self.reranked:
+                continue
+            self.features[index] = features
+            if self.is_selective and not self.is_compared:
+                bisect.insort(self._best, (-cosine, index))
+                if len(self._best) > self.inputs.rerank_k:
+                    del self.features[self._best.pop()[1]]
+
     def remaining_pairs(self) -> "Iterator[Pair]":
-        """Yield the pairs that are not scored yet, in the order in which `logits` holds them."""
-        return (Pair(self, index) for index in self.reranked[len(self.logits) :])
+        """Yield the pairs that can be scored now."""
+        if self.keeps_features and self.inputs.mode is Mode.ITM:
+            return (Pair(self, index) for index in list(self.features))
+        return (Pair(self, index) for index in self.reranked if index not in self.logits)
 
     def fail(self, error: Exception) -> None:
         self.request.fail(error)
@@ -59,11 +143,25 @@ class CandidateScores:
             Mode.RERANK: self.inputs.rerank_k,
         }
         self.reranked = ranked[: num_reranked[self.inputs.mode]]
+        if self.keeps_features:
+            self._choose_features()
         self.finish()
 
+    def _choose_features(self) -> None:
+        """Drop the features of images that are not among the best; those that lack theirs are encoded."""
+        images = [self.request.images[index] for index in self.reranked]
+        chosen = set(self.reranked)
+        self.features = {index: features for index, features in self.features.items() if index in chosen}
+        self._unencoded = {image: None for image in images if self._requires(image)}
+
+    def set_logits(self, index: int, no: float, yes: float) -> None:
+        """Store the logits of a pair, and drop the features of its image."""
+        self.logits[index] = (no, yes)
+        self.features.pop(index, None)
+
     def finish(self) -> None:
-        """Answer the request if no pair is left to score."""
-        if len(self.logits) < len(self.reranked):
+        """Answer the request if it is compared and no pair is left to score."""
+        if not self.is_compared or len(self.logits) < len(self.reranked):
             return
         matches = self._rank_by_itc() if self.inputs.mode is Mode.ITC else self._rank_by_itm()
         if all(math.isfinite(match.score) for match in matches):
@@ -77,7 +175,8 @@ class CandidateScores:
 
     def _rank_by_itm(self) -> list[Match]:
         matches = []
-        for index, (no, yes) in zip(self.reranked, self.logits, strict=True):
+        for index in self.reranked:
+            no, yes = self.logits[index]
             cosine = self.itc[index]
             log_probability = _log_sigmoid(yes - no)  # a softmax over two
             score = log_probability if self.inputs.mode is Mode.ITM else yes + cosine
@@ -94,9 +193,9 @@ class Pair:
 
     @property
     def image_features(self) -> Tensor:
-        images = self.scores.request.images
-        image = images[self.index] if isinstance(self.scores.inputs.query, str) else images[0]
-        return image.available[EmbeddingKind.IMAGE_FEATURES]  # [P, V]
+        if self.scores.indices:
+            return self.scores.features[self.index]  # [P, V]
+        return self.scores.request.images[0].available[EmbeddingKind.IMAGE_FEATURES]
 
     @property
     def text(self) -> str:

@@ -16,7 +16,8 @@ from service.engine.request import AnyRequest
 from service.engine.request_queue import RequestQueue, Throughput
 from service.engine.runners.decode_runner import DecodeRunner
 from service.engine.runners.encoder_runner import EncoderRunner
-from service.engine.runners.match_runner import MatchRunner, TextEmbedder
+from service.engine.runners.match_runner import MatchRunner
+from service.engine.runners.text_embedder import TextEmbedder
 from service.engine.scheduler import Scheduler
 from service.engine.step import DecodeStep, EncodeStep, Step
 from service.errors import LostRequestError, NotReadyError, OutOfDeviceMemoryError
@@ -43,6 +44,7 @@ class Engine:
         max_rows: int,
         max_kv_bytes: int,
     ) -> None:
+        self._backend = backend
         self._queue = queue
         self._throughput = throughput
         self._metrics = metrics
@@ -50,7 +52,7 @@ class Engine:
         self._isolation = Isolation(backend, metrics)
         embedder = TextEmbedder(backend)
         self._encoder_runner = EncoderRunner(backend, local_cache, metrics)
-        self._match_runner = MatchRunner(backend, embedder, metrics)
+        self._match_runner = MatchRunner(backend, embedder, local_cache, metrics)
         self._decode_runner = DecodeRunner(backend, metrics)
         self._scheduler = Scheduler(
             backend,
@@ -104,9 +106,14 @@ class Engine:
         return len(self._pool)
 
     def heartbeat_age_s(self) -> float:
-        """Return the seconds since the last progress; 0 while there is nothing to do. For any thread."""
+        """Return the seconds since the last progress; 0 while there is nothing to do. For any thread.
+
+        Each layer of the model that ends is progress, so a step may take as long as it needs.
+        """
         heartbeat = self._heartbeat
-        return self._queue.oldest_wait_s() if heartbeat is None else time.monotonic() - heartbeat
+        if heartbeat is None:
+            return self._queue.oldest_wait_s()
+        return time.monotonic() - max(heartbeat, self._backend.last_progress)
 
     @torch.inference_mode()
     def _serve(self) -> None:
@@ -141,7 +148,10 @@ class Engine:
 
     def _acquire_images(self, request: AnyRequest) -> None:
         required = request.inputs.required
-        request.images = tuple(self._pool.acquire(image, required) for image in request.inputs.images)
+        is_bulk = request.inputs.is_bulk
+        request.images = tuple(
+            self._pool.acquire(image, required, is_bulk=is_bulk) for image in request.inputs.images
+        )
         is_encoded = not any(image.needs_encoder(required) for image in request.images)
         request.image_cached = bool(request.images) and is_encoded
 
@@ -158,11 +168,19 @@ class Engine:
 
     def _run(self, step: Step) -> None:
         if isinstance(step, EncodeStep):
-            self._encoder_runner.run(step.items)
+            self._encode(step)
         elif isinstance(step, DecodeStep):
             self._decode_runner.run(step)
         else:
             self._match_runner.run(step)
+
+    def _encode(self, step: EncodeStep) -> None:
+        try:
+            self._encoder_runner.run(step.items)
+            if step.scores:
+                self._match_runner.keep_features(step.scores, step.items)
+        finally:
+            self._encoder_runner.release(step.items)
 
     def _attempt(
         self, work: Callable[[], None], served: Callable[[], Iterable[AnyRequest]]

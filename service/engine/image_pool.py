@@ -24,6 +24,11 @@ class ImageInput:
     embeddings: Mapping[EmbeddingKind, Tensor]
     encoder: EncoderId = EncoderId.MAIN
 
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes of its pixels."""
+        return 0 if self.pixels is None else self.pixels.nbytes
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ComputedEmbedding:
@@ -48,13 +53,16 @@ class EncodeBatch:
 class EncodedImage:
     """An image on the device, shared by all running requests that brought it.
 
-    required: what those requests need of it. available: what is known of it, on the device.
+    required: what those requests need of it. available: what is known of it, on the device. cached_features:
+    [P, V] on the CPU, to compute the rest from. is_bulk: only requests of many images brought it.
     computed: what was computed and not yet handed to Redis.
     """
 
     digest: str
     encoder: EncoderId
     pixels: Tensor | None = None
+    cached_features: Tensor | None = None
+    is_bulk: bool = True
     required: set[EmbeddingKind] = field(default_factory=set)
     available: dict[EmbeddingKind, Tensor] = field(default_factory=dict)
     computed: list[ComputedEmbedding] = field(default_factory=list)
@@ -75,7 +83,8 @@ class EncodedImage:
 
     def needs_encoder(self, required: frozenset[EmbeddingKind]) -> bool:
         """Whether the image encoder must run before a request that requires these can go on."""
-        return not self.satisfies(required) and EmbeddingKind.IMAGE_FEATURES not in self.available
+        has_features = EmbeddingKind.IMAGE_FEATURES in self.available or self.cached_features is not None
+        return not (self.satisfies(required) or has_features)
 
     def fail(self, error: Exception) -> None:
         self.error = error
@@ -97,22 +106,24 @@ class ImagePool:
     def __len__(self) -> int:
         return len(self._images)
 
-    def acquire(self, image: ImageInput, required: frozenset[EmbeddingKind]) -> EncodedImage:
-        """Return the pooled image, with every embedding that is known already on the device."""
+    def acquire(
+        self, image: ImageInput, required: frozenset[EmbeddingKind], *, is_bulk: bool = False
+    ) -> EncodedImage:
+        """Return the pooled image, with every required embedding that is known already on the device."""
         pooled = self._images.get(image.digest)
         if pooled is None or pooled.error is not None:
             pooled = self._images[image.digest] = EncodedImage(image.digest, image.encoder)
         pooled.required |= required
+        pooled.is_bulk = pooled.is_bulk and is_bulk
         if pooled.pixels is None:
             pooled.pixels = image.pixels
+        if pooled.cached_features is None:
+            pooled.cached_features = image.embeddings.get(EmbeddingKind.IMAGE_FEATURES)
         for kind in pooled.missing:
             # Once more from memory: it may have been computed since the event loop looked.
             known = image.embeddings.get(kind)
             if known is None:
-                known = self._local_cache.get(image.digest, kind)
+                known = self._local_cache.get(image.digest, kind, is_bulk=is_bulk)
             if known is not None:
                 pooled.available[kind] = self._backend.to_device(known)
-        features = image.embeddings.get(EmbeddingKind.IMAGE_FEATURES)
-        if pooled.missing and features is not None:
-            pooled.available[EmbeddingKind.IMAGE_FEATURES] = self._backend.to_device(features)
         return pooled

@@ -24,8 +24,11 @@ class EngineMetrics(Protocol):
 
 
 class LocalEmbeddingCache(Protocol):
-    """The in-process embedding cache. Its tensors lie on the CPU and are never written to."""
+    """The in-process embedding cache. Its tensors lie on the CPU and are never written to.
 
-    def get(self, digest: str, kind: EmbeddingKind) -> Tensor | None: ...
+    is_bulk: for a request of many images, which takes at most a share of the cache.
+    """
 
-    def put(self, digest: str, kind: EmbeddingKind, tensor: Tensor) -> None: ...
+    def get(self, digest: str, kind: EmbeddingKind, *, is_bulk: bool = False) -> Tensor | None: ...
+
+    def put(self, digest: str, kind: EmbeddingKind, tensor: Tensor, *, is_bulk: bool = False) -> None: ...

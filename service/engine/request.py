@@ -5,7 +5,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from model import EmbeddingKind, Generation, GenerationParams
 from service.engine.image_pool import ComputedEmbedding, EncodeBatch, EncodedImage, ImageInput
@@ -94,6 +94,7 @@ class GenerateInput:
     prompts: tuple[tuple[int, ...], ...]
     params: GenerationParams
     questions: tuple[str, ...] = ()
+    is_bulk: ClassVar[bool] = False
 
     @property
     def images(self) -> tuple[ImageInput, ...]:
@@ -110,6 +111,11 @@ class GenerateInput:
         return self.num_rows * self.params.max_new_tokens
 
     @property
+    def early_cost(self) -> float:
+        """Number of row-tokens of all its prompts but the last."""
+        return self.cost * (1 - 1 / len(self.prompts))
+
+    @property
     def admission_class(self) -> AdmissionClass:
         is_short = self.params.max_new_tokens <= MAX_SHORT_TOKENS and self.cost <= MAX_SHORT_ROW_TOKENS
         return AdmissionClass.SHORT if is_short else AdmissionClass.LONG
@@ -123,7 +129,8 @@ class GenerateInput:
 class MatchInput:
     """Candidates to score against one query: texts and images in any combination, but ITM needs one of each.
 
-    rerank_k: how many of the best by ITC are scored by ITM. top_k: how many are returned.
+    rerank_k: how many of the best by ITC are scored by ITM. top_k: how many are returned. is_bulk: it has so
+    many images that they may take a share of the in-process cache only.
     """
 
     query: str | ImageInput
@@ -131,6 +138,12 @@ class MatchInput:
     mode: Mode
     rerank_k: int
     top_k: int
+    is_bulk: bool = False
+
+    @property
+    def ranks_images(self) -> bool:
+        """Whether the query is a text and the candidates are images."""
+        return isinstance(self.query, str) and not isinstance(self.candidates[0], str)
 
     @property
     def images(self) -> tuple[ImageInput, ...]:
@@ -151,12 +164,18 @@ class MatchInput:
         return len(self.candidates)
 
     @property
+    def early_cost(self) -> float:
+        """Number of candidates before the last."""
+        return self.cost - 1
+
+    @property
     def admission_class(self) -> AdmissionClass:
         return AdmissionClass.MATCH
 
     @property
     def required(self) -> frozenset[EmbeddingKind]:
-        return required_to_match(self.mode)
+        """The embeddings held of every image; `CandidateScores` holds features of some that are ranked."""
+        return required_to_match(Mode.ITC if self.ranks_images else self.mode)
 
 
 def required_to_generate(*, is_question_conditioned: bool) -> frozenset[EmbeddingKind]:

@@ -9,19 +9,17 @@ import math
 import random
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Self
 
+from service.engine.fair_queueing import WeightedFairScheduler
 from service.engine.request import AdmissionClass, AnyRequest
 from service.errors import NotReadyError, OverloadedError
 
 _DECAY_S = 30.0
 _MIN_RETRY_S, _MAX_RETRY_S = 1, 60
 _RETRY_SPREAD = 0.25
-
-T = TypeVar("T")
 
 
 class Throughput:
@@ -48,81 +46,15 @@ class Throughput:
         return max(_MIN_RETRY_S, min(_MAX_RETRY_S, math.ceil(seconds)))
 
 
-class WeightedFairScheduler(Generic[T]):
-    """Start-time fair queueing: names are served in proportion to their weights, while several have work.
+class Reservation:
+    """Room for one request. On exit, a request that still waits is withdrawn; an admitted one is not.
 
-    weights: 1 for names that are not in it, which may come and go. A name that comes starts at the current
-    virtual time: it has neither credit nor debt. That time advances with all service, by the total weight,
-    so an endless stream of new names overtakes none that waits for ever.
+    num_bytes: of its decoded images; once it is submitted, of those that had to be decoded.
     """
 
-    def __init__(self, weights: Mapping[T, float] | None = None) -> None:
-        self._weights = weights or {}
-        self._virtual_times: dict[T, float] = {}  # what each had, divided by its weight
-        self._virtual_time = 0.0
-        self._contending: frozenset[T] = frozenset()
-
-    def next(self, ready: Collection[T]) -> T:
-        """Return the one of `ready`, all of which have work, that has had the least by weight.
-
-        Of equal ones the first. Names that left and owe nothing are forgotten.
-        """
-        times, now = self._virtual_times, self._virtual_time
-        starts = {
-            name: times[name] if name in self._contending else max(times.get(name, 0.0), now)
-            for name in ready
-        }
-        self._virtual_times = {name: time for name, time in times.items() if time > now} | starts
-        self._contending = frozenset(ready)
-        chosen = min(ready, key=starts.__getitem__)
-        self._virtual_time = max(now, starts[chosen])
-        return chosen
-
-    def charge(self, name: T, cost: float) -> None:
-        """Add the cost of one service: seconds, or whatever is shared."""
-        self._virtual_times[name] += cost / self._weights.get(name, 1.0)
-        self._virtual_time += cost / sum(self._weights.get(each, 1.0) for each in self._contending)
-
-    @property
-    def is_empty(self) -> bool:
-        return not self._virtual_times
-
-    def forget(self, name: T) -> None:
-        """Forget a name that never comes again."""
-        self._virtual_times.pop(name, None)
-        self._contending -= {name}
-
-
-class FairOrder:
-    """The order of admitted requests: callers take turns by cost, and so do the requests of each."""
-
-    def __init__(self) -> None:
-        self._caller_order = WeightedFairScheduler[str]()
-        self._requests: dict[str, WeightedFairScheduler[AnyRequest]] = defaultdict(WeightedFairScheduler)
-
-    def next(self, requests: Collection[AnyRequest]) -> AnyRequest:
-        """Return the request that is to be served next; of equal ones the first."""
-        caller = self._caller_order.next(dict.fromkeys(request.caller for request in requests))
-        return self._requests[caller].next([request for request in requests if request.caller == caller])
-
-    def charge(self, request: AnyRequest, cost: float) -> None:
-        """Add what a request was given."""
-        self._caller_order.charge(request.caller, cost)
-        self._requests[request.caller].charge(request, cost)
-
-    def forget(self, request: AnyRequest) -> None:
-        """Forget a request that is done."""
-        if request.caller in self._requests:
-            self._requests[request.caller].forget(request)
-            if self._requests[request.caller].is_empty:
-                del self._requests[request.caller]
-
-
-class Reservation:
-    """Room for one request. On exit, a request that still waits is withdrawn; an admitted one is not."""
-
-    def __init__(self, queue: "RequestQueue", num_items: int) -> None:
+    def __init__(self, queue: "RequestQueue", num_items: int, num_bytes: int) -> None:
         self.num_items = num_items
+        self.num_bytes = num_bytes
         self.request: AnyRequest | None = None
         self._queue = queue
 
@@ -144,20 +76,23 @@ RequestsByCaller = dict[str, dict[AnyRequest, Reservation]]  # the requests of e
 
 
 class RequestQueue:
-    """Bounded in items (captions, questions, candidates), not in requests.
+    """Bounded in items (captions, questions, candidates), and in bytes of decoded images.
 
-    In each admission class callers take turns by the cost of their requests; those of one caller stay in
-    order. throughput: the measured one, from which Retry-After is computed.
+    max_bytes: a request that needs more is admitted where no other holds any. throughput: the measured one,
+    from which Retry-After is computed. In each admission class callers take turns by the cost of their
+    requests; those of one caller stay in order.
     """
 
-    def __init__(self, max_items: int, throughput: Throughput) -> None:
+    def __init__(self, max_items: int, throughput: Throughput, *, max_bytes: int = 2**63) -> None:
         self._max_items = max_items
+        self._max_bytes = max_bytes
         self._throughput = throughput
         self._changed = threading.Condition()
         self._reservations: set[Reservation] = set()
         self._order = {name: WeightedFairScheduler[str]() for name in AdmissionClass}  # of callers
         self._waiting: dict[AdmissionClass, RequestsByCaller] = {name: {} for name in AdmissionClass}
         self._num_items = 0
+        self._num_bytes = 0
         self._closed: str | None = None
 
     @property
@@ -171,29 +106,34 @@ class RequestQueue:
             submitted = [request.submitted for request in self._all()]
         return time.monotonic() - min(submitted) if submitted else 0.0
 
-    def make_reservations(self, *sizes: int) -> tuple[Reservation, ...]:
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes of decoded images that wait, or that are being decoded."""
+        return self._num_bytes
+
+    def make_reservations(self, *sizes: int, num_bytes: int = 0) -> tuple[Reservation, ...]:
         """Reserve room for requests of these numbers of items, or for none of them.
 
-        Raises OverloadedError where there is not room for all, NotReadyError where the queue is closed.
+        num_bytes: of the decoded images of each request. Raises OverloadedError where there is not room for
+        all, NotReadyError where the queue is closed.
         """
-        total = sum(sizes)
         with self._changed:
             self._refuse_if_closed()
-            if self._num_items + total > self._max_items:
-                raise OverloadedError(
-                    f"{self._num_items} items wait, this request brings {total} more, and the limit is "
-                    f"{self._max_items}; send it again after the time in Retry-After",
-                    retry_after_s=self._throughput.seconds_for(self._num_items),
-                )
-            reservations = tuple(Reservation(self, size) for size in sizes)
+            self._refuse_if_full(sum(sizes), num_bytes * len(sizes))
+            reservations = tuple(Reservation(self, size, num_bytes) for size in sizes)
             self._reservations.update(reservations)
-            self._num_items += total
+            self._num_items += sum(sizes)
+            self._num_bytes += num_bytes * len(sizes)
         return reservations
 
     def append(self, reservation: Reservation, request: AnyRequest) -> None:
         with self._changed:
             self._refuse_if_closed()
             reservation.request = request
+            if reservation in self._reservations:
+                num_bytes = sum(image.num_bytes for image in request.inputs.images)
+                self._num_bytes += num_bytes - reservation.num_bytes
+                reservation.num_bytes = num_bytes
             self._waiting[request.admission_class].setdefault(request.caller, {})[request] = reservation
             self._changed.notify()
 
@@ -204,15 +144,21 @@ class RequestQueue:
                     self._remove(reservation.request)
                 self._release(reservation)
 
-    def take(self, classes: Collection[AdmissionClass]) -> AnyRequest | None:
-        """Remove and return the next request of these classes; None where none of them waits.
+    def take(
+        self,
+        classes: Collection[AdmissionClass],
+        fits: Callable[[AnyRequest], bool] = lambda _: True,
+    ) -> AnyRequest | None:
+        """Remove and return the next request of these classes; None where none of them waits, or fits.
 
         Of the first requests of several classes the oldest is taken.
         """
         if not classes:
             return None
         with self._changed:
-            first = [self._first(name) for name in classes if self._waiting[name]]
+            first = [
+                request for name in classes if self._waiting[name] and fits(request := self._first(name))
+            ]
             if not first:
                 return None
             request = min(first, key=lambda each: each.submitted)
@@ -234,7 +180,7 @@ class RequestQueue:
             self._reservations.clear()
             for by_caller in self._waiting.values():
                 by_caller.clear()
-            self._num_items = 0
+            self._num_items = self._num_bytes = 0
             self._changed.notify_all()
         return requests
 
@@ -257,6 +203,25 @@ class RequestQueue:
     def _release(self, reservation: Reservation) -> None:
         self._reservations.remove(reservation)
         self._num_items -= reservation.num_items
+        self._num_bytes -= reservation.num_bytes
+
+    def _refuse_if_full(self, num_items: int, num_bytes: int) -> None:
+        if self._num_items + num_items > self._max_items:
+            refusal = (
+                f"{self._num_items} items wait, this request brings {num_items} more, and the limit is "
+                f"{self._max_items}"
+            )
+        elif num_bytes and self._num_bytes and self._num_bytes + num_bytes > self._max_bytes:
+            refusal = (
+                f"decoded images of {self._num_bytes} bytes wait, this request brings {num_bytes} more, and "
+                f"the limit is {self._max_bytes}"
+            )
+        else:
+            return
+        raise OverloadedError(
+            f"{refusal}; send it again after the time in Retry-After",
+            retry_after_s=self._throughput.seconds_for(self._num_items),
+        )
 
     def _refuse_if_closed(self) -> None:
         if self._closed is not None:

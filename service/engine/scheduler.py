@@ -14,10 +14,11 @@ from typing import Any, Final, TypeVar
 from torch import Tensor
 
 from service.engine.candidate_scores import CandidateScores
+from service.engine.fair_queueing import WeightedFairScheduler
 from service.engine.image_pool import EncodedImage
 from service.engine.isolation import Bisection
 from service.engine.request import MAX_PAIRS_PER_STEP, AdmissionClass, AnyRequest, GenerateInput
-from service.engine.request_queue import RequestQueue, WeightedFairScheduler
+from service.engine.request_queue import RequestQueue
 from service.engine.sequence import Sequence, WaitingSequences, build_sequences
 from service.engine.step import BatchSizeLimit, DecodeStep, EncodeStep, MatchStep, Step, Workload
 from service.errors import DeadlineExceededError
@@ -26,8 +27,10 @@ from service.model_backend import Backend
 MAX_IMAGES_PER_STEP: Final = 8
 MAX_TEXTS_PER_STEP: Final = 64
 MAX_PROMPT_TOKENS_PER_STEP: Final = 1024  # prefilled at once, image tokens and padding included
+MAX_TEXT_TOKENS_PER_STEP: Final = 2560  # of texts and pairs, padding and a pair's query tokens included
 MAX_STEP_S: Final = 0.5  # batches of images, texts and pairs are sized to take about so long at most
 MAX_PREFETCHED: Final = 8  # requests of a class whose images are encoded while others hold the rows
+MAX_MATCH_IMAGES: Final = 1024  # of all admitted match requests; one of more is admitted alone
 LONG_SHARE: Final = 0.75  # of the rows, for sequences of many tokens
 # Shares of device time while all workloads are ready. Images of generation requests have by far the largest
 # weight: encoding many first lets their sequences share decode steps, and prefetch bounds their number.
@@ -86,8 +89,12 @@ class Scheduler:
         self._cached_texts = cached_texts
         self._fairness = WeightedFairScheduler(WEIGHTS)
         self._image_limit = BatchSizeLimit(MAX_IMAGES_PER_STEP, max_seconds=MAX_STEP_S)
-        self._text_limit = BatchSizeLimit(MAX_TEXTS_PER_STEP, max_seconds=MAX_STEP_S)
-        self._pair_limit = BatchSizeLimit(MAX_PAIRS_PER_STEP, max_seconds=MAX_STEP_S)
+        num_text_tokens = max(1, backend.max_text_tokens)  # of the longest text
+        max_texts = max(1, min(MAX_TEXTS_PER_STEP, MAX_TEXT_TOKENS_PER_STEP // num_text_tokens))
+        self._text_limit = BatchSizeLimit(max_texts, max_seconds=MAX_STEP_S)
+        num_pair_tokens = num_text_tokens + backend.num_query_tokens
+        max_pairs = max(1, min(MAX_PAIRS_PER_STEP, MAX_TEXT_TOKENS_PER_STEP // num_pair_tokens))
+        self._pair_limit = BatchSizeLimit(max_pairs, max_seconds=MAX_STEP_S)
         self._row_limit = BatchSizeLimit(max_rows)
         self._encoding: list[AnyRequest] = []  # those whose images are not encoded yet
         self._matching: deque[CandidateScores] = deque()
@@ -103,7 +110,7 @@ class Scheduler:
 
     def admit(self, queue: RequestQueue) -> AnyRequest | None:
         """Admit the next request whose class has room; None where there is none."""
-        while request := queue.take(open_classes(self.requests, self._max_rows)):
+        while request := queue.take(open_classes(self.requests, self._max_rows), self._fits):
             if request.has_expired(time.monotonic()):
                 request.fail(DeadlineExceededError("the deadline passed while the request was in the queue"))
             elif not request.is_done:
@@ -113,13 +120,20 @@ class Scheduler:
                 return request
         return None
 
+    def _fits(self, request: AnyRequest) -> bool:
+        """Return whether the images of a request may be held beside those of the admitted match requests."""
+        if request.admission_class is not AdmissionClass.MATCH:
+            return True
+        held = sum(len(each.images) for each in self.requests if each.admission_class is AdmissionClass.MATCH)
+        return held == 0 or held + len(request.inputs.images) <= MAX_MATCH_IMAGES
+
     def schedule(self) -> Step | None:
         """Plan the next step; None while nothing can run."""
-        self._start_encoded()
+        self._start_work()
         work: dict[Workload, Collection[Any]] = {
-            Workload.IMAGES_TO_GENERATE: self._pending_images(for_matching=False),
-            Workload.IMAGES_TO_MATCH: self._pending_images(for_matching=True),
-            Workload.MATCH: self._matching,
+            Workload.IMAGES_TO_GENERATE: self._images_to_generate(),
+            Workload.IMAGES_TO_MATCH: self._images_to_match(),
+            Workload.MATCH: [scores for scores in self._matching if scores.is_ready],
             Workload.GENERATE: [*self._running, *self._waiting],
         }
         for workload, pending in work.items():
@@ -132,7 +146,7 @@ class Scheduler:
         if chosen is Workload.GENERATE:
             return self._schedule_decode()
         if chosen is Workload.MATCH:
-            return self._schedule_match()
+            return self._schedule_match(work[chosen])
         return self._schedule_encode(chosen, work[chosen])
 
     def update(self, step: Step, seconds: float, *, has_failed: bool) -> None:
@@ -158,27 +172,28 @@ class Scheduler:
             self._bisections.clear()  # or they would hold the images of abandoned requests
         return [request for request in done if not request.future.cancelled()]
 
-    def _start_encoded(self) -> None:
-        """Start the work of requests whose images are encoded; fail those whose images cannot be."""
+    def _start_work(self) -> None:
+        """Start match requests, and generation requests whose image is encoded or cannot be."""
+        waiting = list[AnyRequest]()
         for request in self._encoding:
             if request.image_error is not None:
                 request.fail(request.image_error)
-            elif not request.is_done and request.is_encoded:
-                if isinstance(request.inputs, GenerateInput):
+            elif not request.is_done:
+                if not isinstance(request.inputs, GenerateInput):
+                    self._matching.append(CandidateScores(request, self._cached_texts(request.inputs.texts)))
+                elif request.is_encoded:
                     self._waiting.add(build_sequences(request, self._backend.num_query_tokens))
                 else:
-                    self._matching.append(CandidateScores(request, self._cached_texts(request.inputs.texts)))
-        self._encoding = [
-            request for request in self._encoding if not (request.is_done or request.is_encoded)
-        ]
+                    waiting.append(request)
+        self._encoding = waiting
 
-    def _pending_images(self, *, for_matching: bool) -> list[EncodedImage]:
-        """Return the images to encode: one of each request, then a second of each, and so on."""
-        pending = [
-            [image for image in request.images if image.is_pending]
-            for request in self._encoding
-            if (request.admission_class is AdmissionClass.MATCH) == for_matching and not request.is_done
-        ]
+    def _images_to_generate(self) -> list[EncodedImage]:
+        pending = (image for request in self._encoding for image in request.images if image.is_pending)
+        return list(dict.fromkeys(pending))
+
+    def _images_to_match(self) -> list[EncodedImage]:
+        """Return images to encode: one of each request, then a second of each, and so on."""
+        pending = [scores.next_images(self._image_limit.max_size) for scores in self._matching]
         rounds = chain.from_iterable(zip_longest(*pending))
         return list(dict.fromkeys(image for image in rounds if image is not None))
 
@@ -188,23 +203,27 @@ class Scheduler:
             encoder = next(iter(pending)).encoder
             same = (image for image in pending if image.encoder is encoder)
             images = list(islice(same, self._image_limit.max_size))
-        return EncodeStep(workload, images, self._image_limit)
+        holders = [scores for scores in self._matching if not scores.images.isdisjoint(images)]
+        for scores in holders:
+            scores.request.start_work()
+        return EncodeStep(workload, images, self._image_limit, holders)
 
-    def _schedule_match(self) -> MatchStep:
+    def _schedule_match(self, ready: Collection[CandidateScores]) -> MatchStep:
         """Schedule the next request round-robin; fill the batch with equal work of the following ones."""
-        group = self._next_quarantined(Workload.MATCH, self._matching)
+        group = self._next_quarantined(Workload.MATCH, ready)
         if not group:
-            group = list(self._matching)
-            self._matching.rotate(-1)
+            group = list(ready)
+            self._matching.remove(group[0])
+            self._matching.append(group[0])
         group[0].request.start_work()
         if group[0].missing_texts:
             missing = dict.fromkeys(text for scores in group for text in scores.missing_texts)
             texts = list(islice(missing, self._text_limit.max_size))
-            items = [scores for scores in group if not set(texts).isdisjoint(scores.missing_texts)]
+            items = [scores for scores in group if not scores.missing_texts.keys().isdisjoint(texts)]
             return MatchStep(items, self._text_limit, texts=texts)
-        if not group[0].is_compared:
+        if not group[0].has_pairs:
             return MatchStep([group[0]])
-        remaining = chain.from_iterable(scores.remaining_pairs() for scores in group)
+        remaining = chain.from_iterable(scores.remaining_pairs() for scores in group if scores.has_pairs)
         pairs = list(islice(remaining, self._pair_limit.max_size))
         return MatchStep(list(dict.fromkeys(pair.scores for pair in pairs)), self._pair_limit, pairs=pairs)
 

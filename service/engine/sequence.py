@@ -10,8 +10,8 @@ from itertools import chain
 from torch import Tensor
 
 from model import Generation, GenerationParams, MemoryRequirement, memory_requirement
+from service.engine.fair_queueing import FairOrder
 from service.engine.request import AdmissionClass, AnyRequest, GenerateInput, Generations, Request
-from service.engine.request_queue import FairOrder
 from service.errors import InferenceFailedError
 
 

@@ -75,7 +75,10 @@ class BatchSizeLimit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodeStep:
-    """Encode images, all by the same encoder, into whatever is missing of them."""
+    """Encode images, all by the same encoder, into whatever is missing of them.
+
+    scores: the match requests that hold some of them.
+    """
 
     stage: ClassVar[str] = "vision"
     too_large: ClassVar[str] = "one more image beside what runs; try again later"
@@ -83,6 +86,7 @@ class EncodeStep:
     workload: Workload
     items: SequenceOf[EncodedImage]
     limit: BatchSizeLimit
+    scores: SequenceOf[CandidateScores] = ()
 
     @property
     def size(self) -> int:

@@ -61,7 +61,7 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Service:
         count=metrics.count_lookup,
     )
     throughput = Throughput()
-    queue = RequestQueue(settings.max_waiting, throughput)
+    queue = RequestQueue(settings.max_waiting, throughput, max_bytes=settings.max_waiting_bytes)
     engine = Engine(
         backend,
         queue,
@@ -72,7 +72,14 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Service:
         max_kv_bytes=settings.kv_bytes_on(backend.device),
     )
     _register_gauges(metrics, backend, queue, engine, redis)
-    inference = Inference(backend, image_decoder, cache, queue, observe_queue_s=metrics.queue_seconds.observe)
+    inference = Inference(
+        backend,
+        image_decoder,
+        cache,
+        queue,
+        max_images=settings.max_images,
+        observe_queue_s=metrics.queue_seconds.observe,
+    )
     return Service(backend, image_decoder, redis, queue, engine, inference)
 
 

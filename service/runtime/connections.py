@@ -1,7 +1,7 @@
 """Connections within a limit: slow and idle ones are closed, so that a request always finds one.
 
-Every connection is busy with a request, or waits for one. At the limit, the one that has waited longest makes
-room, silent ones first. If all are busy, a few more still answer probes, and refuse the rest with 503.
+Every connection is busy with a whole request, or waits for bytes. At the limit, the one that has waited
+longest makes room. If all are busy, a few more still answer probes, and refuse the rest with 503.
 """
 
 import asyncio
@@ -21,6 +21,8 @@ ACCESS: Final = "access"  # the key of `Access` in the state of an ASGI scope
 _HEADER_TIMEOUT_S: Final = 10.0  # from accept, or from the first byte on a kept connection
 _SWEEP_S: Final = 1.0
 _REPORT_S: Final = 60.0
+_MAX_DISCARDED_BYTES: Final = 2**20  # of a body whose request is answered
+_LINGER_S: Final = 2.0  # for the caller to read why its body is not read any more
 _NUM_EXTRA: Final = 16  # beyond the limit, for probes
 MAX_PROBE_CONNECTIONS: Final = 32  # on the port of their own
 # Files beside connections: weights, Redis, worker processes, and those accepted but not yet counted.
@@ -52,9 +54,12 @@ class ConnectionPool:
         self._access = access
         self._num_extra = num_extra
         self._open: set[BoundedProtocol] = set()
-        # Those that wait for a request, each until a time: without a byte of it, and with some. Oldest first.
-        self._silent: dict[BoundedProtocol, float] = {}
-        self._partial: dict[BoundedProtocol, float] = {}
+        # Those that wait: for the first byte of the first or of another request, for the rest of a head, for
+        # more of a body. Each since when, oldest first.
+        self._new: dict[BoundedProtocol, float] = {}
+        self._kept: dict[BoundedProtocol, float] = {}
+        self._in_head: dict[BoundedProtocol, float] = {}
+        self._in_body: dict[BoundedProtocol, float] = {}
         self._sweeper: asyncio.TimerHandle | None = None
         self._num_closed = 0
         self._reported_at = -_REPORT_S
@@ -66,15 +71,14 @@ class ConnectionPool:
         if len(self._open) >= self._limit + self._num_extra:
             return False
         self._open.add(connection)
-        self._silent[connection] = time.monotonic() + _HEADER_TIMEOUT_S
+        self._new[connection] = time.monotonic()
         if self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
         return True
 
     def remove(self, connection: "BoundedProtocol") -> None:
         self._open.discard(connection)
-        self._silent.pop(connection, None)
-        self._partial.pop(connection, None)
+        self._end_wait(connection)
 
     def access(self) -> Access:
         """Return what a request that comes now may use."""
@@ -82,22 +86,32 @@ class ConnectionPool:
 
     def note_bytes(self, connection: "BoundedProtocol") -> None:
         """Begin the time for the head of a request, where these are its first bytes."""
-        if self._silent.pop(connection, None) is not None:
-            self._partial[connection] = time.monotonic() + _HEADER_TIMEOUT_S
+        if connection in self._new or connection in self._kept:
+            self._end_wait(connection)
+            self._in_head[connection] = time.monotonic()
 
-    def update(self, connection: "BoundedProtocol", *, is_busy: bool) -> None:
-        """Note whether a connection is busy with a request, or waits for one."""
-        if is_busy:
-            self._silent.pop(connection, None)
-            self._partial.pop(connection, None)
-        elif connection in self._open and connection not in self._partial:
-            self._silent.setdefault(connection, time.monotonic() + KEEP_ALIVE_S)
+    def update(self, connection: "BoundedProtocol") -> None:
+        """Note whether a connection is busy with a whole request, or for what it waits."""
+        if connection not in self._open:
+            return
+        if connection.awaits_body:
+            self._end_wait(connection)
+            self._in_body[connection] = time.monotonic()  # since its last byte
+        elif connection.is_busy:
+            self._end_wait(connection)
+        elif connection not in self._in_head and connection not in self._new:
+            self._in_body.pop(connection, None)
+            self._kept.setdefault(connection, time.monotonic())
+
+    def _end_wait(self, connection: "BoundedProtocol") -> None:
+        for group in (self._new, self._kept, self._in_head, self._in_body):
+            group.pop(connection, None)
 
     def _close_longest_waiting(self) -> None:
-        for waiting in (self._silent, self._partial):
-            if waiting:
-                self._close(next(iter(waiting)))
-                break
+        waiting = [group for group in (self._new, self._kept, self._in_head, self._in_body) if group]
+        if waiting:
+            oldest = min(waiting, key=lambda group: next(iter(group.values())))
+            self._close(next(iter(oldest)))
         self._num_closed += 1
         now = time.monotonic()
         if now - self._reported_at >= _REPORT_S:
@@ -111,8 +125,12 @@ class ConnectionPool:
 
     def _sweep(self) -> None:
         now = time.monotonic()
-        for waiting in (self._silent, self._partial):
-            for connection in [each for each, until in waiting.items() if until <= now]:
+        for group, timeout_s in (
+            (self._new, _HEADER_TIMEOUT_S),
+            (self._kept, KEEP_ALIVE_S),
+            (self._in_head, _HEADER_TIMEOUT_S),
+        ):
+            for connection in [each for each, since in group.items() if now - since >= timeout_s]:
                 self._close(connection)
         is_empty = not self._open
         self._sweeper = None if is_empty else asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
@@ -140,9 +158,20 @@ class BoundedProtocol(H11Protocol):
         self._pool_of = pool_of
         self._reject = reject
         self._lifespan_state = self.app_state
+        self._num_discarded = 0
+
+    @property
+    def awaits_body(self) -> bool:
+        """Whether a part of the body is still to come."""
+        return self._has_request and self.cycle.more_body
 
     @property
     def is_busy(self) -> bool:
+        """Whether a whole request is not answered yet."""
+        return self._has_request and not self.cycle.more_body
+
+    @property
+    def _has_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn does
@@ -156,14 +185,28 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_discarding(len(data)):
+            return
         self._pool.note_bytes(self)
         self.app_state = {**self._lifespan_state, ACCESS: self._pool.access()}
         super().data_received(data)
-        self._pool.update(self, is_busy=self.is_busy)
+        self._pool.update(self)
+
+    def _is_discarding(self, num_bytes: int) -> bool:
+        """Stop reading, and close later, where much of a body follows though its request is answered."""
+        if self._has_request or self.cycle is None or self.conn.their_state is not h11.SEND_BODY:
+            return False
+        self._num_discarded += num_bytes
+        if self._num_discarded <= _MAX_DISCARDED_BYTES:
+            return False
+        self.flow.pause_reading()
+        self.loop.call_later(_LINGER_S, self.transport.abort)
+        return True
 
     def on_response_complete(self) -> None:
+        self._num_discarded = 0
         super().on_response_complete()
-        self._pool.update(self, is_busy=self.is_busy)
+        self._pool.update(self)
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's text
         """Answer bytes that are no HTTP with a problem, unless an answer is under way, and close."""

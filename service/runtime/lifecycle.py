@@ -114,7 +114,7 @@ class Lifecycle:
         if service.redis is not None:
             await service.redis.ping()
         try:
-            await warm_up(backend, service.queue, service.engine.start)
+            await warm_up(backend, service.queue, service.engine.start, max_rows=self._settings.max_rows)
         except SelfTestError as exc:
             logger.critical("not ready: %s", exc)
             readiness.not_ready_reason = str(exc)

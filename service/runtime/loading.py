@@ -7,7 +7,7 @@ from model.checkpoints import LoadOptions, resolve_retrieval_model
 from model.devices import find_device
 from model.errors import DeviceUnavailableError
 from model.packing import can_pack
-from service.model_backend import Blip2Backend
+from service.blip2_backend import Blip2Backend
 from service.runtime.settings import Settings, SettingsError
 
 
@@ -31,9 +31,8 @@ def load_backend(settings: Settings) -> Blip2Backend:
     blip2, matching = Blip2.from_pretrained(settings.model, options, revision=settings.revision), None
     if settings.retrieval_model is not None:
         matching = _load_matching(settings.retrieval_model, settings.retrieval_revision, options)
-    backend = Blip2Backend(
-        blip2, matching, DecoderLimits(settings.max_rows, settings.kv_bytes_on(str(device)))
-    )
+    limits = DecoderLimits(settings.max_rows, settings.kv_bytes_on(str(device)), settings.max_prompt_tokens)
+    backend = Blip2Backend(blip2, matching, limits)
     backend.pack(qformer_dtype)
     return backend
 

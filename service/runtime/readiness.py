@@ -226,6 +226,7 @@ class Readiness:
             task.cancel()
             drain.cancel()
             await asyncio.gather(task, drain, return_exceptions=True)
+            del task  # whose error would refer to this frame, and wait for the garbage collector
 
 
 def tasks_of(backend: Backend) -> list[TaskName]:

@@ -75,7 +75,7 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=8000, ge=0, le=65535, description="0: any free port")
-    probe_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+    probe_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         default=None, description="a second port, for probes, /version and /metrics alone; unset: none"
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -112,6 +112,12 @@ class Settings(BaseSettings):
         ge=1,
         description="captions, questions and candidates in the request queue; more are rejected with 429",
     )
+    max_waiting_bytes: int = Field(
+        default=96 * 2**20,
+        ge=2**20,
+        description="of decoded images in the request queue; more are rejected with 429, but for a request "
+        "that is alone",
+    )
     max_rows: int = Field(
         default=128, ge=16, description="rows (beams, pairs) that run on the device at once"
     )
@@ -119,6 +125,11 @@ class Settings(BaseSettings):
         default=None,
         description="of the KV cache of running sequences; others wait, one that could never fit is "
         "rejected; unset: 4 GiB on a GPU, 256 MiB on a CPU",
+    )
+    max_prompt_tokens: int = Field(
+        default=2048,
+        ge=64,
+        description="of one prompt, image tokens included; it is prefilled in one step",
     )
     stall_timeout_ms: Annotated[int, Field(ge=100)] | None = Field(
         default=None,

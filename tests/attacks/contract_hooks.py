@@ -4,6 +4,7 @@ JSON Schema compares no two numbers. So two rules are in the descriptions of the
 min_new_tokens is at most max_new_tokens, and top_k at most rerank_k where candidates are re-ranked.
 """
 
+import struct
 from typing import Any
 
 import schemathesis
@@ -12,19 +13,46 @@ from schemathesis.generation import GenerationMode
 
 from tests.integration.pictures import in_base64, picture
 
-_PICTURES = [picture(seed) for seed in range(8)]
+
+def bitmap(level: int) -> str:
+    """Return a BMP of 8 x 8 grey pixels whose bytes are all ASCII.
+
+    schemathesis cannot validate bodies that hold bytes, so it would take some valid ones for invalid.
+    """
+    pixels = bytes([level]) * (8 * 8 * 3)
+    header = struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 8, 8, 1, 24, 0, 0, 0, 0, 0, 0)
+    return (b"BM" + header + pixels).decode("ascii")
+
+
 _MAX_NEW_TOKENS = {"/caption": 30, "/vqa": 10, "/retrieve": 0}  # the defaults
 _RERANK_K = 128
 
-schemathesis.openapi.format("image", st.sampled_from([in_base64(data) for data in _PICTURES]))
-schemathesis.openapi.format("binary", st.sampled_from(_PICTURES))
+schemathesis.openapi.format(
+    "image", st.sampled_from([in_base64(picture(seed, size=(8, 6))) for seed in range(8)])
+)
+schemathesis.openapi.format("binary", st.sampled_from([bitmap(level) for level in range(0, 128, 16)]))
 
 
 @schemathesis.hook
 def filter_case(context: schemathesis.HookContext, case: schemathesis.Case[Any]) -> bool:
-    """Drop cases that are meant to be valid, but break one of the two rules."""
-    is_positive = case.meta is None or case.meta.generation.mode is GenerationMode.POSITIVE
-    return not (is_positive and isinstance(case.body, dict)) or _is_valid(case.path, case.body)
+    """Drop cases that are not what they are meant to be.
+
+    Valid ones that break one of the two rules; invalid forms whose question is of another type, since a form
+    has texts only; and several images that are none, for each of them fails alone in an answer of 200.
+    """
+    if not isinstance(case.body, dict):
+        return True
+    if case.meta is None or case.meta.generation.mode is GenerationMode.POSITIVE:
+        return _is_valid(case.path, case.body)
+    if case.media_type == "multipart/form-data":
+        return _is_text(case.body.get("question", ""))
+    return not _is_text(case.body.get("images", 0))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(each, str) for each in value)
+    )
 
 
 def _is_valid(path: str, body: dict[str, Any]) -> bool:

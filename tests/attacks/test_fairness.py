@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.serial, pytest.mark.slow]
 
 NUM_HEAVY = 8
 HEAVY_MS = 8000  # their deadline: long enough to measure
-MAX_WAIT_S = 0.5  # of a small caption; it was ten seconds when requests waited in order
+MAX_WAIT_S = 1.0  # of a small caption: .12 on an idle machine; ten seconds when requests waited in order
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,6 @@ def test_a_small_caption_does_not_wait_behind_eight_requests_of_many_beams(runni
         assert not any(each.done() for each in heavy)
         assert {each.result() for each in heavy} <= {200, 504}
     assert statistics.median(seconds for seconds, _ in results) < MAX_WAIT_S
-    assert max(seconds for seconds, _ in results) < 2 * MAX_WAIT_S
+    assert max(seconds for seconds, _ in results) < 3 * MAX_WAIT_S
     for seconds, timings in results:
         assert timings["queue"] + timings["decode"] <= 1000 * seconds

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from model import DecodeRequest, Generation
-from service.model_backend import Backend, Blip2Backend, EncoderId, StepDecoder
+from service.blip2_backend import Blip2Backend
+from service.model_backend import Backend, EncoderId, StepDecoder
 from service.runtime.lifecycle import FatalError
 from service.runtime.listener import open_listener
 from service.runtime.loading import load_backend

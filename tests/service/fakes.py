@@ -100,6 +100,8 @@ class FakeBackend:
     device: str = "cpu"
     dtype: str = "float32"
     num_query_tokens: int = 1
+    max_text_tokens: int = 8
+    last_progress: float = 0.0
     memory_rows: int = 10**9  # of images, texts, pairs or beams; a batch of more runs out of memory
     encode_gate: threading.Event = field(default_factory=threading.Event)
     decode_gate: threading.Event = field(default_factory=threading.Event)
@@ -118,6 +120,10 @@ class FakeBackend:
 
     def empty_embedding(self, kind: EmbeddingKind, encoder: EncoderId) -> Tensor:
         return torch.empty((2, 3) if kind is EmbeddingKind.IMAGE_FEATURES else (1, 2), device="meta")
+
+    @property
+    def max_prefix_tokens(self) -> int:
+        return MAX_PROMPT_WORDS + self.num_query_tokens
 
     def image_size(self, encoder: EncoderId) -> int:
         return 2

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from model import Blip2, CheckpointError, Generation, GenerationParams
-from service.model_backend import Blip2Backend
+from service.blip2_backend import Blip2Backend
 from service.runtime.loading import load_backend
 from service.runtime.settings import Settings
 from tests.builders_t5 import save_random_t5_checkpoint

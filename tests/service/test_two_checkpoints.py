@@ -14,9 +14,10 @@ from torch import Tensor
 from model import Blip2, GenerationParams
 from model.checkpoints import save_hub, save_retrieval_adapter
 from model.images.resize import resize_to_square
+from service.blip2_backend import Blip2Backend
 from service.engine.image_pool import ImageInput
 from service.engine.request import GenerateInput, Generations, Matches, MatchInput, Mode, Request
-from service.model_backend import Blip2Backend, EncoderId
+from service.model_backend import EncoderId
 from service.runtime.loading import load_backend
 from service.runtime.settings import Settings, SettingsError
 from tests.builders import build_components, build_matcher, build_vision_model, random_picture

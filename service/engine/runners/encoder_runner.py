@@ -21,19 +21,26 @@ class EncoderRunner:
         self._metrics = metrics
 
     def run(self, images: Sequence[EncodedImage]) -> None:
-        """Encode images of one encoder in one batch."""
+        """Encode images of one encoder in one batch; their features stay until `release`."""
         batch = EncodeBatch(time.monotonic(), len(images))
         for image in images:
             image.batches.append(batch)
         without = [image for image in images if EmbeddingKind.IMAGE_FEATURES not in image.available]
-        if without:
-            self._encode_features(without, batch)
+        for image in without:
+            if image.cached_features is not None:
+                image.available[EmbeddingKind.IMAGE_FEATURES] = self._backend.to_device(image.cached_features)
+        if unknown := [image for image in without if image.cached_features is None]:
+            self._encode_features(unknown, batch)
         for kind in (EmbeddingKind.QUERY_OUTPUT, EmbeddingKind.IMAGE_EMBEDS):
             if lacking := [image for image in images if kind in image.missing]:
                 self._encode_queries(lacking, kind)
         batch.qformer_s = time.monotonic() - batch.started - batch.vision_s
+
+    def release(self, images: Sequence[EncodedImage]) -> None:
+        """Free the features that no request needs of its pooled image."""
         for image in images:
-            _release(image)
+            if EmbeddingKind.IMAGE_FEATURES not in image.required:
+                image.available.pop(EmbeddingKind.IMAGE_FEATURES, None)
 
     def _encode_features(self, images: Sequence[EncodedImage], batch: EncodeBatch) -> None:
         pixels = torch.stack([_pixels_of(image) for image in images])  # [B, S, S, 3]
@@ -59,15 +66,8 @@ class EncoderRunner:
 
     def _keep(self, image: EncodedImage, kind: EmbeddingKind) -> None:
         tensor = image.available[kind].to("cpu")
-        self._local_cache.put(image.digest, kind, tensor)
+        self._local_cache.put(image.digest, kind, tensor, is_bulk=image.is_bulk)
         image.computed.append(ComputedEmbedding(image.digest, kind, tensor))
-
-
-def _release(image: EncodedImage) -> None:
-    """Free what no request needs once the image is encoded."""
-    image.pixels = None
-    if EmbeddingKind.IMAGE_FEATURES not in image.required:
-        del image.available[EmbeddingKind.IMAGE_FEATURES]
 
 
 def _pixels_of(image: EncodedImage) -> Tensor:

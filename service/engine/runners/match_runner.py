@@ -1,51 +1,33 @@
 """Scores candidates against queries: embeds texts, takes cosines, and runs the matching head over pairs."""
 
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
-from cachetools import LRUCache
 from torch import Tensor
 
 from model import EmbeddingKind
 from service.engine.candidate_scores import CandidateScores, Pair
-from service.engine.protocols import EngineMetrics
+from service.engine.image_pool import ComputedEmbedding, EncodedImage
+from service.engine.protocols import EngineMetrics, LocalEmbeddingCache
+from service.engine.request import Mode
+from service.engine.runners.text_embedder import TextEmbedder
 from service.engine.step import MatchStep
 from service.model_backend import Backend
-
-MAX_TEXTS_KEPT: Final = 8192  # a kilobyte each
-
-
-class TextEmbedder:
-    """Embeds texts and keeps the results: the same labels and queries come again with every image.
-
-    max_texts: how many are kept, least recently used out first. For the engine's thread alone.
-    """
-
-    def __init__(self, backend: Backend, *, max_texts: int = MAX_TEXTS_KEPT) -> None:
-        self._backend = backend
-        self._known: LRUCache[str, Tensor] = LRUCache(max_texts)
-
-    def get_cached(self, texts: Iterable[str]) -> dict[str, Tensor]:
-        """Return the [E] embedding of each text that is known; counts as a use."""
-        return {text: self._known[text] for text in texts if text in self._known}
-
-    def embed(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Embed texts in one batch, and keep the results."""
-        rows = self._backend.embed_texts(texts)  # [M, E]
-        embeds = {
-            text: row.clone() for text, row in zip(texts, rows, strict=True)
-        }  # a view would keep all rows
-        self._known.update(embeds)
-        return embeds
 
 
 class MatchRunner:
     """Runs the steps of match requests; a request is answered as soon as its last part is known."""
 
-    def __init__(self, backend: Backend, embedder: TextEmbedder, metrics: EngineMetrics) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        embedder: TextEmbedder,
+        local_cache: LocalEmbeddingCache,
+        metrics: EngineMetrics,
+    ) -> None:
         self._backend = backend
         self._embedder = embedder
+        self._local_cache = local_cache
         self._metrics = metrics
 
     def run(self, step: MatchStep) -> None:
@@ -56,19 +38,57 @@ class MatchRunner:
             self._score_pairs(step.pairs, step.items)
         else:
             (scores,) = step.items
-            scores.set_cosines(self._cosines(scores).tolist())
+            self._compare(scores)
+
+    def keep_features(self, waiting: Sequence[CandidateScores], images: Collection[EncodedImage]) -> None:
+        """Have match requests keep the features they need of images that were just encoded."""
+        for scores in waiting:
+            if not scores.keeps_features or (scores.is_selective and scores.missing_texts):
+                continue
+            held = [image for image in images if image in scores.indices]
+            for image, cosine in zip(held, self._running_cosines(scores, held), strict=True):
+                scores.keep(image, image.available[EmbeddingKind.IMAGE_FEATURES], cosine)
+            if scores.is_compared or scores.inputs.mode is Mode.ITM:
+                self._cache_features(scores, held)
+
+    def _running_cosines(self, scores: CandidateScores, images: Sequence[EncodedImage]) -> list[float]:
+        """Compute the cosines by which images compete for being kept; 0 where none is dropped."""
+        if not scores.is_selective:
+            return [0.0] * len(images)
+        image_embeds = torch.stack([image.available[EmbeddingKind.IMAGE_EMBEDS] for image in images])
+        text_embeds = scores.text_embeds[str(scores.inputs.query)][None]
+        return self._backend.similarities(image_embeds, text_embeds)[:, 0].tolist()
+
+    def _compare(self, scores: CandidateScores) -> None:
+        scores.set_cosines(self._cosines(scores).tolist())
+        if scores.keeps_features and scores.inputs.mode is Mode.RERANK:
+            images = scores.request.images
+            self._cache_features(scores, dict.fromkeys(images[index] for index in scores.features))
+
+    def _cache_features(self, scores: CandidateScores, images: Iterable[EncodedImage]) -> None:
+        """Keep the features of images whose pairs are scored in the cache."""
+        for image in images:
+            features = scores.features.get(scores.indices[image][0])
+            if features is None or image.cached_features is not None:
+                continue
+            tensor = features.to("cpu")
+            self._local_cache.put(image.digest, EmbeddingKind.IMAGE_FEATURES, tensor, is_bulk=image.is_bulk)
+            if not scores.inputs.is_bulk:  # a large request would hold them all until it is answered
+                image.computed.append(ComputedEmbedding(image.digest, EmbeddingKind.IMAGE_FEATURES, tensor))
 
     def _embed_texts(self, texts: Sequence[str], waiting: Sequence[CandidateScores]) -> None:
         embeds = self._embedder.embed(texts)
         self._backend.synchronize()
         for scores in waiting:
-            scores.text_embeds |= {text: embeds[text] for text in scores.missing_texts if text in embeds}
+            scores.add_texts(embeds)
 
     def _score_pairs(self, pairs: Sequence[Pair], waiting: Sequence[CandidateScores]) -> None:
-        image_features = torch.stack([pair.image_features for pair in pairs])  # [K, P, V]
+        image_features = torch.stack(  # [K, P, V]
+            [self._backend.to_device(pair.image_features) for pair in pairs]
+        )
         logits = self._backend.match_logits(image_features, [pair.text for pair in pairs])  # [K, 2]
         for pair, (no, yes) in zip(pairs, logits.tolist(), strict=True):
-            pair.scores.logits.append((no, yes))
+            pair.scores.set_logits(pair.index, no, yes)
         self._metrics.observe_batch("match", len(pairs))
         for scores in waiting:
             scores.request.observe_rows(len(pairs))

@@ -108,3 +108,10 @@ def test_a_request_is_checked_without_a_decoder(pair: Pair) -> None:
         check(DecoderLimits(max_rows=4))
     with pytest.raises(InvalidPromptError, match="shorten the prompt"):
         check(DecoderLimits(), num_prompt_tokens=1000)
+
+
+def test_a_prompt_of_as_many_tokens_as_the_limit_fits_and_one_more_does_not(pair: Pair) -> None:
+    limits, params = DecoderLimits(max_prefix_tokens=12), GenerationParams(num_beams=1, max_new_tokens=4)
+    check_fits(pair.language_model, limits, num_prompt_tokens=4, num_soft_tokens=8, params=params)
+    with pytest.raises(InvalidPromptError, match=r"13 tokens, the limit is 12; shorten"):
+        check_fits(pair.language_model, limits, num_prompt_tokens=5, num_soft_tokens=8, params=params)

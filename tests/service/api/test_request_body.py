@@ -14,6 +14,7 @@ from service.errors import (
     BodyTooLargeError,
     InvalidRequestError,
     ServiceError,
+    TooManyItemsError,
     UnreadableBodyError,
     UnsupportedContentTypeError,
 )
@@ -22,12 +23,17 @@ from service.runtime.readiness import Uploads
 from service.runtime.settings import Settings
 
 LIMIT = 10_000
+SETTINGS = Settings(max_body_bytes=LIMIT, max_image_bytes=LIMIT)
+LARGE = Settings(max_text_chars=20)
+FEW = Settings(max_images=3, max_questions=3, max_candidates=3)
 JSON = {"content-type": "application/json"}
 B = TypeVar("B", bound=Body)
 
 
-async def read(schema: type[B], content: bytes, headers: Mapping[str, str]) -> B:
-    """Reads a body that comes in chunks."""
+async def read(
+    schema: type[B], content: bytes, headers: Mapping[str, str], settings: Settings = SETTINGS
+) -> B:
+    """Read a body that comes in chunks."""
     chunks = [content[start : start + 100] for start in range(0, len(content), 100)] or [b""]
 
     async def receive() -> Message:
@@ -36,7 +42,6 @@ async def read(schema: type[B], content: bytes, headers: Mapping[str, str]) -> B
 
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": raw}
-    settings = Settings(max_body_bytes=LIMIT, max_image_bytes=LIMIT)
     lease = Uploads(settings.max_upload_bytes).open()
     return await BodyReader(settings).read(Request(scope, receive), schema, lease, None)
 
@@ -190,3 +195,69 @@ async def test_an_object_in_a_form_that_is_no_json_is_told_what_to_send() -> Non
         await read(RetrieveRequest, body, headers)
     assert "candidates: 'hello' is not JSON" in refused.value.detail
     assert "send an object in { and }, and repeat the field for a list" in refused.value.detail
+
+
+async def test_base64_with_escapes_of_ascii_is_read_however_long() -> None:
+    image = "+/" * 4000
+    content = b'{"image": "%s"}' % image.replace("+", "\\u002B").replace("/", "\\/").encode()
+    assert (await read(CaptionRequest, content, JSON, LARGE)).image == Upload(image)
+
+
+@pytest.mark.parametrize(("num_chars", "is_read"), [(20, True), (500, False)])
+async def test_a_long_text_beyond_ascii_is_refused_before_it_is_parsed(num_chars: int, is_read: bool) -> None:
+    content = json.dumps({"image": "x" * 70_000, "prompt": "\U0001f600" * num_chars}).encode()
+    if is_read:
+        assert (await read(CaptionRequest, content, JSON, LARGE)).prompt == "\U0001f600" * num_chars
+    else:
+        with pytest.raises(InvalidRequestError, match="has 6000 bytes, the limit is 20 characters"):
+            await read(CaptionRequest, content, JSON, LARGE)
+
+
+@pytest.mark.parametrize("encoding", ["identity", ""])
+async def test_a_body_that_is_not_encoded_may_say_so(encoding: str) -> None:
+    assert (await read(CaptionRequest, b'{"image": "x"}', {**JSON, "content-encoding": encoding})).image
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip", "x" * 1000])
+async def test_an_encoded_body_is_refused_by_the_name_of_its_encoding(encoding: str) -> None:
+    with pytest.raises(UnsupportedContentTypeError, match="the Content-Encoding is") as refused:
+        await read(CaptionRequest, b"{}", {**JSON, "content-encoding": encoding})
+    assert len(str(refused.value)) < 150
+
+
+MAX_VALUES = 4 * 3 + 256
+
+
+@pytest.mark.parametrize("num_values", [MAX_VALUES - 1, MAX_VALUES])
+@pytest.mark.parametrize("value", ["0", '"a"', '"a, [b] {c}"', r'"\","', "[]", "{}"])
+async def test_values_are_counted_outside_strings(value: str, num_values: int) -> None:
+    """Each value has a comma before it, or is the first of the list; [] and {} count twice."""
+    opened = 2  # { and [
+    num_items = (num_values - opened + 1) // (2 if value in ("[]", "{}") else 1)
+    content = b'{"images": [%s]}' % ",".join([value] * num_items).encode()
+    with pytest.raises(InvalidRequestError):  # it was parsed, and found to be no image
+        await read(RetrieveRequest, content, JSON, FEW)
+    more = b'{"images": [%s]}' % ",".join([value] * (num_items + 2)).encode()
+    if num_values == MAX_VALUES:
+        with pytest.raises(TooManyItemsError, match=f"more than {MAX_VALUES} values"):
+            await read(RetrieveRequest, more, JSON, FEW)
+
+
+async def test_several_wrong_fields_are_all_named_but_of_a_list_only_the_first_item() -> None:
+    refused = await refusal(CaptionRequest, {"image": "x", "num_beams": "a", "top_p": "b", "beams": 1})
+    assert [at.field for at in refused.fields] == ["num_beams", "top_p", "beams"]
+    refused = await refusal(CaptionRequest, {"images": ["x", 1, 2, 3]})
+    assert [at.field for at in refused.fields] == ["images.1"]
+
+
+async def test_nothing_of_a_caller_is_repeated_at_length() -> None:
+    long = "x" * 5000
+    for fields in ({long: 1}, {"image": "x", "prompt": [long] * 9}, {"images": [{long: long}]}):
+        refused = await refusal(CaptionRequest, fields)
+        assert len(refused.detail) < 500
+        assert all(len(at.field) < 80 for at in refused.fields)
+
+
+@pytest.mark.parametrize("value", [5, 5.0])
+async def test_a_whole_number_may_have_a_decimal_point(value: float) -> None:
+    assert (await from_json(CaptionRequest, {"image": "x", "num_beams": value})).num_beams == 5

@@ -66,3 +66,35 @@ def test_a_view_is_counted_with_all_that_it_keeps_alive() -> None:
     cache = LruTier(8 * KB)
     cache.put("view", EmbeddingKind.QUERY_OUTPUT, tensor(64 * KB)[:1])
     assert cache.get("view", EmbeddingKind.QUERY_OUTPUT) is None
+
+
+def test_a_hot_embedding_survives_four_requests_of_a_thousand_images() -> None:
+    cache = LruTier(100 * KB)
+    for index in range(70):
+        cache.put(f"hot{index}", EmbeddingKind.QUERY_OUTPUT, tensor(512))  # a kilobyte with its overhead
+    for index in range(4000):
+        cache.put(f"bulk{index}", EmbeddingKind.IMAGE_EMBEDS, tensor(512), is_bulk=True)
+        assert cache.num_bytes <= 100 * KB
+    assert all(cache.get(f"hot{index}", EmbeddingKind.QUERY_OUTPUT) is not None for index in range(70))
+    kept = [cache.get(f"bulk{index}", EmbeddingKind.IMAGE_EMBEDS, is_bulk=True) for index in range(4000)]
+    assert sum(each is not None for each in kept) == 25  # the quarter, and the latest of them
+    assert all(each is not None for each in kept[-25:])
+
+
+def test_what_a_large_request_brought_is_kept_as_any_other_once_another_request_uses_it() -> None:
+    cache = LruTier(40 * KB)
+    cache.put("used", EmbeddingKind.IMAGE_EMBEDS, tensor(512), is_bulk=True)
+    assert cache.get("used", EmbeddingKind.IMAGE_EMBEDS) is not None
+    for index in range(100):
+        cache.put(f"bulk{index}", EmbeddingKind.IMAGE_EMBEDS, tensor(512), is_bulk=True)
+    assert cache.get("used", EmbeddingKind.IMAGE_EMBEDS, is_bulk=True) is not None
+
+
+def test_the_share_of_large_requests_is_free_for_others_while_it_is_not_used() -> None:
+    cache = LruTier(40 * KB)
+    for index in range(40):
+        cache.put(str(index), EmbeddingKind.QUERY_OUTPUT, tensor(512))
+    assert all(cache.get(str(index), EmbeddingKind.QUERY_OUTPUT) is not None for index in range(40))
+    cache.put("bulk", EmbeddingKind.QUERY_OUTPUT, tensor(512), is_bulk=True)
+    assert cache.get("bulk", EmbeddingKind.QUERY_OUTPUT, is_bulk=True) is not None
+    assert cache.num_bytes <= 40 * KB

@@ -257,6 +257,18 @@ def test_the_heart_beats_while_idle_and_stops_while_the_device_hangs() -> None:
         until(lambda: harness.engine.heartbeat_age_s() == 0)
 
 
+def test_a_layer_that_ends_within_a_long_step_is_a_heartbeat() -> None:
+    with running_engine() as harness:
+        harness.backend.encode_gate.clear()
+        request = harness.caption(2)
+        until(lambda: harness.engine.heartbeat_age_s() > 0.05)
+        harness.backend.last_progress = time.monotonic()
+        assert harness.engine.heartbeat_age_s() < 0.05
+        until(lambda: harness.engine.heartbeat_age_s() > 0.05)  # no further layer ends
+        harness.backend.encode_gate.set()
+        text_of(request)
+
+
 def test_a_request_that_nobody_takes_counts_as_no_progress() -> None:
     with running_engine(started=False) as harness:
         harness.caption(1)

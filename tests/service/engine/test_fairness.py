@@ -7,8 +7,9 @@ here it is order, room, and what happens between two tokens.
 from functools import partial
 
 from model import GenerationParams
+from service.engine.image_pool import ImageInput
 from service.engine.request import AnyRequest, Mode
-from tests.service.fakes import TIMEOUT_S, FakeBackend
+from tests.service.fakes import TIMEOUT_S, FakeBackend, pixels
 from tests.service.running import EngineHarness, running_engine, text_of, until
 
 LONG = GenerationParams(num_beams=4, max_new_tokens=200)
@@ -191,3 +192,51 @@ def test_who_sends_one_request_does_not_wait_for_all_of_who_sent_many() -> None:
         many = {f"many{index}": harness.caption(1, "a b", params=SHORT, caller="many") for index in range(30)}
         one = harness.caption(2, "a b", params=SHORT, caller="one")
         assert order_of_answers(harness, **many, one=one).index("one") <= 2
+
+
+def test_a_prompt_longer_than_the_limit_of_a_step_joins_alone_while_others_run() -> None:
+    backend = FakeBackend(num_query_tokens=1000)
+    with running_engine(backend, started=False) as harness:
+        long = harness.caption(1, " ".join(["word"] * 40))  # 1,040 tokens, and the limit is 1,024
+        first, second = harness.caption(2, "a b c"), harness.caption(3, "d e f")
+        order = order_of_answers(harness, long=long, first=first, second=second)
+        assert order == ["first", "second", "long"]
+        assert harness.backend.decode_batches[:3] == [1, 2, 3]
+
+
+def test_batches_of_texts_and_pairs_are_smaller_where_a_checkpoint_reads_long_texts() -> None:
+    with running_engine(FakeBackend(max_text_tokens=512), started=False) as harness:
+        request = harness.match(harness.image(100), *map(str, range(20)), mode=Mode.ITM)
+        harness.engine.start()
+        assert len(request.future.result(TIMEOUT_S).value) == 20
+        assert harness.backend.text_batches == [5] * 4
+        assert max(harness.backend.match_batches) == 4
+
+
+def test_images_of_all_match_requests_together_are_bounded_and_a_larger_request_runs_alone() -> None:
+    with running_engine(max_items=10_000, started=False) as harness:
+        images = [ImageInput(f"digest-{index}", pixels(20 + index % 200), {}) for index in range(1500)]
+        first = harness.match("1", *images[:600])
+        second, third = harness.match("1", *images[600:1025]), harness.match("1", *images[:424])
+        larger = harness.match("1", *images)
+        num_images = list[int]()
+        for request in (first, second, third, larger):
+            request.future.add_done_callback(lambda _: num_images.append(harness.engine.num_images))
+        harness.engine.start()
+        for request in (first, second, third, larger):
+            request.future.result(TIMEOUT_S)
+        assert max(num_images[:-1]) <= 1024  # 600 + 425 are one too many
+        assert num_images[-1] == 1500
+
+
+def test_equal_requests_of_many_questions_are_answered_one_after_the_other() -> None:
+    with running_engine(max_rows=8, started=False) as harness:
+        requests = {
+            f"request{index}": harness.caption(index, *(f"a {number}" for number in range(6)), params=SHORT)
+            for index in range(5)
+        }
+        num_steps: list[int] = []
+        for request in requests.values():
+            request.future.add_done_callback(lambda _: num_steps.append(len(harness.backend.decode_batches)))
+        assert order_of_answers(harness, **requests) == list(requests)
+        assert num_steps[0] <= 7  # six questions of two tokens, two at once

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import torch
 
 from model import GenerationParams
 from service.engine.image_pool import ImageInput
@@ -34,6 +35,45 @@ def test_exactly_as_many_items_are_admitted_as_the_limit_says() -> None:
         pass
     waiting.make_reservations(1)
     assert waiting.num_items == 4
+
+
+def image_request(num_bytes: int) -> AnyRequest:
+    pixels = torch.zeros(num_bytes, dtype=torch.uint8) if num_bytes else None
+    return Request(GenerateInput(ImageInput("digest", pixels, {}), ((1,),), GenerationParams()))
+
+
+def test_decoded_images_wait_up_to_the_limit_in_bytes_and_not_one_byte_more() -> None:
+    waiting = RequestQueue(100, Throughput(jitter=lambda: 0.0), max_bytes=1000)
+    waiting.make_reservations(1, num_bytes=400)
+    waiting.make_reservations(1, 1, num_bytes=300)
+    assert waiting.num_bytes == 1000
+    with pytest.raises(OverloadedError, match=r"of 1000 bytes wait.*brings 1 more.*limit is 1000"):
+        waiting.make_reservations(1, num_bytes=1)
+    waiting.make_reservations(1)  # without images
+
+
+def test_a_request_of_more_bytes_than_the_limit_waits_alone() -> None:
+    waiting = RequestQueue(100, Throughput(jitter=lambda: 0.0), max_bytes=1000)
+    (large,) = waiting.make_reservations(1, num_bytes=5000)
+    with pytest.raises(OverloadedError):
+        waiting.make_reservations(1, num_bytes=1)
+    with large:
+        large.submit(image_request(5000))
+        assert waiting.take(ALL) is not None
+    assert waiting.num_bytes == 0
+    waiting.make_reservations(1, num_bytes=1)
+    with pytest.raises(OverloadedError):
+        waiting.make_reservations(1, num_bytes=5000)
+
+
+def test_bytes_of_images_that_need_no_decoding_are_given_back() -> None:
+    waiting = RequestQueue(100, Throughput(jitter=lambda: 0.0), max_bytes=1000)
+    (reservation,) = waiting.make_reservations(1, num_bytes=800)
+    reservation.submit(image_request(0))
+    assert waiting.num_bytes == 0
+    with reservation:
+        pass
+    assert waiting.num_bytes == waiting.num_items == 0
 
 
 def test_several_reservations_are_reserved_together_or_not_at_all() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from service.engine.runners.match_runner import TextEmbedder
+from service.engine.runners.text_embedder import TextEmbedder
 from tests.service.fakes import FakeBackend
 
 

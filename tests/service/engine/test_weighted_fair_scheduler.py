@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from service.engine.request_queue import WeightedFairScheduler
+from service.engine.fair_queueing import WeightedFairScheduler
 
 
 def serve(
@@ -63,15 +63,6 @@ def test_a_stream_of_new_names_does_not_keep_an_old_one_waiting() -> None:
         num_served += name == "old"
         num_others += 2
     assert num_others <= 2 * 3 * 20 + 4
-
-
-def test_names_that_are_gone_are_forgotten() -> None:
-    shares = WeightedFairScheduler[str]()
-    shares.charge(shares.next(["first"]), 5.0)
-    for number in range(100):
-        shares.charge(shares.next([f"name{number}"]), 1.0)
-    shares.forget("name99")
-    assert shares.is_empty
 
 
 def test_who_has_had_much_does_not_start_anew_by_leaving_for_a_moment() -> None:

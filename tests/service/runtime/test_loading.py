@@ -14,12 +14,12 @@ from model import (
     InvalidParamsError,
     InvalidPromptError,
 )
+from service.blip2_backend import Blip2Backend
 from service.cache.lru import LruTier
 from service.engine.engine import Engine
 from service.engine.image_pool import ImageInput
 from service.engine.request import AnyRequest, GenerateInput, Generations, Matches, MatchInput, Mode, Request
 from service.engine.request_queue import RequestQueue, Throughput
-from service.model_backend import Blip2Backend
 from service.runtime.loading import load_backend
 from service.runtime.metrics import Metrics
 from service.runtime.settings import Settings, SettingsError
