@@ -23,10 +23,8 @@ def pixels(data: bytes, side: int = 32) -> np.ndarray:
     return np.asarray(decode_image(data, side)).astype(int)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", sorted(FILES.keys() - {"16-bit png"}))  # which Pillow clips
 def test_each_type_of_file_is_equal_to_what_pillow_makes_of_it(name: str) -> None:
-    if name == "16-bit png":
-        pytest.skip("which Pillow clips")
     with Image.open(io.BytesIO(FILES[name])) as image:
         white = Image.new("RGBA", image.size, "white")
         is_transparent = "A" in image.getbands() or "transparency" in image.info
