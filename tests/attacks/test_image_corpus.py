@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -93,9 +94,10 @@ def outcomes(url: str, files: list[bytes]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+def running(tmp_path_factory: pytest.TempPathFactory, random_checkpoint: Path) -> Iterator[ServiceProcess]:
     directory = tmp_path_factory.mktemp("service")
-    with service(directory, model="tiny", cache_bytes=0) as started:  # a full cache is no lost memory
+    # A full cache is no lost memory, and a small model leaves the time to the decoders.
+    with service(directory, model=random_checkpoint, cache_bytes=0) as started:
         for _ in range(4):  # ordinary load, which fills the caches of torch
             outcomes(started.url, list(FILES.values()) * 2)
         yield started
