@@ -18,15 +18,10 @@ from service.api.middleware import CONTENT_TYPE_OPTIONS, REQUEST_ID_HEADER
 from service.api.responses import problem_response
 from service.errors import InvalidHttpError
 from service.model_backend import Backend
-from service.runtime.connections import (
-    KEEP_ALIVE_S,
-    BoundedProtocol,
-    ConnectionPool,
-    build_pools,
-    limit_connections,
-)
+from service.runtime.connection_pool import KEEP_ALIVE_S, Access, ConnectionPool
+from service.runtime.connections import BoundedProtocol
 from service.runtime.lifecycle import EngineLostError, FatalError, Lifecycle, Loader, StartupError
-from service.runtime.listener import BACKLOG
+from service.runtime.listener import BACKLOG, MAX_PROBE_CONNECTIONS, NUM_EXTRA, limit_connections
 from service.runtime.loading import load_backend
 from service.runtime.logs import configure_logs
 from service.runtime.settings import Settings
@@ -140,7 +135,12 @@ def _build_pools(
         logger.warning(
             "at most %d connections, since the limit of open files is low (ulimit -n)", max_connections
         )
-    return build_pools(max_connections, probe_listener.getsockname()[1] if probe_listener else None)
+    pool = ConnectionPool(max_connections, Access.FULL, num_extra=NUM_EXTRA)
+    if probe_listener is None:
+        return lambda _: pool
+    probe_pool = ConnectionPool(MAX_PROBE_CONNECTIONS, Access.PROBE_PORT)
+    probe_port = probe_listener.getsockname()[1]
+    return lambda port: probe_pool if port == probe_port else pool
 
 
 def _reject(request_id: str) -> Response:

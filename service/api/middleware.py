@@ -23,7 +23,8 @@ from service.errors import (
     echo_value,
 )
 from service.request_ids import REQUEST_IDS
-from service.runtime.connections import ACCESS, Access
+from service.runtime.connection_pool import Access
+from service.runtime.connections import ACCESS
 from service.runtime.logs import FIELDS
 from service.runtime.metrics import OTHER_ROUTE, PROBES, ROUTES, Metrics
 from service.runtime.readiness import Readiness, Traffic, UploadLease

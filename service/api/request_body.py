@@ -31,7 +31,7 @@ from service.errors import (
 from service.runtime.readiness import UploadLease
 from service.runtime.settings import Settings
 
-_MAX_INLINE_BYTES: Final = 256 * 1024  # parsed within a millisecond or two; longer bodies are by a thread
+_MAX_INLINE_BYTES: Final = 2**20  # parsed within some milliseconds; longer bodies are by a thread
 _VALUES_PER_ITEM, _OTHER_VALUES = (
     4,
     256,

@@ -1,9 +1,16 @@
-"""The listening socket. Imports nothing that is slow, so that a taken port is reported at once."""
+"""The listening socket, and how many connections it may have.
+
+Imports nothing that is slow, so that a taken port is reported at once.
+"""
 
 import socket
 from typing import Final
 
 BACKLOG: Final = 2048
+NUM_EXTRA: Final = 16  # connections beyond the limit, for probes
+MAX_PROBE_CONNECTIONS: Final = 32  # on the port of their own
+# Files beside connections: weights, Redis, worker processes, and those accepted but not yet counted.
+_OTHER_FILES: Final = 128
 
 
 class ListenError(Exception):
@@ -26,3 +33,25 @@ def open_listener(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}: {exc.strerror or exc}; set BLIP2_HOST or BLIP2_PORT to others"
         ) from exc
     return listener
+
+
+def limit_connections(max_connections: int) -> int:
+    """Return how many connections the limit of open files allows, which is raised as far as may be.
+
+    Raises ValueError where there is room for none.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return max_connections
+    others = _OTHER_FILES + NUM_EXTRA + MAX_PROBE_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return max_connections
+    needed = max_connections + others
+    if soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft <= others:
+        raise ValueError(f"the limit of open files is {soft}, and {others} are needed; raise it (ulimit -n)")
+    return min(max_connections, soft - others)

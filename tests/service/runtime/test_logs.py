@@ -5,7 +5,7 @@ import logging
 import sys
 
 from service.request_ids import logged_for
-from service.runtime.logs import FIELDS, JsonFormatter
+from service.runtime.logs import FIELDS, JsonFormatter, RepeatFilter
 
 
 def line(message: str, *args: object, **extra: object) -> dict[str, object]:
@@ -48,3 +48,22 @@ def test_an_error_brings_its_traceback() -> None:
         record = logging.LogRecord("service", logging.ERROR, "f.py", 1, "failed", (), sys.exc_info())
     parsed = json.loads(JsonFormatter().format(record))
     assert "the reason" in parsed["traceback"]
+
+
+def test_a_message_that_repeats_is_written_once_with_the_number_left_out() -> None:
+    repeats = RepeatFilter()
+
+    def passes(
+        message: str, created: float, name: str = "uvicorn.error", exc_info: object = None
+    ) -> str | None:
+        fields = {"name": name, "msg": message, "args": (), "created": created, "exc_info": exc_info}
+        record = logging.makeLogRecord(fields)
+        return record.getMessage() if repeats.filter(record) else None
+
+    assert passes("bad", 100.0) == "bad"
+    assert [passes("bad", 100.0 + second) for second in range(1, 10)] == [None] * 9
+    assert passes("worse", 105.0) == "worse"
+    assert passes("bad", 110.0) == "bad (9 more of these were left out)"
+    error = (ValueError, ValueError(), None)
+    assert [passes("traceback", 100.0, exc_info=error) for _ in range(2)] == ["traceback"] * 2
+    assert [passes("accept", 100.0, "asyncio", error) for _ in range(2)] == ["accept", None]
