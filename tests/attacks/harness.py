@@ -1,47 +1,43 @@
 """Measures of an attack: bystanders that must be served meanwhile, and the memory that it takes."""
 
+import json
+import subprocess
+import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-import httpx
-
 from benchmarks.process_memory import resident_bytes
-from tests.integration.pictures import in_base64, picture
-from tests.integration.processes import ServiceProcess
+from tests.integration.processes import ServiceProcess, poll
 
 MAX_PROBE_S = 1.0
 MAX_CAPTION_S = 3.0
-_INTERVAL_S = 0.05
-_ANSWER_TIMEOUT_S = 30.0
 
 
-class Bystander:
-    """Polls /livez, and sends small captions, from two threads with a new connection each time."""
+class BystanderProcess:
+    """A `tests.attacks.bystander` in a process of its own, so that the attacker does not slow it down."""
 
     def __init__(self, url: str) -> None:
         self.probe_seconds: list[float] = []
         self.caption_seconds: list[float] = []
         self.failures: list[str] = []
-        self._url = url
-        self._ended = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._repeat, args=(self._probe, self.probe_seconds)),
-            threading.Thread(target=self._repeat, args=(self._caption, self.caption_seconds)),
-        ]
+        command = [sys.executable, "-m", "tests.attacks.bystander", url]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._thread = threading.Thread(target=self._read)
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        """Wait until it has been answered twice."""
+        self._thread.start()
+        poll(lambda: self.probe_seconds and self.caption_seconds, 60, "the bystander's first answers")
 
     def stop(self) -> None:
-        """End both threads, each after one request that began after this call."""
-        self._ended.set()
-        for thread in self._threads:
-            thread.join()
+        """End it, after one more request of each kind."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._thread.join()
+        self._process.wait()
 
     def check(self) -> None:
         """Assert that everything was answered in time."""
@@ -49,37 +45,26 @@ class Bystander:
         assert max(self.probe_seconds) <= MAX_PROBE_S, f"/livez took {max(self.probe_seconds):.2f} s"
         assert max(self.caption_seconds) <= MAX_CAPTION_S, f"/caption took {max(self.caption_seconds):.2f} s"
 
-    def _repeat(self, request: Callable[[int], httpx.Response], seconds: list[float]) -> None:
-        is_last = False
-        while not is_last:
-            is_last = self._ended.wait(_INTERVAL_S)
-            started = time.monotonic()
-            try:
-                answer = request(len(seconds))
-                if answer.status_code != 200:
-                    self.failures.append(f"{answer.url}: {answer.status_code} {answer.text[:200]}")
-            except httpx.HTTPError as exc:
-                self.failures.append(f"{request!r}: {exc!r}")
-            seconds.append(time.monotonic() - started)
-
-    def _probe(self, _: int) -> httpx.Response:
-        return httpx.get(f"{self._url}/livez", timeout=_ANSWER_TIMEOUT_S)
-
-    def _caption(self, index: int) -> httpx.Response:
-        body = {"image": in_base64(picture(index)), "num_beams": 1, "max_new_tokens": 5}
-        return httpx.post(f"{self._url}/caption", json=body, timeout=_ANSWER_TIMEOUT_S)
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in map(json.loads, lines):
+                by_kind = {"probe": self.probe_seconds, "caption": self.caption_seconds}
+                by_kind[line["kind"]].append(line["seconds"])
+                if line["failure"]:
+                    self.failures.append(line["failure"])
 
 
 @contextmanager
-def bystander(service: ServiceProcess) -> Iterator[Bystander]:
+def bystander(service: ServiceProcess) -> Iterator[BystanderProcess]:
     """Serve a bystander meanwhile; assert on exit that it was answered within the limits above."""
-    watched = Bystander(service.url)
-    watched.start()
+    client = BystanderProcess(service.url)
     try:
-        yield watched
+        client.start()
+        yield client
     finally:
-        watched.stop()
-    watched.check()
+        client.stop()
+    client.check()
 
 
 class MemoryWatch:
