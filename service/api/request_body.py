@@ -32,11 +32,9 @@ from service.runtime.readiness import UploadLease
 from service.runtime.settings import Settings
 
 _MAX_INLINE_BYTES: Final = 2**20  # parsed within some milliseconds; longer bodies are by a thread
-_VALUES_PER_ITEM, _OTHER_VALUES = (
-    4,
-    256,
-)  # generous, so that a count beyond a setting is explained by its name
-_RETRY_S: Final = 5
+# Generous, so that a count beyond a setting is explained by its name.
+_VALUES_PER_ITEM: Final = 4
+_OTHER_VALUES: Final = 256
 _IMAGE_FIELDS: Final = ("image", "images")
 _ENCODINGS: Final = {"utf-8": "utf-8", "utf8": "utf-8", "us-ascii": "utf-8", "iso-8859-1": "latin-1"}
 
