@@ -2,7 +2,7 @@
 
 import os
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,23 @@ class Spread:
 
     def __str__(self) -> str:
         return f"{self.median:.2f} ({self.least:.2f}, {self.most:.2f})"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One condition of a run."""
+
+    name: str
+    measured: str
+    passed: bool
+
+
+def check_table(conditions: Iterable[Check]) -> Iterator[str]:
+    """Yield the lines of a Markdown table of conditions."""
+    yield "| condition | measured | |"
+    yield "|---|---|---|"
+    for check in conditions:
+        yield f"| {check.name} | {check.measured} | {'passed' if check.passed else '**failed**'} |"
 
 
 def spread_of(values: Iterable[float]) -> Spread:

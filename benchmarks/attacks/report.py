@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.reporting import Check, check_table
+
 MAX_SLOWDOWN = 3.0
-MAX_RESIDENT_BYTES = 2 * 2**30  # the limit of memory in the shipped manifests
+MAX_RESIDENT_BYTES = 2 * 2**30  # less than the shipped manifests grant
 MAX_KEPT_BYTES = 200_000_000
 
 
@@ -39,15 +41,6 @@ class AttackResult:
     after_bytes: int
     num_restarts: int
     exit_code: int
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One condition of the run."""
-
-    name: str
-    measured: str
-    passed: bool
 
 
 def checks_of(result: AttackResult) -> list[Check]:
@@ -87,10 +80,7 @@ def attack_report(command: str, about: str, result: AttackResult) -> str:
 
 def _lines(command: str, about: str, result: AttackResult) -> Iterator[str]:
     yield f"# The service under attack\n\n`{command}`: {about}\n"
-    yield "| condition | measured | |"
-    yield "|---|---|---|"
-    for check in checks_of(result):
-        yield f"| {check.name} | {check.measured} | {'passed' if check.passed else '**failed**'} |"
+    yield from check_table(checks_of(result))
     yield "\n| window | ordinary requests | p50, s | p99, s | largest, s | peak of resident memory, MB |"
     yield "|---" * 6 + "|"
     for window in result.windows:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from benchmarks.reporting import Check, check_table
 from benchmarks.soak.client import Tally
 
 MAX_RSS_GROWTH = 0.1
@@ -65,15 +66,6 @@ class SoakResult:
     exit_code: int
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One condition of the soak test."""
-
-    name: str
-    measured: str
-    passed: bool
-
-
 def checks_of(result: SoakResult) -> list[Check]:
     """Evaluate all conditions; the soak test passes if all of them do."""
     tally, warm, final = result.tally, result.warm, result.final
@@ -130,10 +122,7 @@ def soak_report(command: str, about: str, result: SoakResult) -> str:
 
 def _lines(command: str, about: str, result: SoakResult) -> Iterator[str]:
     yield f"# The service under mixed traffic\n\n`{command}`: {about}\n"
-    yield "| condition | measured | |"
-    yield "|---|---|---|"
-    for check in checks_of(result):
-        yield f"| {check.name} | {check.measured} | {'passed' if check.passed else '**failed**'} |"
+    yield from check_table(checks_of(result))
     yield ""
     for description in result.tally.unexpected:
         yield f"- {description}"
