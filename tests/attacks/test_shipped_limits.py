@@ -25,6 +25,8 @@ UNITS = {"Mi": 2**20, "Gi": 2**30, "m": 2**20, "g": 2**30}
 # Measured with `tiny`: Python, torch and the model under load, without what the settings below bound.
 BASE_BYTES = 650_000_000
 PROCESS_BYTES = 20_000_000  # of a process that decodes images, beside what it decodes
+PARSED_COPIES = 3  # of the one body that is parsed, beside the body itself (docs/serving.md)
+CONNECTION_BYTES = 256 * 2**10  # read and not yet parsed
 RUNNING_BYTES = 60_000_000  # pixels and features of the requests that run
 NUM_UPLOADS = 29
 MEGABYTE = b"A" * 1_000_000
@@ -56,7 +58,8 @@ def test_the_sum_of_all_defaults_fits_the_shipped_limits() -> None:
         "small images": num_small * SMALL_DECODE_BYTES,
         "large images": settings.decode_bytes,
         "uploads": settings.max_upload_bytes,
-        "the body that is parsed": settings.max_body_bytes,
+        "the body that is parsed": PARSED_COPIES * settings.max_body_bytes,
+        "connections": settings.max_connections * CONNECTION_BYTES,
         "waiting": settings.max_waiting_bytes,
         "cache": settings.cache_bytes,
         "KV cache": settings.kv_bytes_on("cpu"),
