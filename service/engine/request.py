@@ -14,6 +14,7 @@ from service.request_ids import REQUEST_IDS
 
 MAX_SHORT_TOKENS: Final = 32  # of each answer: how many steps a short request may hold its rows
 MAX_SHORT_ROW_TOKENS: Final = 2048  # of a whole request: as much as 16 steps of 128 rows
+MAX_SHORT_CANDIDATES: Final = 64  # of a match request that need not wait for those of more
 MAX_PAIRS_PER_STEP: Final = 32
 
 T = TypeVar("T")
@@ -28,11 +29,12 @@ class Mode(StrEnum):
 
 
 class AdmissionClass(StrEnum):
-    """Requests that are admitted by one rule: short and long share the rows, match has rows of its own."""
+    """Requests that are admitted by one rule: short and long share the rows, match ones have their own."""
 
     SHORT = "short"  # at most MAX_SHORT_TOKENS tokens an answer, and MAX_SHORT_ROW_TOKENS in all
     LONG = "long"  # more: it holds its rows for long, or many of them
     MATCH = "match"
+    LONG_MATCH = "long_match"  # of more than MAX_SHORT_CANDIDATES
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,7 @@ class MatchInput:
 
     @property
     def admission_class(self) -> AdmissionClass:
-        return AdmissionClass.MATCH
+        return AdmissionClass.LONG_MATCH if self.cost > MAX_SHORT_CANDIDATES else AdmissionClass.MATCH
 
     @property
     def required(self) -> frozenset[EmbeddingKind]:
@@ -282,9 +284,8 @@ class Request(Generic[T]):
 
     def _passes(self) -> set[EncodeBatch]:
         """Return the passes over its images; those before it was admitted did not cost it time."""
-        if self.admitted is None:
-            return set()
-        return {batch for image in self.images for batch in image.batches if batch.started >= self.admitted}
+        since = self.submitted if self.admitted is None else self.admitted
+        return {batch for image in self.images for batch in image.batches if batch.started >= since}
 
     def _build_answer(self, value: T) -> Answer[T]:
         return Answer(

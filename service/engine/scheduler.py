@@ -30,7 +30,7 @@ MAX_PROMPT_TOKENS_PER_STEP: Final = 1024  # prefilled at once, image tokens and 
 MAX_TEXT_TOKENS_PER_STEP: Final = 2560  # of texts and pairs, padding and a pair's query tokens included
 MAX_STEP_S: Final = 0.5  # batches of images, texts and pairs are sized to take about so long at most
 MAX_PREFETCHED: Final = 8  # requests of a class whose images are encoded while others hold the rows
-MAX_MATCH_IMAGES: Final = 1024  # of all admitted match requests; one of more is admitted alone
+MAX_MATCH_IMAGES: Final = 1024  # of all admitted long match requests; one of more is admitted alone
 LONG_SHARE: Final = 0.75  # of the rows, for sequences of many tokens
 # Shares of device time while all workloads are ready. Images of generation requests have by far the largest
 # weight: encoding many first lets their sequences share decode steps, and prefetch bounds their number.
@@ -49,16 +49,18 @@ def open_classes(requests: Iterable[AnyRequest], max_rows: int) -> frozenset[Adm
     """Return the classes that may admit one more request, given the admitted ones.
 
     Generation is open while its requests have fewer than `max_rows` rows, long ones fewer than three
-    quarters; match has another `max_rows`. A few of each class are prefetched: images are encoded ahead.
+    quarters; both match classes have other `max_rows` each. A few of each class are prefetched: images are
+    encoded ahead.
     """
     num_rows, num_prefetched = Counter[AdmissionClass](), Counter[AdmissionClass]()
     for request in requests:
         num_rows[request.admission_class] += request.inputs.num_rows
         num_prefetched[request.admission_class] += not request.holds_rows
-    short, long, match = AdmissionClass.SHORT, AdmissionClass.LONG, AdmissionClass.MATCH
+    short, long = AdmissionClass.SHORT, AdmissionClass.LONG
     has_rows = num_rows[short] + num_rows[long] < max_rows
     is_open = {
-        match: num_rows[match] < max_rows,
+        AdmissionClass.MATCH: num_rows[AdmissionClass.MATCH] < max_rows,
+        AdmissionClass.LONG_MATCH: num_rows[AdmissionClass.LONG_MATCH] < max_rows,
         short: has_rows or num_prefetched[short] < MAX_PREFETCHED,
         long: (has_rows and num_rows[long] < LONG_SHARE * max_rows) or num_prefetched[long] < MAX_PREFETCHED,
     }
@@ -121,10 +123,11 @@ class Scheduler:
         return None
 
     def _fits(self, request: AnyRequest) -> bool:
-        """Return whether the images of a request may be held beside those of the admitted match requests."""
-        if request.admission_class is not AdmissionClass.MATCH:
+        """Return whether the images of a request may be held beside those of the admitted long match requests."""
+        long_match = AdmissionClass.LONG_MATCH
+        if request.admission_class is not long_match:
             return True
-        held = sum(len(each.images) for each in self.requests if each.admission_class is AdmissionClass.MATCH)
+        held = sum(len(each.images) for each in self.requests if each.admission_class is long_match)
         return held == 0 or held + len(request.inputs.images) <= MAX_MATCH_IMAGES
 
     def schedule(self) -> Step | None:
