@@ -21,8 +21,8 @@ Attack = Callable[[httpx.AsyncClient], Awaitable[str]]  # returns the status, or
 _seeds = count()
 
 
-def attacks() -> dict[str, Attack]:
-    """Return all attacks by name."""
+def attacks(address: str) -> dict[str, Attack]:
+    """Return all attacks by name; their connections come from this address of this machine."""
     return {
         "JSON: list of two million zeros": _json(lambda: b'{"images":[' + b"0," * 2_000_000 + b"0]}"),
         "JSON: key of 8 MB": _json(lambda: b'{"' + b"k" * 8_000_000 + b'":0}'),
@@ -36,8 +36,8 @@ def attacks() -> dict[str, Attack]:
         "TIFF with a tile of 45,008 x 45,008": _image(hostile_files.tiff_of_large_tile),
         "TIFF with two million tiles": _image(hostile_files.tiff_of_many_tiles),
         "JPEG with flipped bits": _damaged_photo,
-        f"{_NUM_UPLOADS} unfinished uploads of 58 MB": _unfinished_uploads,
-        f"{NUM_SILENT_CONNECTIONS} silent connections": _silent_connections,
+        f"{_NUM_UPLOADS} unfinished uploads of 58 MB": partial(_unfinished_uploads, address=address),
+        f"{NUM_SILENT_CONNECTIONS} silent connections": partial(_silent_connections, address=address),
         "form cut off": _form(b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\nx'),
         "form of an unknown charset": _form(
             b'--b\r\nContent-Disposition: form-data; name="image"\r\n'
@@ -87,20 +87,24 @@ async def _damaged_photo(client: httpx.AsyncClient) -> str:
     return str((await client.post("/caption", json={"image": image})).status_code)
 
 
+def retrieval(num_images: int) -> dict[str, object]:
+    """Return the body of a request to /retrieve with so many images, which nobody sent before."""
+    files = (hostile_files.png(16, 16) + b"%d" % next(_seeds) for _ in range(num_images))
+    images = [base64.b64encode(file).decode() for file in files]
+    return {"text": "a red circle", "candidates": {"images": images}}
+
+
 async def _retrieve(client: httpx.AsyncClient) -> str:
-    first = 1000 * next(_seeds)
-    images = [base64.b64encode(hostile_files.png(16, 16) + b"%d" % (first + i)).decode() for i in range(1000)]
-    body = {"text": "a red circle", "candidates": {"images": images}}
-    return str((await client.post("/retrieve", json=body)).status_code)
+    return str((await client.post("/retrieve", json=retrieval(1000))).status_code)
 
 
-async def _unfinished_uploads(client: httpx.AsyncClient) -> str:
-    await asyncio.gather(*(_hold(client, _half_upload) for _ in range(_NUM_UPLOADS)))
+async def _unfinished_uploads(client: httpx.AsyncClient, *, address: str) -> str:
+    await asyncio.gather(*(_hold(client, address, _half_upload) for _ in range(_NUM_UPLOADS)))
     return "held"
 
 
-async def _silent_connections(client: httpx.AsyncClient) -> str:
-    await asyncio.gather(*(_hold(client, None) for _ in range(NUM_SILENT_CONNECTIONS)))
+async def _silent_connections(client: httpx.AsyncClient, *, address: str) -> str:
+    await asyncio.gather(*(_hold(client, address, None) for _ in range(NUM_SILENT_CONNECTIONS)))
     return "held"
 
 
@@ -113,13 +117,15 @@ async def _half_upload(writer: asyncio.StreamWriter) -> None:
 
 
 async def _hold(
-    client: httpx.AsyncClient, send: Callable[[asyncio.StreamWriter], Awaitable[None]] | None
+    client: httpx.AsyncClient, address: str, send: Callable[[asyncio.StreamWriter], Awaitable[None]] | None
 ) -> None:
     """Open a connection, send something, keep it open for a while, and close it unfinished."""
     writer = None
     try:
         async with asyncio.timeout(_HOLD_S):
-            reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+            reader, writer = await asyncio.open_connection(
+                client.base_url.host, client.base_url.port, local_addr=(address, 0)
+            )
             if send is not None:
                 await send(writer)
             await reader.read()  # until the service closes the connection, or the time is over

@@ -1,9 +1,10 @@
 """Conditions of the run under attack, and its Markdown report."""
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from benchmarks.reporting import Check, check_table
@@ -17,17 +18,17 @@ MAX_KEPT_BYTES = 200_000_000
 class Window:
     """A stretch of ordinary load, with attacks or without.
 
-    seconds: of each ordinary request. statuses: of ordinary requests. peak_bytes: resident, of the service
-    and its child processes, the most of all samples.
+    seconds: of each ordinary request, by its path. statuses: of ordinary requests. peak_bytes: resident, of
+    the service and its child processes, the most of all samples.
     """
 
     attacked: bool
-    seconds: list[float] = field(default_factory=list)
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     statuses: Counter[int] = field(default_factory=Counter)
     peak_bytes: int = 0
 
     def percentile(self, share: float) -> float:
-        ordered = sorted(self.seconds)
+        ordered = sorted(chain.from_iterable(self.seconds.values()))
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
@@ -81,14 +82,16 @@ def attack_report(command: str, about: str, result: AttackResult) -> str:
 def _lines(command: str, about: str, result: AttackResult) -> Iterator[str]:
     yield f"# The service under attack\n\n`{command}`: {about}\n"
     yield from check_table(checks_of(result))
-    yield "\n| window | ordinary requests | p50, s | p99, s | largest, s | peak of resident memory, MB |"
-    yield "|---" * 6 + "|"
+    paths = sorted(result.windows[0].seconds)
+    largest = "".join(f" largest of {path}, s |" for path in paths)
+    yield f"\n| window | ordinary requests | p50, s | p99, s |{largest} peak of resident memory, MB |"
+    yield "|---" * (5 + len(paths)) + "|"
     for window in result.windows:
+        seconds = (window.percentile(0.5), window.percentile(0.99), *(max(window.seconds[p]) for p in paths))
         cells = (
             "attacked" if window.attacked else "alone",
-            len(window.seconds),
-            *(f"{value:.3f}" for value in (window.percentile(0.5), window.percentile(0.99))),
-            f"{max(window.seconds):.3f}",
+            sum(map(len, window.seconds.values())),
+            *(f"{value:.3f}" for value in seconds),
             f"{window.peak_bytes / 1e6:.0f}",
         )
         yield f"| {' | '.join(map(str, cells))} |"
