@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.errors import ModelError
 from model.images.header import ImageHeader, check_size, memory_of, read_header, sniff_format
-from model.images.limits import decode_in_background, decode_within_limits, prepare_process
+from model.images.limits import decode_within_limits, prepare_process
 from service.errors import ImageTooLargeError, InvalidImageError, NotReadyError, for_caller
 
 # To be increased when the same file would be decoded into other pixels than before.
@@ -47,9 +47,9 @@ class ImageFile:
 class ImageDecoder:
     """Reads image files on the event loop, and decodes them in processes.
 
-    max_bytes, max_pixels: of one file. num_processes: how many images are decoded at once, beside half as
-    many large ones. max_decode_bytes, max_cpu_s: memory and CPU time for one image; together, the large ones
-    take no more than max_decode_bytes.
+    max_bytes, max_pixels: of one file. num_processes: how many small images are decoded at once, and how many
+    large ones. max_decode_bytes, max_cpu_s: memory and CPU time for one image; together, the large ones take
+    no more than max_decode_bytes.
     """
 
     def __init__(
@@ -126,19 +126,18 @@ class DecodeProcesses:
     one. Within each group, the first to come is the first to be served.
     """
 
-    def __init__(self, num_small: int, *, max_decode_bytes: int, max_cpu_s: float) -> None:
-        num_large = max(1, num_small // 2)
-        self._num_small = num_small
+    def __init__(self, num_of_each: int, *, max_decode_bytes: int, max_cpu_s: float) -> None:
+        self._num_of_each = num_of_each
         self._max_decode_bytes = max_decode_bytes
         self._max_cpu_s = max_cpu_s
-        self._small = asyncio.Semaphore(num_small)
-        self._large = asyncio.Semaphore(num_large)
+        self._small = asyncio.Semaphore(num_of_each)
+        self._large = asyncio.Semaphore(num_of_each)
         self._large_bytes = ByteBudget(max_decode_bytes)
-        self._processes = CapacityLimiter(num_small + num_large)
+        self._processes = CapacityLimiter(2 * num_of_each)
 
     async def start(self) -> None:
         """Start those for small images. Raises NotReadyError where they cannot be started."""
-        await asyncio.gather(*(self._check_that_processes_start() for _ in range(self._num_small)))
+        await asyncio.gather(*(self._check_that_processes_start() for _ in range(self._num_of_each)))
 
     async def decode(self, data: bytes, header: ImageHeader, image_size: int, max_pixels: int) -> bytes:
         """Decode an image file; see `decode_within_limits`, whose errors it raises.
@@ -151,16 +150,14 @@ class DecodeProcesses:
                 f"decoding the image takes {num_bytes} bytes, the limit is {self._max_decode_bytes} "
                 "(BLIP2_DECODE_BYTES); downscale it, or save it as a plain JPEG or PNG"
             )
-        call = partial(partial, data=data, side=image_size, max_pixels=max_pixels, max_bytes=num_bytes)
+        work = partial(decode_within_limits, data, image_size, max_pixels=max_pixels, max_bytes=num_bytes)
         if num_bytes <= SMALL_DECODE_BYTES:
             async with self._small:
                 with suppress(BrokenWorkerProcess, TimeoutError):
-                    return await self._run(
-                        call(decode_within_limits, max_cpu_s=min(_SMALL_CPU_S, self._max_cpu_s))
-                    )
+                    return await self._run(partial(work, max_cpu_s=min(_SMALL_CPU_S, self._max_cpu_s)))
         async with self._large, self._large_bytes.hold(num_bytes):
             try:
-                return await self._run(call(decode_in_background, max_cpu_s=self._max_cpu_s))
+                return await self._run(partial(work, max_cpu_s=self._max_cpu_s))
             except (BrokenWorkerProcess, OSError):
                 await self._check_that_processes_start()
                 raise InvalidImageError(

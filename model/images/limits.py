@@ -9,8 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +21,6 @@ _M_TRIM_THRESHOLD: Final = -1
 _KEPT_BYTES: Final = 2**25  # that were freed: new pages cost a quarter of the time of decoding a small image
 _M_ARENA_MAX: Final = -8
 _PR_SET_PDEATHSIG: Final = 1
-_NICE: Final = 5  # a third of the share of a thread that is not nice
 _STATM: Final = Path("/proc/self/statm")
 _HAS_LIMITS: Final = sys.platform == "linux"
 
@@ -63,21 +61,6 @@ def decode_within_limits(
         except MemoryError:
             message = f"decoding the image takes more than {max_bytes} bytes; save it again as a PNG or JPEG"
     raise InvalidImageFileError(message)
-
-
-def decode_in_background(
-    data: bytes, side: int, *, max_pixels: int, max_bytes: int, max_cpu_s: float
-) -> bytes:
-    """Decode as `decode_within_limits`, at a low priority where the machine has other work."""
-    prepare_process()
-    with ThreadPoolExecutor(1, initializer=_lower_priority) as thread:
-        work = partial(decode_within_limits, max_pixels=max_pixels, max_bytes=max_bytes, max_cpu_s=max_cpu_s)
-        return thread.submit(work, data, side).result()
-
-
-def _lower_priority() -> None:
-    if _HAS_LIMITS:
-        os.nice(_NICE)  # of this thread alone, on Linux; a process could not take it back
 
 
 @contextlib.contextmanager

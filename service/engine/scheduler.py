@@ -123,7 +123,7 @@ class Scheduler:
         return None
 
     def _fits(self, request: AnyRequest) -> bool:
-        """Return whether the images of a request may be held beside those of the admitted long match requests."""
+        """Return whether the images of a long match request may be held beside those of the admitted ones."""
         long_match = AdmissionClass.LONG_MATCH
         if request.admission_class is not long_match:
             return True

@@ -59,7 +59,7 @@ class Settings(BaseSettings):
         default=4,
         ge=1,
         le=64,
-        description="images decoded at once, each in a process; large ones: half as many",
+        description="images decoded at once, each in a process; as many large ones",
     )
     decode_bytes: int = Field(
         default=528 * 2**20,

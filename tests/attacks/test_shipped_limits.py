@@ -52,10 +52,9 @@ def in_bytes(quantity: str) -> int:
 
 def test_the_sum_of_all_defaults_fits_the_shipped_limits() -> None:
     settings = Settings()
-    num_small, num_large = settings.preprocess_threads, max(1, settings.preprocess_threads // 2)
     bounded = {
-        "processes": (num_small + num_large) * PROCESS_BYTES,
-        "small images": num_small * SMALL_DECODE_BYTES,
+        "processes": 2 * settings.preprocess_threads * PROCESS_BYTES,
+        "small images": settings.preprocess_threads * SMALL_DECODE_BYTES,
         "large images": settings.decode_bytes,
         "uploads": settings.max_upload_bytes,
         "the body that is parsed": PARSED_COPIES * settings.max_body_bytes,

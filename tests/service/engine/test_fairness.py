@@ -78,7 +78,9 @@ def test_few_candidates_do_not_wait_for_those_of_many() -> None:
     with running_engine(max_rows=32, started=False) as harness:
         images = [ImageInput(f"image{index}", pixels(1), {}) for index in range(2000)]
         large = {f"large{index}": harness.match("a", *images[index::3]) for index in range(3)}
-        texts = {f"texts{index}": harness.match(images[0], *(f"b{n}" for n in range(65))) for index in range(3)}
+        texts = {
+            f"texts{index}": harness.match(images[0], *(f"b{n}" for n in range(65))) for index in range(3)
+        }
         small = harness.match("a", images[0], images[1])
         assert order_of_answers(harness, **large, **texts, small=small)[0] == "small"
 
