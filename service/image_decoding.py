@@ -10,12 +10,14 @@ import hashlib
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
-from anyio import BrokenWorkerProcess, CapacityLimiter, to_process
+from anyio import BrokenWorkerProcess, CapacityLimiter, open_process, to_process
+from anyio.abc import Process
 from torch import Tensor
 
 from model.errors import ModelError
@@ -32,6 +34,7 @@ _WALL_FACTOR: Final = 20  # of CPU time: a large image waits for whatever else t
 _SMALL_FILE_BYTES: Final = 2**18  # a larger one is hashed in a thread, which takes a millisecond and more
 _RETRY_S: Final = 5
 _DATA_URI: Final = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]+)*?;base64,", re.ASCII)
+_STARTED: Final = ContextVar[list[Process]]("started")  # the processes that a call has started
 T = TypeVar("T")
 S = TypeVar("S", str, bytes, str | bytes)
 
@@ -168,8 +171,17 @@ class DecodeProcesses:
 
     async def _run(self, work: Callable[[], T]) -> T:
         """Run a call in a process; cancelling it kills the process, and another one takes its place."""
+        started = list[Process]()
+        _STARTED.set(started)
         async with asyncio.timeout(_WALL_FACTOR * self._max_cpu_s):
-            return await to_process.run_sync(work, cancellable=True, limiter=self._processes)
+            try:
+                return await to_process.run_sync(work, cancellable=True, limiter=self._processes)
+            except asyncio.CancelledError:
+                for process in started:  # anyio leaves one that was cancelled while it started
+                    with suppress(ProcessLookupError):
+                        process.kill()
+                    await process.aclose()
+                raise
 
     async def _check_that_processes_start(self) -> None:
         """Raise NotReadyError where a process does not start: then it is not the image that is at fault."""
@@ -179,6 +191,15 @@ class DecodeProcesses:
             raise NotReadyError(
                 "no process for decoding can be started; see the log of the service", retry_after_s=_RETRY_S
             ) from exc
+
+
+async def _open_and_note(*args: Any, **options: Any) -> Process:
+    process = await open_process(*args, **options)
+    _STARTED.get().append(process)
+    return process
+
+
+to_process.open_process = _open_and_note  # type: ignore[attr-defined]  # what it calls to start a process
 
 
 class ByteBudget:

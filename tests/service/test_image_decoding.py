@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import os
 import random
 import struct
 import time
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.process_memory import descendants
 from model.images.decoding import decode_image
 from model.images.resize import resize_to_square
 from service.errors import ImageTooLargeError, InvalidImageError, ServiceError, UnsupportedImageError
@@ -258,3 +260,13 @@ async def test_cancelling_ends_the_decoding(decoder: ImageDecoder) -> None:
             await decoder.decode_pixels(file, SIZE)
     assert time.monotonic() - started < 3
     assert (await pixels_of(decoder, encode(photo()))).shape == (SIZE, SIZE, 3)
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.03, 0.06])  # a process starts in a tenth of a second
+async def test_cancelling_while_a_process_starts_leaves_none(decoder: ImageDecoder, seconds: float) -> None:
+    before = set(descendants(os.getpid()))
+    file = await decoder.read(encode(photo()))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await decoder.decode_pixels(file, SIZE)
+    assert set(descendants(os.getpid())) <= before
