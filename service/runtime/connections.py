@@ -44,6 +44,11 @@ class BoundedProtocol(H11Protocol):
         self._num_discarded = 0
 
     @property
+    def awaits_reader(self) -> bool:
+        """Whether the caller has not read enough of an answer for more of it to be sent."""
+        return self.flow.write_paused
+
+    @property
     def awaits_body(self) -> bool:
         """Whether a part of the body is still to come."""
         return self._has_request and self.cycle.more_body
@@ -73,6 +78,14 @@ class BoundedProtocol(H11Protocol):
         self._pool.note_bytes(self)
         self.app_state = {**self._lifespan_state, ACCESS: self._pool.access()}
         super().data_received(data)
+        self._pool.update(self)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._pool.update(self)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
         self._pool.update(self)
 
     def _is_discarding(self, num_bytes: int) -> bool:

@@ -130,6 +130,22 @@ def test_where_all_connections_are_busy_probes_are_answered_and_the_rest_is_refu
         assert held.metric('blip2_shed_total{reason="too_many_connections"}') == 1
 
 
+def test_callers_that_do_not_read_make_room(tmp_path: Path) -> None:
+    limit = 16
+    requests = b"GET /openapi.json HTTP/1.1\r\nHost: test\r\n\r\n" * 500  # more than buffers take
+    body = {"image": in_base64(picture(0)), "num_beams": 1}
+    with service(tmp_path, model="tiny", max_connections=limit) as running, ExitStack() as stack:
+        for _ in range(limit + NUM_EXTRA):
+            stack.enter_context(connected(running)).sendall(requests)
+
+        def is_answered() -> bool:
+            return httpx.post(f"{running.url}/caption", json=body, timeout=30).status_code == 200
+
+        poll(is_answered, 30, "room")  # until the buffers are full, they are busy
+        assert all(is_answered() for _ in range(limit))
+        assert httpx.get(f"{running.url}/livez", timeout=5).status_code == 200
+
+
 def test_the_port_for_probes_serves_nothing_else(limited: ServiceProcess) -> None:
     paths = ("/livez", "/readyz", "/startupz", "/health", "/version", "/metrics")
     assert [probe(PROBE_PORT, path) for path in paths] == [200] * len(paths)
