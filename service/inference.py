@@ -31,6 +31,7 @@ from service.errors import FieldError, InferenceFailedError, RequestError, Servi
 from service.image_decoding import ImageDecoder, ImageFile
 from service.model_backend import Backend, EncoderId
 
+_MAX_INLINE_CHARS: Final = 2**13  # of all prompts, which take a millisecond; more are tokenized in a thread
 _MAX_DECODED_AT_ONCE: Final = 8  # images of one request, so that those of others come between them
 
 T = TypeVar("T")
@@ -124,7 +125,7 @@ class Inference:
         questions: what a question-conditioned Q-Former reads; None: the prompts. Raises InvalidPromptError
         where a prompt is too long.
         """
-        tokenized = self._tokenize(prompts, prompts if questions is None else questions, params)
+        tokenized = await self._tokenize(prompts, prompts if questions is None else questions, params)
         (reservation,) = self._queue.make_reservations(
             len(prompts), num_bytes=self._image_bytes(EncoderId.MAIN)
         )
@@ -141,7 +142,7 @@ class Inference:
         caller: str = "",
     ) -> list[ServedAnswer[Generations] | ServiceError]:
         """Generate texts for one prompt about each image, all queued or none. A bad image fails alone."""
-        tokenized = self._tokenize([prompt], [prompt], params)
+        tokenized = await self._tokenize([prompt], [prompt], params)
         reservations = self._queue.make_reservations(
             *[1] * len(images), num_bytes=self._image_bytes(EncoderId.MAIN)
         )
@@ -187,10 +188,14 @@ class Inference:
         """Return the number of bytes of one decoded image: 8 bits for each of three channels."""
         return 3 * self._backend.image_size(encoder) ** 2
 
-    def _tokenize(
+    async def _tokenize(
         self, prompts: Sequence[str], questions: Sequence[str], params: GenerationParams
     ) -> TokenizedPrompts:
-        prompt_ids = tuple(self._backend.tokenize_prompt(prompt, params) for prompt in prompts)
+        def tokenize() -> tuple[tuple[int, ...], ...]:
+            return tuple(self._backend.tokenize_prompt(prompt, params) for prompt in prompts)
+
+        is_long = sum(map(len, prompts)) > _MAX_INLINE_CHARS
+        prompt_ids = await asyncio.to_thread(tokenize) if is_long else tokenize()
         is_conditioned = self._backend.is_question_conditioned
         return TokenizedPrompts(prompt_ids, params, tuple(questions) if is_conditioned else ())
 
@@ -254,10 +259,12 @@ class Inference:
         known = cached[digest]
         is_known = required <= known.keys() or EmbeddingKind.IMAGE_FEATURES in known
         pixels = None
-        if not is_known:
-            async with turns:
-                pixels = await self._image_decoder.decode_pixels(file, self._backend.image_size(encoder))
-        image.drop()
+        try:
+            if not is_known:
+                async with turns:
+                    pixels = await self._image_decoder.decode_pixels(file, self._backend.image_size(encoder))
+        finally:
+            image.drop()
         return ImageInput(digest, pixels, known, encoder)
 
 

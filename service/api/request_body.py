@@ -31,7 +31,7 @@ from service.errors import (
 from service.runtime.readiness import UploadLease
 from service.runtime.settings import Settings
 
-_MAX_INLINE_BYTES: Final = 2**20  # parsed within some milliseconds; longer bodies are by a thread
+_MAX_INLINE_BYTES: Final = 2**16  # parsed within some milliseconds; longer bodies are by a thread
 # Generous, so that a count beyond a setting is explained by its name.
 _VALUES_PER_ITEM: Final = 4
 _OTHER_VALUES: Final = 256

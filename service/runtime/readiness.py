@@ -74,7 +74,8 @@ class Uploads:
         now = time.monotonic()
         displaced = []
         for lease in sorted(self.arriving, key=lambda lease: lease.bytes_per_s(now)):
-            if num_bytes > 0 and lease is not newcomer and now - lease.started >= _MIN_ARRIVAL_S:
+            can_be_displaced = now - lease.started >= _MIN_ARRIVAL_S and not lease.has_expired
+            if num_bytes > 0 and lease is not newcomer and can_be_displaced:
                 displaced.append(lease)
                 num_bytes -= lease.num_bytes
         if num_bytes > 0:
@@ -131,6 +132,11 @@ class UploadLease:
 
     def close(self) -> None:
         self.release(self.num_bytes)
+
+    @property
+    def has_expired(self) -> bool:
+        """Whether its time to arrive is over, and it ends at the next turn of the event loop."""
+        return self._arrival is not None and self._arrival.expired()
 
     def bytes_per_s(self, now: float) -> float:
         return self._num_arrived / max(now - self.started, 1e-3)
