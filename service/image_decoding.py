@@ -199,7 +199,8 @@ async def _open_and_note(*args: Any, **options: Any) -> Process:
     return process
 
 
-to_process.open_process = _open_and_note  # type: ignore[attr-defined]  # what it calls to start a process
+# What anyio calls to start a process: nothing else tells of one that is cancelled while it starts.
+to_process.open_process = _open_and_note  # type: ignore[attr-defined]
 
 
 class ByteBudget:
