@@ -65,6 +65,11 @@ class LanguageModel(nn.Module):
         self._unsupported_reason = unsupported_reason(llm)
 
     @property
+    def num_embeddings(self) -> int:
+        """The number of word embeddings; ids of tokens are below it."""
+        return len(self.llm.get_input_embeddings().weight)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.llm.get_input_embeddings().weight.dtype
 
