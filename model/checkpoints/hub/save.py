@@ -88,9 +88,9 @@ def _check_image_token(language_model: LanguageModel, tokenizer: PreTrainedToken
     token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if token_id >= language_model.num_embeddings:
         raise CheckpointError(
-            f"transformers' BLIP-2 marks images by a token {IMAGE_TOKEN!r}, which would have the id {token_id}, "
-            f"and the language model has {language_model.num_embeddings} word embeddings, too few; save an "
-            "adapter, or add embeddings with transformers' resize_token_embeddings"
+            f"transformers' BLIP-2 marks images by a token {IMAGE_TOKEN!r}, which would have the id "
+            f"{token_id}, and the language model has {language_model.num_embeddings} word embeddings; "
+            "save an adapter, or add embeddings with transformers' resize_token_embeddings"
         )
 
 
@@ -123,8 +123,8 @@ def _config(
 def _text_config(language_model: LanguageModel) -> dict[str, Any]:
     """Return the configuration of a language model with all that `generate` reads, and nothing else, in it.
 
-    transformers' BLIP-2 derives the generation config of its language model from these fields alone. Without a
-    text, it puts the begin token behind the image tokens, where the special tokens around a prompt belong.
+    transformers' BLIP-2 derives the generation config of its language model from these fields alone. Without
+    a text, it puts the begin token behind the image tokens, where the special tokens of a prompt belong.
     """
     fields: dict[str, Any] = language_model.llm.config.to_dict()
     special_tokens = [*itertools.chain(*language_model.model_family.special_tokens)]

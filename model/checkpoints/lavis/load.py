@@ -29,6 +29,7 @@ from model.checkpoints.frozen import (
 )
 from model.checkpoints.hashing import hash_file
 from model.checkpoints.lavis.config import ENCODERS, LavisConfig
+from model.checkpoints.lavis.language_model import trained_fields
 from model.checkpoints.lavis.tensor_names import find_language_family, from_lavis
 from model.checkpoints.load_options import IN_FLOAT32, LoadOptions
 from model.checkpoints.loaded_checkpoint import LoadedCheckpoint, Source
@@ -134,6 +135,7 @@ def _build_generation(
         tensors.path.parent / config.language_model,
         options,
         tensors=tensors if tensors.has(LANGUAGE_PREFIX) else None,
+        trained_fields=partial(trained_fields, config),
     )
     if (found := language_model.llm.config.model_type) != config.arch.removeprefix("blip2_"):
         raise CheckpointError(
