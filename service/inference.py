@@ -16,6 +16,7 @@ from model import EmbeddingKind, GenerationParams
 from service.cache.embedding_cache import EmbeddingCache, Lookup
 from service.engine.image_pool import ImageInput
 from service.engine.request import (
+    MIN_BULK_CANDIDATES,
     Answer,
     GenerateInput,
     Generations,
@@ -86,8 +87,8 @@ class TokenizedPrompts:
 class Inference:
     """Runs requests: decodes images, looks up embeddings, queues, awaits the answer.
 
-    max_images: a request of more is a bulk request for the cache. deadline: on the monotonic clock, or None;
-    past it a request never reaches the device. caller: see `Request`.
+    deadline: on the monotonic clock, or None; past it a request never reaches the device. caller: see
+    `Request`.
 
     All methods raise OverloadedError or NotReadyError where the queue refuses the work, a RequestError where
     an image cannot be used, and InferenceFailedError where the model fails on it.
@@ -100,14 +101,12 @@ class Inference:
         cache: EmbeddingCache,
         queue: RequestQueue,
         *,
-        max_images: int,
         observe_queue_s: Callable[[float], None],
     ) -> None:
         self._backend = backend
         self._image_decoder = image_decoder
         self._cache = cache
         self._queue = queue
-        self._max_images = max_images
         self._observe_queue_s = observe_queue_s
 
     async def generate(
@@ -173,15 +172,13 @@ class Inference:
         sides = [query, *candidates]
         uploads = [side for side in sides if isinstance(side, Upload)]
         encoder = self._backend.matching_encoder
-        (reservation,) = self._queue.make_reservations(
-            len(candidates), num_bytes=self._image_bytes(encoder) * len(uploads)
-        )
+        is_bulk, num_bytes = len(candidates) >= MIN_BULK_CANDIDATES, self._image_bytes(encoder) * len(uploads)
+        (reservation,) = self._queue.make_reservations(len(candidates), num_bytes=num_bytes, is_bulk=is_bulk)
         with reservation:
             started = time.monotonic()
-            is_bulk = len(uploads) > self._max_images
             images = iter(await self._load_images(uploads, required_to_match(mode), encoder, is_bulk=is_bulk))
             resolved = [side if isinstance(side, str) else next(images) for side in sides]
-            inputs = MatchInput(resolved[0], tuple(resolved[1:]), mode, rerank_k, top_k, is_bulk)
+            inputs = MatchInput(resolved[0], tuple(resolved[1:]), mode, rerank_k, top_k)
             return await self._submit(reservation, Request(inputs, deadline, caller=caller), started)
 
     def _image_bytes(self, encoder: EncoderId) -> int:
