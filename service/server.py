@@ -19,7 +19,7 @@ from service.api.responses import problem_response
 from service.errors import InvalidHttpError
 from service.model_backend import Backend
 from service.runtime.connection_pool import KEEP_ALIVE_S, Access, ConnectionPool
-from service.runtime.connections import BoundedProtocol
+from service.runtime.connections import MAX_TINY_CHUNKS, TINY_BYTES, BoundedProtocol
 from service.runtime.lifecycle import EngineLostError, FatalError, Lifecycle, Loader, StartupError
 from service.runtime.listener import BACKLOG, MAX_PROBE_CONNECTIONS, NUM_EXTRA, limit_connections
 from service.runtime.loading import load_backend
@@ -144,7 +144,10 @@ def _build_pools(
 
 
 def _reject(request_id: str) -> Response:
-    error = InvalidHttpError("the bytes on this connection are no HTTP/1.1 request; check the client")
+    error = InvalidHttpError(
+        "the bytes on this connection are no HTTP/1.1 request, or the body comes in more than "
+        f"{MAX_TINY_CHUNKS} chunks of fewer than {TINY_BYTES} bytes; check the client"
+    )
     return problem_response(error, request_id, {REQUEST_ID_HEADER: request_id, **CONTENT_TYPE_OPTIONS})
 
 
