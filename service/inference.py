@@ -33,7 +33,7 @@ from service.image_decoding import ImageDecoder, ImageFile
 from service.model_backend import Backend, EncoderId
 
 _MAX_INLINE_CHARS: Final = 2**13  # of all prompts, which take a millisecond; more are tokenized in a thread
-_MAX_DECODED_AT_ONCE: Final = 8  # images of one request, so that those of others come between them
+_MAX_DECODED_AT_ONCE: Final = 4  # images of one request, so that those of others come between them
 
 T = TypeVar("T")
 
@@ -42,12 +42,13 @@ T = TypeVar("T")
 class Upload:
     """An image as received, which is taken once, so that nothing holds it longer than its decoding.
 
-    source: base64, a data: URI, or the file itself; None once taken. field: its name in errors.
-    release: called with the size of the source when it and the file are dropped.
+    source: base64, a data: URI, or the file itself; None once taken. field: its name in errors. caller: see
+    `Request`. release: called with the size of the source when it and the file are dropped.
     """
 
     source: str | bytes | None
     field: str = "image"
+    caller: str = ""
     release: Callable[[int], None] | None = dataclass_field(default=None, compare=False)
     num_bytes: int = dataclass_field(init=False, compare=False)
 
@@ -128,8 +129,7 @@ class Inference:
         (reservation,) = self._queue.make_reservations(
             len(prompts), num_bytes=self._image_bytes(EncoderId.MAIN)
         )
-        with reservation:
-            return await self._generate(reservation, image, tokenized, deadline, caller)
+        return await self._generate(reservation, image, tokenized, deadline, caller)
 
     async def generate_each(
         self,
@@ -204,11 +204,12 @@ class Inference:
         deadline: float | None,
         caller: str,
     ) -> ServedAnswer[Generations]:
-        started = time.monotonic()
-        required = required_to_generate(is_question_conditioned=bool(tokenized.questions))
-        (image_input,) = await self._load_images([image], required, EncoderId.MAIN)
-        inputs = GenerateInput(image_input, tokenized.prompt_ids, tokenized.params, tokenized.questions)
-        return await self._submit(reservation, Request(inputs, deadline, caller=caller), started)
+        with reservation:
+            started = time.monotonic()
+            required = required_to_generate(is_question_conditioned=bool(tokenized.questions))
+            (image_input,) = await self._load_images([image], required, EncoderId.MAIN)
+            inputs = GenerateInput(image_input, tokenized.prompt_ids, tokenized.params, tokenized.questions)
+            return await self._submit(reservation, Request(inputs, deadline, caller=caller), started)
 
     async def _submit(self, reservation: Reservation, request: Request[T], started: float) -> ServedAnswer[T]:
         reservation.submit(request)
@@ -259,7 +260,8 @@ class Inference:
         try:
             if not is_known:
                 async with turns:
-                    pixels = await self._image_decoder.decode_pixels(file, self._backend.image_size(encoder))
+                    size = self._backend.image_size(encoder)
+                    pixels = await self._image_decoder.decode_pixels(file, size, caller=image.caller)
         finally:
             image.drop()
         return ImageInput(digest, pixels, known, encoder)
