@@ -16,6 +16,7 @@ from model import EmbeddingKind, GenerationParams
 from service.cache.embedding_cache import EmbeddingCache, Lookup
 from service.engine.image_pool import ImageInput
 from service.engine.request import (
+    MIN_BULK_CANDIDATES,
     Answer,
     GenerateInput,
     Generations,
@@ -32,7 +33,7 @@ from service.image_decoding import ImageDecoder, ImageFile
 from service.model_backend import Backend, EncoderId
 
 _MAX_INLINE_CHARS: Final = 2**13  # of all prompts, which take a millisecond; more are tokenized in a thread
-_MAX_DECODED_AT_ONCE: Final = 8  # images of one request, so that those of others come between them
+_MAX_DECODED_AT_ONCE: Final = 4  # images of one request, so that those of others come between them
 
 T = TypeVar("T")
 
@@ -41,12 +42,13 @@ T = TypeVar("T")
 class Upload:
     """An image as received, which is taken once, so that nothing holds it longer than its decoding.
 
-    source: base64, a data: URI, or the file itself; None once taken. field: its name in errors.
-    release: called with the size of the source when it and the file are dropped.
+    source: base64, a data: URI, or the file itself; None once taken. field: its name in errors. caller: see
+    `Request`. release: called with the size of the source when it and the file are dropped.
     """
 
     source: str | bytes | None
     field: str = "image"
+    caller: str = ""
     release: Callable[[int], None] | None = dataclass_field(default=None, compare=False)
     num_bytes: int = dataclass_field(init=False, compare=False)
 
@@ -86,8 +88,8 @@ class TokenizedPrompts:
 class Inference:
     """Runs requests: decodes images, looks up embeddings, queues, awaits the answer.
 
-    max_images: a request of more is a bulk request for the cache. deadline: on the monotonic clock, or None;
-    past it a request never reaches the device. caller: see `Request`.
+    deadline: on the monotonic clock, or None; past it a request never reaches the device. caller: see
+    `Request`.
 
     All methods raise OverloadedError or NotReadyError where the queue refuses the work, a RequestError where
     an image cannot be used, and InferenceFailedError where the model fails on it.
@@ -100,14 +102,12 @@ class Inference:
         cache: EmbeddingCache,
         queue: RequestQueue,
         *,
-        max_images: int,
         observe_queue_s: Callable[[float], None],
     ) -> None:
         self._backend = backend
         self._image_decoder = image_decoder
         self._cache = cache
         self._queue = queue
-        self._max_images = max_images
         self._observe_queue_s = observe_queue_s
 
     async def generate(
@@ -129,8 +129,7 @@ class Inference:
         (reservation,) = self._queue.make_reservations(
             len(prompts), num_bytes=self._image_bytes(EncoderId.MAIN)
         )
-        with reservation:
-            return await self._generate(reservation, image, tokenized, deadline, caller)
+        return await self._generate(reservation, image, tokenized, deadline, caller)
 
     async def generate_each(
         self,
@@ -173,15 +172,13 @@ class Inference:
         sides = [query, *candidates]
         uploads = [side for side in sides if isinstance(side, Upload)]
         encoder = self._backend.matching_encoder
-        (reservation,) = self._queue.make_reservations(
-            len(candidates), num_bytes=self._image_bytes(encoder) * len(uploads)
-        )
+        is_bulk, num_bytes = len(candidates) >= MIN_BULK_CANDIDATES, self._image_bytes(encoder) * len(uploads)
+        (reservation,) = self._queue.make_reservations(len(candidates), num_bytes=num_bytes, is_bulk=is_bulk)
         with reservation:
             started = time.monotonic()
-            is_bulk = len(uploads) > self._max_images
             images = iter(await self._load_images(uploads, required_to_match(mode), encoder, is_bulk=is_bulk))
             resolved = [side if isinstance(side, str) else next(images) for side in sides]
-            inputs = MatchInput(resolved[0], tuple(resolved[1:]), mode, rerank_k, top_k, is_bulk)
+            inputs = MatchInput(resolved[0], tuple(resolved[1:]), mode, rerank_k, top_k)
             return await self._submit(reservation, Request(inputs, deadline, caller=caller), started)
 
     def _image_bytes(self, encoder: EncoderId) -> int:
@@ -207,11 +204,12 @@ class Inference:
         deadline: float | None,
         caller: str,
     ) -> ServedAnswer[Generations]:
-        started = time.monotonic()
-        required = required_to_generate(is_question_conditioned=bool(tokenized.questions))
-        (image_input,) = await self._load_images([image], required, EncoderId.MAIN)
-        inputs = GenerateInput(image_input, tokenized.prompt_ids, tokenized.params, tokenized.questions)
-        return await self._submit(reservation, Request(inputs, deadline, caller=caller), started)
+        with reservation:
+            started = time.monotonic()
+            required = required_to_generate(is_question_conditioned=bool(tokenized.questions))
+            (image_input,) = await self._load_images([image], required, EncoderId.MAIN)
+            inputs = GenerateInput(image_input, tokenized.prompt_ids, tokenized.params, tokenized.questions)
+            return await self._submit(reservation, Request(inputs, deadline, caller=caller), started)
 
     async def _submit(self, reservation: Reservation, request: Request[T], started: float) -> ServedAnswer[T]:
         reservation.submit(request)
@@ -262,7 +260,8 @@ class Inference:
         try:
             if not is_known:
                 async with turns:
-                    pixels = await self._image_decoder.decode_pixels(file, self._backend.image_size(encoder))
+                    size = self._backend.image_size(encoder)
+                    pixels = await self._image_decoder.decode_pixels(file, size, caller=image.caller)
         finally:
             image.drop()
         return ImageInput(digest, pixels, known, encoder)
