@@ -8,8 +8,9 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from model.language import IMAGE_TOKEN, SpecialTokenTemplate
+from model.language import SpecialTokenTemplate
 from model.preprocess import ImagePreprocessor
+from model.text_encoder import IMAGE_TOKEN
 
 
 def build_processor_tokenizer(

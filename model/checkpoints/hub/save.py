@@ -20,8 +20,9 @@ from model.checkpoints.hub.processor import build_processor_tokenizer, save_proc
 from model.checkpoints.qformer_branch import qformer_branch_tensors
 from model.components import Blip2Components
 from model.errors import CheckpointError
-from model.language import IMAGE_TOKEN, LanguageModel, SpecialTokenTemplate
+from model.language import LanguageModel, SpecialTokenTemplate
 from model.matching import Matcher
+from model.text_encoder import IMAGE_TOKEN
 
 # Tensors that the retrieval format does not have.
 DROPPED = ("text_head.", "temperature")

@@ -158,12 +158,10 @@ def _build_retrieval(
 ) -> Blip2Components:
     assert config.tokenizer is not None, "the configuration was checked when it was read"
     trained = tensors.read(skip=(VISION_PREFIX,), dtype=torch.float32, device=options.device)
+    qformer_config = _qformer_config(config, trained, vision_model, tensors.path)
+    tokenizer = load_text_tokenizer(tensors.path.parent / config.tokenizer, qformer_config.vocab_size)
     with torch.device("meta"):
-        matcher = Matcher(
-            _qformer_config(config, trained, vision_model, tensors.path),
-            load_text_tokenizer(tensors.path.parent / config.tokenizer),
-            vision_layer_norm_eps=vision_model.layer_norm_eps,
-        )
+        matcher = Matcher(qformer_config, tokenizer, vision_layer_norm_eps=vision_model.layer_norm_eps)
     if not any(name.startswith("text_head.") for name in trained):  # converted from the Hub's format
         matcher.text_head = None
     head = trained.pop(TIED_HEAD, None)
