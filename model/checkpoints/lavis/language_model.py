@@ -1,4 +1,4 @@
-"""What LAVIS changes in a language model of its authors: the end token of OPT, the activation of T5.
+"""LAVIS' changes to published language models: the end token of OPT, the activation of T5.
 
 Its files were trained with these changes, and neither the .pth file nor the directory of the language model
 says so.

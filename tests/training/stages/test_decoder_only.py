@@ -92,7 +92,7 @@ def build_bpe_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
 
 
-PROMPTS = (
+PROMPTS: tuple[tuple[str, str, list[str]], ...] = (
     ("Q: a? A:", "red", ["Ġred"]),  # as the model generates it: behind the prompt of the service
     ("a photo of", "a red", ["Ġa", "Ġred"]),
     ("a photo of ", "red a", ["red", "Ġa"]),  # the prompt ends in the space

@@ -1,4 +1,4 @@
-"""What is saved for the Hub answers in transformers, by its processor and its `generate`, as it does here."""
+"""A checkpoint saved for the Hub answers in transformers, by processor and `generate`, as it does here."""
 
 import dataclasses
 import json
