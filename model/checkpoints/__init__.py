@@ -12,6 +12,7 @@ from model.checkpoints.adapter import (
 )
 from model.checkpoints.frozen import load_language_model, load_vision_model
 from model.checkpoints.hub import load_hub, save_hub
+from model.checkpoints.hub.peft import is_peft_adapter, load_peft
 from model.checkpoints.json_records import read_json
 from model.checkpoints.lavis import load_lavis
 from model.checkpoints.load_options import IN_FLOAT32, LoadOptions, Quantization
@@ -31,6 +32,8 @@ def load_blip2(
     path = resolve(name_or_path, revision=revision)
     if path.suffix == ".pth":
         checkpoint = load_lavis(path, options)
+    elif is_peft_adapter(path):
+        checkpoint = load_peft(path, options)
     else:
         fields = read_json(path / "config.json")
         if fields.get("format") == FORMAT:
@@ -45,7 +48,7 @@ def load_blip2(
 def resolve_retrieval_model(name_or_path: str, *, revision: str | None = None) -> Path:
     """Return the path of a retrieval model: the adapter that a generation adapter names, else its own."""
     path = resolve(name_or_path, revision=revision)
-    return path if path.suffix == ".pth" else find_retrieval_model(path)
+    return path if path.suffix == ".pth" or is_peft_adapter(path) else find_retrieval_model(path)
 
 
 __all__ = [

@@ -8,6 +8,7 @@ from model.checkpoints.adapter import ADAPTER, find_frozen_model
 from model.checkpoints.adapter.config import FORMAT, AdapterConfig
 from model.checkpoints.frozen import FINAL_NORM_PREFIX, LANGUAGE_PREFIX, VISION_PREFIX
 from model.checkpoints.hub import GENERATION, RETRIEVAL
+from model.checkpoints.hub.peft import find_base_model, is_peft_adapter
 from model.checkpoints.json_records import read_json
 from model.checkpoints.lavis import LavisConfig, from_lavis, read_pickle
 from model.checkpoints.tensors import TensorFiles, TensorHeader
@@ -84,6 +85,9 @@ def _read_headers(path: Path) -> tuple[str, list[TensorHeader]]:
             if directory and not any(header.name.startswith(prefix) for header in headers):
                 headers += _headers_of_frozen_model(path.parent / directory, prefix)
         return f"LAVIS, {lavis.arch}", headers
+    if is_peft_adapter(path):
+        kind, headers = _read_headers(find_base_model(path))
+        return f"{kind}, with a PEFT adapter to merge", headers
     fields = read_json(path / "config.json")
     if fields.get("format") == FORMAT:
         config = AdapterConfig.read(path)

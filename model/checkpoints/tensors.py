@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from model.checkpoints.foreign_tensors import check_names
 from model.checkpoints.hashing import hash_file
 from model.checkpoints.json_records import read_json
 from model.devices import CPU
@@ -90,13 +91,17 @@ class TensorFiles:
     """The tensors of one safetensors file, or of the shards that an index names."""
 
     def __init__(self, directory: Path, file_name: str = WEIGHTS) -> None:
-        """Open the files and read their headers. Raises CheckpointError where one is absent or damaged."""
+        """Open the files and read their headers.
+
+        Raises CheckpointError where one is absent or damaged, and for the tensors of a wrapped, quantised or
+        unmerged model.
+        """
         self.directory = directory
         self._files = [directory / name for name in _file_names(directory, file_name)]
         self.path = self._files[0] if len(self._files) == 1 else directory / INDEX
         for path in self._files:
-            with _open(path):
-                pass
+            with _open(path) as tensors:
+                check_names(tensors.keys(), path)
 
     def read(
         self,

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import Blip2Config, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from model.checkpoints.foreign_tensors import check_merged
 from model.checkpoints.frozen.llm import find_llm_config, load_llm
 from model.checkpoints.frozen.placement import place_llm
 from model.checkpoints.frozen.tokenizer import load_tokenizer
@@ -32,6 +33,7 @@ def load_language_model(
     fields of the configuration that a checkpoint was trained with, where the directory has others.
     Raises CheckpointError where a file is absent, damaged or of another model, and for a T5 in float16.
     """
+    check_merged(directory)
     path = directory / "config.json"
     fields: dict[str, Any] = read_json(path)
     is_inside_blip2 = fields.get("model_type") == Blip2Config.model_type

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.utils import logging
 
+from model.checkpoints.foreign_tensors import check_unquantised
 from model.errors import CheckpointError
 
 C = TypeVar("C")
@@ -30,10 +31,11 @@ def silence_transformers() -> Iterator[None]:
 
 
 def build_config(config_class: type[C], path: Path, fields: Mapping[str, Any]) -> C:
-    """Build a transformers configuration. Raises CheckpointError where the file is of another model."""
+    """Build a transformers configuration. Raises CheckpointError for another model or quantised weights."""
     expected = getattr(config_class, "model_type", None)
     if (found := fields.get("model_type")) != expected:
         raise CheckpointError(f"{path} is of model type {found!r}, {expected!r} is needed here")
+    check_unquantised(fields, path)
     try:
         return config_class.from_dict(dict(fields))  # type: ignore[attr-defined]
     except (TypeError, ValueError, StrictDataclassError) as error:

@@ -12,7 +12,7 @@ from model.checkpoints.frozen.transformers_loading import build_config, freeze, 
 from model.checkpoints.json_records import read_json
 from model.checkpoints.load_options import IN_FLOAT32, LoadOptions
 from model.checkpoints.strict_loading import load_strictly, report_build_errors
-from model.checkpoints.tensors import TensorFiles
+from model.checkpoints.tensors import TensorFiles, TensorSource
 from model.errors import CheckpointError
 from model.vision import FAMILIES, VisionEncoder, VisionFamily, build_empty_encoder
 
@@ -32,18 +32,19 @@ def load_vision_model(
     *,
     feature_layer: int = -1,
     attn_implementation: str = "sdpa",
+    tensors: TensorSource | None = None,
 ) -> VisionEncoder:
     """Load an image encoder of one of `model.vision.FAMILIES`, frozen.
 
     Of a directory with a whole CLIP, SigLIP or BLIP-2, its image encoder. A final norm and poolers are
-    ignored. feature_layer: see `VisionEncoder`.
+    ignored. feature_layer: see `VisionEncoder`. tensors: of a BLIP-2, unless they are in the directory.
     Raises CheckpointError where a file is absent, damaged or of another model, or the size does not fit.
     """
     config = read_vision_config(directory)
     vision_family = FAMILIES[config.model_type]
     dtype = options.pick_dtype(vision_family.half)
     if config.model_type == BLIP2_VISION:
-        files = TensorFiles(directory)
+        files = tensors or TensorFiles(directory)
         is_inside_blip2 = read_json(directory / "config.json").get("model_type") == Blip2Config.model_type
         prefix = VISION_PREFIX if is_inside_blip2 else ""
         encoder = assemble_vision_model(

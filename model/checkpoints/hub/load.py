@@ -7,6 +7,7 @@ In both, `vision_model.post_layernorm` is the `ln_vision` of all other formats. 
 text head and no temperature: the former is then unavailable, the latter has its initial value.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from model.checkpoints.load_options import IN_FLOAT32, LoadOptions
 from model.checkpoints.loaded_checkpoint import LoadedCheckpoint
 from model.checkpoints.qformer_branch import build_generation_components, build_retrieval_components
 from model.checkpoints.strict_loading import load_strictly, report_build_errors
-from model.checkpoints.tensors import TensorFiles
+from model.checkpoints.tensors import TensorFiles, TensorSource
 from model.components import Blip2Components
 from model.config import QFormerConfig
 from model.errors import CheckpointError
@@ -37,18 +38,22 @@ from model.matching import INITIAL_TEMPERATURE, Matcher
 
 GENERATION = "Blip2ForConditionalGeneration"
 RETRIEVAL = "Blip2ForImageTextRetrieval"
+_TEXT_BRANCH = re.compile(r"qformer\.encoder\.layer\.\d+\.(intermediate|output)\.")
 
 
-def load_hub(directory: Path, options: LoadOptions = IN_FLOAT32) -> LoadedCheckpoint:
+def load_hub(
+    directory: Path, options: LoadOptions = IN_FLOAT32, *, tensors: TensorSource | None = None
+) -> LoadedCheckpoint:
     """Load a directory in the Hub's format.
 
-    Raises CheckpointError where a file is absent, damaged or of a model that is not supported.
+    tensors: its weights, where they are not those in the directory; the caller adds a source to the
+    fingerprint. Raises CheckpointError where a file is absent, damaged or of a model that is not supported.
     """
     path = directory / "config.json"
     fields: dict[str, Any] = read_json(path)
+    files = TensorFiles(directory)
     config = build_config(Blip2Config, path, fields)
     architectures = fields.get("architectures") or []
-    files = TensorFiles(directory)
     if RETRIEVAL in architectures:
         load = _load_retrieval
     elif GENERATION in architectures:
@@ -57,40 +62,48 @@ def load_hub(directory: Path, options: LoadOptions = IN_FLOAT32) -> LoadedCheckp
         raise CheckpointError(
             f"{path} is of architecture {architectures}; {GENERATION} and {RETRIEVAL} can be loaded"
         )
-    return LoadedCheckpoint(load(config, files, options), (files.sha256, path.read_text(encoding="utf-8")))
+    components = load(config, directory, tensors or files, options)
+    return LoadedCheckpoint(components, (files.sha256, path.read_text(encoding="utf-8")))
 
 
-def _load_generation(config: Blip2Config, files: TensorFiles, options: LoadOptions) -> Blip2Components:
-    vision_model = load_vision_model(files.directory, options)
+def _load_generation(
+    config: Blip2Config, directory: Path, tensors: TensorSource, options: LoadOptions
+) -> Blip2Components:
+    vision_model = load_vision_model(directory, options, tensors=tensors)
+    trained = _read_trained_tensors(tensors, options)
+    if config.qformer_config.use_qformer_text_input:  # such a Q-Former has a text branch, which nothing uses
+        trained = {name: each for name, each in trained.items() if not _TEXT_BRANCH.match(name)}
     return build_generation_components(
-        _qformer_config(config, files.path),
-        _read_trained_tensors(files, options),
+        _qformer_config(config, tensors.path),
+        trained,
         vision_model,
-        load_language_model(files.directory, options),
-        preprocess=load_preprocessor(files.directory, vision_model.image_size),
-        source=files.path,
+        load_language_model(directory, options, tensors=tensors),
+        preprocess=load_preprocessor(directory, vision_model.image_size),
+        source=tensors.path,
     )
 
 
-def _load_retrieval(config: Blip2Config, files: TensorFiles, options: LoadOptions) -> Blip2Components:
-    vision_model = load_vision_model(files.directory, options)
-    qformer_config = _qformer_config(config, files.path)
-    tokenizer = load_text_tokenizer(files.directory, qformer_config.vocab_size)
+def _load_retrieval(
+    config: Blip2Config, directory: Path, tensors: TensorSource, options: LoadOptions
+) -> Blip2Components:
+    vision_model = load_vision_model(directory, options, tensors=tensors)
+    qformer_config = _qformer_config(config, tensors.path)
+    tokenizer = load_text_tokenizer(directory, qformer_config.vocab_size)
     with torch.device("meta"):
         matcher = Matcher(qformer_config, tokenizer, vision_layer_norm_eps=vision_model.layer_norm_eps)
     matcher.text_head = None
     temperature = torch.tensor(INITIAL_TEMPERATURE, device=options.device)
     load_strictly(
-        matcher, {"temperature": temperature, **_read_trained_tensors(files, options)}, source=files.path
+        matcher, {"temperature": temperature, **_read_trained_tensors(tensors, options)}, source=tensors.path
     )
-    preprocess = load_preprocessor(files.directory, vision_model.image_size)
+    preprocess = load_preprocessor(directory, vision_model.image_size)
     return build_retrieval_components(matcher, vision_model, preprocess)
 
 
-def _read_trained_tensors(files: TensorFiles, options: LoadOptions) -> dict[str, Tensor]:
+def _read_trained_tensors(tensors: TensorSource, options: LoadOptions) -> dict[str, Tensor]:
     """Read all tensors but those of encoder and language model, in float32."""
-    norm = files.read(VISION_PREFIX + FINAL_NORM_PREFIX, dtype=torch.float32, device=options.device)
-    trained = files.read(skip=(VISION_PREFIX, LANGUAGE_PREFIX), dtype=torch.float32, device=options.device)
+    norm = tensors.read(VISION_PREFIX + FINAL_NORM_PREFIX, dtype=torch.float32, device=options.device)
+    trained = tensors.read(skip=(VISION_PREFIX, LANGUAGE_PREFIX), dtype=torch.float32, device=options.device)
     return trained | {f"ln_vision.{name}": tensor for name, tensor in norm.items()}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from model.checkpoints.adapter import TIED_HEAD
+from model.checkpoints.foreign_tensors import check_names
 from model.checkpoints.frozen import (
     LANGUAGE_PREFIX,
     VISION_PREFIX,
@@ -94,6 +95,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     tensors = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or not all(isinstance(each, Tensor) for each in tensors.values()):
         raise CheckpointError(f"{path} holds no state dict, neither itself nor as 'model'; save it again")
+    check_names(tensors, path)
     return tensors
 
 

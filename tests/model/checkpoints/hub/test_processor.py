@@ -190,21 +190,45 @@ def build_retrieval() -> Blip2Components:
     )
 
 
+TEXTS = ["a red circle", "what is left of the star", "two"]
+
+
 @torch.inference_mode()
-def test_a_retrieval_model_scores_in_transformers_as_here(tmp_path: Path) -> None:
-    save_hub(tmp_path, build_retrieval())
-    matcher = Blip2.from_pretrained(str(tmp_path)).require_matcher()
-    blip2 = Blip2.from_pretrained(str(tmp_path))
-    reference = Blip2ForImageTextRetrieval.from_pretrained(tmp_path).eval()
-    processor = Blip2Processor.from_pretrained(tmp_path)
-    texts = ["a red circle", "what is left of the star", "two"]
-    inputs = processor(images=list(PICTURES), text=texts, padding=True, return_tensors="pt")
+def scores_here(path: Path) -> tuple[Tensor, Tensor]:
+    """Return the matching logits of each picture and text, and their cosines."""
+    blip2 = Blip2.from_pretrained(str(path))
+    matcher = blip2.require_matcher()
     features = blip2.encode_images(torch.stack([blip2.preprocess(picture) for picture in PICTURES]))
-    itm = reference(**inputs, use_image_text_matching_head=True).logits_per_image
-    torch.testing.assert_close(matcher.match_logits(features, *matcher.tokenize(texts)), itm)
-    itc = reference(**inputs, use_image_text_matching_head=False).logits_per_image
-    image_embeds = matcher.embed_images(features)
-    torch.testing.assert_close(matcher.itc_scores(image_embeds, matcher.embed_texts(texts)), itc)
+    cosines = matcher.itc_scores(matcher.embed_images(features), matcher.embed_texts(TEXTS))
+    return matcher.match_logits(features, *matcher.tokenize(TEXTS)), cosines
+
+
+@torch.inference_mode()
+def scores_in_transformers(directory: Path) -> tuple[Tensor, Tensor]:
+    reference = Blip2ForImageTextRetrieval.from_pretrained(directory).eval()
+    processor = Blip2Processor.from_pretrained(directory)
+    inputs = processor(images=list(PICTURES), text=TEXTS, padding=True, return_tensors="pt")
+    matching, cosines = (
+        reference(**inputs, use_image_text_matching_head=is_matching).logits_per_image
+        for is_matching in (True, False)
+    )
+    return matching, cosines
+
+
+@pytest.mark.parametrize("way", [["hub"], ["hub", "adapter", "hub"], ["lavis", "hub"]])
+def test_a_retrieval_model_scores_in_transformers_as_here(way: list[Format], tmp_path: Path) -> None:
+    components = build_retrieval()
+    with torch.no_grad():
+        for layer in components.vision_model.vit.encoder.layers:
+            layer.self_attn.qkv.bias.zero_()  # LAVIS' encoder has none for the keys
+    convert(components, tmp_path / "first", "adapter")
+    expected = scores_here(tmp_path / "first")
+    for number, target_format in enumerate(way):
+        target = tmp_path / (f"{number}.pth" if target_format == "lavis" else str(number))
+        convert(components, target, target_format)
+        torch.testing.assert_close(scores_here(target), expected)
+        components = load_blip2(str(target)).components
+    torch.testing.assert_close(scores_in_transformers(target), expected)
 
 
 def test_the_processor_counts_the_image_tokens_that_the_model_replaces(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""Loads PEFT adapters (LoRA and others) of a checkpoint in the Hub's format, merged into its weights."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from warnings import catch_warnings
+
+from safetensors import SafetensorError, safe_open
+from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, PreTrainedModel
+
+from model.checkpoints.foreign_tensors import PEFT_CONFIG
+from model.checkpoints.frozen.transformers_loading import silence_transformers
+from model.checkpoints.hashing import hash_file
+from model.checkpoints.hub.load import RETRIEVAL, load_hub
+from model.checkpoints.json_records import read_json
+from model.checkpoints.load_options import IN_FLOAT32, LoadOptions
+from model.checkpoints.loaded_checkpoint import LoadedCheckpoint
+from model.checkpoints.resolve import is_hub_id, resolve
+from model.checkpoints.tensors import INDEX, WEIGHTS, MemoryTensors, TensorFiles
+from model.errors import CheckpointError
+
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def is_peft_adapter(directory: Path) -> bool:
+    """Return whether a directory holds a PEFT adapter and no weights of a whole model."""
+    has_weights = any((directory / name).is_file() for name in (WEIGHTS, INDEX))
+    return (directory / PEFT_CONFIG).is_file() and not has_weights
+
+
+def find_base_model(directory: Path) -> Path:
+    """Return the directory of the model that a PEFT adapter was trained on; it may be an id of the Hub.
+
+    A relative path is looked for beside the adapter where it is not in the present directory. Raises
+    CheckpointError where there is none in the Hub's format.
+    """
+    path = directory / PEFT_CONFIG
+    fields = read_json(path)
+    name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{path} names no 'base_model_name_or_path'; write the path of the model there")
+    beside = directory / name
+    if beside.is_dir() and not Path(name).is_dir():
+        base = beside
+    else:
+        base = resolve(name, revision=str(revision) if revision and is_hub_id(name) else None)
+    if base.suffix == ".pth" or read_json(base / "config.json").get("model_type") != "blip-2":
+        raise CheckpointError(f"{path} names {name!r}, which is no BLIP-2 in the Hub's format; correct it")
+    return base
+
+
+def load_peft(directory: Path, options: LoadOptions = IN_FLOAT32) -> LoadedCheckpoint:
+    """Load a PEFT adapter merged into its base model, whose tokenizer and processor are used.
+
+    Raises CheckpointError where peft is not installed, where adapter and base model do not belong together,
+    and where weights of that kind cannot be merged.
+    """
+    base = find_base_model(directory)
+    if find_spec("peft") is None:
+        raise CheckpointError(
+            f"{directory} is a PEFT adapter of {base}, and peft is not installed; install the extra 'peft' "
+            "(pip install 'blip2-server[peft]'), or merge it where peft is installed: "
+            f"python -m model.checkpoints convert {directory} MERGED --to hub"
+        )
+    if not (directory / _ADAPTER_WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{directory} holds no {_ADAPTER_WEIGHTS}, and pickles are not read, for they may run code; save "
+            "it again, with peft's save_pretrained"
+        )
+    merged = _merge(_load_base(base), directory)
+    tensors = MemoryTensors(dict(merged.state_dict()), directory / _ADAPTER_WEIGHTS)
+    checkpoint = load_hub(base, options, tensors=tensors)
+    sources = (hash_file(directory / _ADAPTER_WEIGHTS), (directory / PEFT_CONFIG).read_text(encoding="utf-8"))
+    return LoadedCheckpoint(checkpoint.components, (*checkpoint.sources, *sources))
+
+
+def _load_base(base: Path) -> PreTrainedModel:
+    architectures = read_json(base / "config.json").get("architectures")
+    is_retrieval = isinstance(architectures, list) and RETRIEVAL in architectures
+    model_class = Blip2ForImageTextRetrieval if is_retrieval else Blip2ForConditionalGeneration
+    files = TensorFiles(base)  # its errors are clearer
+    with silence_transformers():
+        model, loading_info = model_class.from_pretrained(
+            base, dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    for kind in ("missing_keys", "unexpected_keys"):
+        if names := sorted(loading_info[kind]):
+            raise CheckpointError(f"{files.path}: transformers reports {kind} {names[:3]}; save it again")
+    return model
+
+
+def _merge(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    path = directory / _ADAPTER_WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            saved = set(file.keys())
+        with silence_transformers(), catch_warnings(action="ignore"):  # absent tensors are an error below
+            wrapped = PeftModel.from_pretrained(model, directory, torch_device="cpu")
+            wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
+            merged: PreTrainedModel = wrapped.base_model.merge_and_unload(safe_merge=True)
+    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]  # torch names each tensor on a line of its own
+        raise CheckpointError(
+            f"the PEFT adapter in {directory} cannot be merged into its base model ({reason}); merge it where "
+            "it was trained, with model.merge_and_unload(), and save the result"
+        ) from error
+    if differing := sorted(saved ^ wanted):
+        raise CheckpointError(
+            f"{path} and its base model do not belong together: the tensor {differing[0]!r} is in one "
+            f"of them alone ({len(differing)} in all); correct 'base_model_name_or_path' in {PEFT_CONFIG}"
+        )
+    return merged
