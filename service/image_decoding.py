@@ -26,7 +26,7 @@ from model.images.limits import decode_within_limits, prepare_process
 from service.errors import ImageTooLargeError, InvalidImageError, NotReadyError, for_caller
 
 # To be increased when the same file would be decoded into other pixels than before.
-PREPROCESS_VERSION: Final = "2"
+PREPROCESS_VERSION: Final = "3"
 SMALL_DECODE_BYTES: Final = 32 * 2**20  # a photo of 3 Mpx
 
 _SMALL_CPU_S: Final = 0.5

@@ -5,6 +5,7 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Final
 
 from PIL import ExifTags, Image, UnidentifiedImageError, _webp
@@ -13,6 +14,7 @@ from model.errors import InvalidImageFileError
 from model.images.header import ImageHeader, check_size, damaged_header, read_header
 from model.images.png import without_metadata
 from model.images.resize import resize_to_square
+from model.images.tiff import unread_tiff
 
 # What Pillow's readers raise on damaged files.
 DAMAGE: Final = (
@@ -20,7 +22,6 @@ DAMAGE: Final = (
     AttributeError, NotImplementedError, struct.error, zlib.error,
 )  # fmt: skip
 MAX_PIXELS: Final = 178_956_970  # unless told otherwise: what Pillow itself refuses
-_32_BIT_MODES: Final = ("I", "F")
 _MAX_ECHOED: Final = 60
 
 
@@ -39,7 +40,7 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[I
     """Load the first frame of a file, as it is stored.
 
     Raises UnknownImageFormatError; InvalidImageFileError for a damaged file, for one beyond the limits, and
-    for samples of 32 bits; MemoryError where the process may not allocate enough.
+    for samples that are not read; MemoryError where the process may not allocate enough.
     """
     header = read_header(data)
     check_size(header.width, header.height, max_pixels)
@@ -48,11 +49,11 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[I
     try:
         with _open(data, header) as image:
             check_size(*image.size, max_pixels)  # a frame of a GIF may be larger than its header says
-            _check_depth(image)
             image.load()
             yield image, header
     except UnidentifiedImageError as exc:
-        raise damaged_header(header.format) from exc
+        refusal = unread_tiff(data) if header.format == "TIFF" else damaged_header(header.format)
+        raise refusal from exc
     except DAMAGE as exc:
         reason = str(exc)[:_MAX_ECHOED]
         raise InvalidImageFileError(f"the image is damaged ({reason}); send the file whole") from exc
@@ -61,9 +62,28 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[I
 def _open(data: bytes, header: ImageHeader) -> Image.Image:
     if header.format == "WEBP":
         return _open_webp(data, header)
+    if header.format == "TIFF":
+        _prepare_tiff()
     if header.format == "PNG":
         data = without_metadata(data)
     return Image.open(io.BytesIO(data), formats=(header.format,))
+
+
+@cache
+def _prepare_tiff() -> None:
+    """Have Pillow read by libtiff, and grey of 12 and 16 bits in either byte order, black or white as zero.
+
+    Its own reader, of uncompressed files, takes planes of 16 bits for planes of 8, and sampled colours for
+    whole ones.
+    """
+    from PIL import TiffImagePlugin as Plugin
+
+    Plugin.READ_LIBTIFF = True
+    for prefix, mode in ((Plugin.II, "I;16"), (Plugin.MM, "I;16B")):
+        for photometric in (0, 1):
+            key = (prefix, photometric, (1,), 1)
+            Plugin.OPEN_INFO.setdefault((*key, (16,), ()), (mode, mode))
+            Plugin.OPEN_INFO.setdefault((*key, (12,), ()), ("I;16", "I;12"))
 
 
 def _open_webp(data: bytes, header: ImageHeader) -> Image.Image:
@@ -78,13 +98,6 @@ def _open_webp(data: bytes, header: ImageHeader) -> Image.Image:
     image = Image.frombuffer(mode, (header.width, header.height), pixels, "raw", mode, 0, 1)
     image.info.update({key: content for key, content in metadata.items() if content})
     return image
-
-
-def _check_depth(image: Image.Image) -> None:
-    if image.mode in _32_BIT_MODES:
-        raise InvalidImageFileError(
-            "the image has 32 bits per sample, and nothing says which range they use; convert it to 8 bits"
-        )
 
 
 def _orientation(image: Image.Image) -> int:

@@ -19,7 +19,7 @@ SIGNATURES: Final = {
     "PNG": (b"\x89PNG\r\n\x1a\n",),
     "WEBP": (b"RIFF",),
     "GIF": (b"GIF87a", b"GIF89a"),
-    "TIFF": (b"II*\x00", b"MM\x00*"),
+    "TIFF": (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"),  # the last two: BigTIFF
     "BMP": (b"BM",),
 }
 _BAND_BYTES: Final = 16 * 2**20  # of `resize`, with room for what allocators round up
