@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
+from urllib.parse import unquote
 
 import torch
 from anyio import BrokenWorkerProcess, CapacityLimiter, open_process, to_process
@@ -33,7 +34,11 @@ _SMALL_CPU_S: Final = 0.5
 _WALL_FACTOR: Final = 20  # of CPU time: a large image waits for whatever else the machine does
 _SMALL_FILE_BYTES: Final = 2**18  # a larger one is hashed in a thread, which takes a millisecond and more
 _RETRY_S: Final = 5
-_DATA_URI: Final = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]+)*?;base64,", re.ASCII)
+# Its parameters may be anything, such as a file name with commas: base64 itself has no semicolon.
+_DATA_URI: Final = re.compile(r"data:.{0,4096}?;\s*base64\s*,", re.IGNORECASE | re.DOTALL)
+_URI: Final = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+_TO_STANDARD: Final = bytes.maketrans(b"-_", b"+/")  # from the url-safe alphabet
+_WHITESPACE: Final = b" \t\r\n\f\v"
 _STARTED: Final = ContextVar[list[Process]]("started")  # the processes that a call has started
 T = TypeVar("T")
 S = TypeVar("S", str, bytes, str | bytes)
@@ -100,18 +105,25 @@ class ImageDecoder:
         return ImageFile(source, hashlib.sha256(source).hexdigest())
 
     def _decode_base64(self, source: str) -> bytes:
+        """Decode base64 of either alphabet, padded or not, with line breaks or without; or a data: URI of it."""
+        source = source.strip()
         if match := _DATA_URI.match(source):
             source = source[match.end() :]
-        elif source.startswith("data:"):
-            raise InvalidImageError("the data: URI is not base64; write it as data:image/png;base64,…")
-        elif source.startswith(("http://", "https://")):
-            raise InvalidImageError("image URLs are not fetched here; send the file itself, in base64")
-        self._check_size(len(source) * 3 // 4 - source[-2:].count("="))
+            source = unquote(source) if "%" in source else source
+        elif match := _URI.match(source):
+            raise InvalidImageError(
+                "the data: URI is not base64; write it as data:image/png;base64,…"
+                if match[0].lower() == "data:"
+                else "image URLs are not fetched here; send the file itself, in base64"
+            )
         try:
-            return binascii.a2b_base64(source, strict_mode=True)
+            text = source.encode("ascii").translate(_TO_STANDARD, _WHITESPACE)
+            text += b"=" * (-len(text) % 4)
+            self._check_size(len(text) * 3 // 4 - text[-2:].count(b"="))
+            return binascii.a2b_base64(text, strict_mode=True)
         except (binascii.Error, ValueError) as exc:
             raise InvalidImageError(
-                f"the image is not base64 ({exc}); use the standard alphabet with padding and no line breaks"
+                f"the image is not base64 ({exc}); use the standard or the url-safe alphabet"
             ) from exc
 
     def _check_size(self, num_bytes: int) -> None:

@@ -8,6 +8,7 @@ import random
 import struct
 import time
 import zlib
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -162,9 +163,12 @@ async def test_an_image_of_exactly_the_limit_is_let_in(decoder: ImageDecoder) ->
 
 async def test_a_file_over_the_byte_limit_is_refused_in_any_wrapping(decoder: ImageDecoder) -> None:
     data = bytes(100_001)
-    for source in (data, base64.b64encode(data).decode()):
+    wrapped = base64.encodebytes(data).decode()
+    for source in (data, base64.b64encode(data).decode(), wrapped, "data:;base64," + wrapped):
         with pytest.raises(ImageTooLargeError, match=r"100001 bytes, the limit is 100000; compress"):
             await decoder.read(source)
+    fitting = encode(photo()).ljust(100_000, b"\0")
+    assert (await decoder.read(base64.encodebytes(fitting).decode())).data == fitting
 
 
 @pytest.mark.parametrize(
@@ -210,16 +214,67 @@ async def test_damaged_files_are_answered_or_refused_never_a_crash(decoder: Imag
         assert await status_of(decoder, bytes(damaged)) in (200, 415, 422)
 
 
+# 0xFBFF is "+/" in the standard alphabet; a file of 51 bytes needs no padding, of 49 two characters.
+ODD_FILES = [encode(photo(2, 2)) + b"\xfb\xff" * 30 + bytes(number) for number in range(3)]
+WRAPPINGS = {
+    "standard": base64.b64encode,
+    "url-safe": base64.urlsafe_b64encode,
+    "unpadded": lambda data: base64.b64encode(data).rstrip(b"="),
+    "url-safe, unpadded": lambda data: base64.urlsafe_b64encode(data).rstrip(b"="),
+    "lines of 76": base64.encodebytes,
+    "lines of CR and LF": lambda data: base64.encodebytes(data).replace(b"\n", b"\r\n"),
+    "unpadded lines": lambda data: base64.encodebytes(data).replace(b"=", b""),
+    "spaces around": lambda data: b" \t\n" + base64.b64encode(data) + b" \n",
+    "lines inside of the padding": lambda data: base64.b64encode(data).replace(b"=", b"\n="),
+}
+DATA_URIS = [
+    "data:image/png;base64,",
+    "DATA:IMAGE/PNG;BASE64,",
+    "data:;base64,",
+    "data:application/octet-stream;base64,",
+    "data:image/svg+xml;charset=utf-8;base64,",
+    "data:image/png;name=a.png;base64,",
+    "data:image/png;name=my%20photo.png;base64,",
+    "data:image/png;name=IMG(1).png;base64,",
+    "data:image/png;name=it's.png;base64,",
+    'data:image/png;name="a, b;c.png";base64,',
+    "data:image/png;name=été.png;charset=utf-8;base64,",
+    "data:image/png; name=a.png; base64, ",
+    "\n data:image/png;base64,\n",
+]
+
+
+@pytest.mark.parametrize("prefix", ["", *DATA_URIS])
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+async def test_base64_of_any_kind_is_the_same_file(decoder: ImageDecoder, wrapping: str, prefix: str) -> None:
+    for data in ODD_FILES:
+        file = await decoder.read(prefix + WRAPPINGS[wrapping](data).decode())
+        assert file.data == data
+
+
+async def test_a_data_uri_may_be_percent_encoded(decoder: ImageDecoder) -> None:
+    for data in ODD_FILES:
+        text = quote(base64.b64encode(data), safe="")
+        assert (await decoder.read("data:image/png;base64," + text)).data == data
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("!!!!", "not base64"),
-        ("iVBORw0KGgo", "not base64"),  # no padding
-        ("iVBO\nRw0K", "line breaks"),
-        ("iVBO_w-K", "standard alphabet"),
+        ("iVBORw0KGgo*", "use the standard or the url-safe alphabet"),
+        ("iVBORw0KGgoAA", "cannot be 1 more than a multiple of 4"),
+        ("iVBO=w0K", "not base64"),
+        ("=", "not base64"),
         ("größe", "not base64"),
+        ("data:image/png;base64,größe", "not base64"),
         ("data:image/png,%89PNG", "write it as data:image/png;base64"),
+        ("data:image/png;base64;name=a", "write it as data:image/png;base64"),
+        ("data:", "write it as data:image/png;base64"),
         ("https://example.org/cat.png", "URLs are not fetched"),
+        ("HTTP://example.org/cat.png", "URLs are not fetched"),
+        ("file:///home/cat.png", "URLs are not fetched"),
+        ("blob:https://example.org/9f", "URLs are not fetched"),
     ],
 )
 async def test_bad_base64_is_informed_apart(decoder: ImageDecoder, source: str, message: str) -> None:
