@@ -4,6 +4,7 @@ An interrupted run can be continued.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,13 +19,32 @@ from model.blip2 import Blip2
 from model.errors import ModelError
 from model.generation import DecodeRequest, Generation, GenerationParams, run_requests
 from model.images.decoding import decode_image
+from model.images.header import sniff_format
 
 SUFFIXES = frozenset(
-    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".dib"}
+    {
+        *(
+            ".png",
+            ".apng",
+            ".jpg",
+            ".jpeg",
+            ".jpe",
+            ".jfif",
+            ".webp",
+            ".gif",
+            ".tif",
+            ".tiff",
+            ".bmp",
+            ".dib",
+        ),
+        *(".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    }
 )
 _MAX_REQUESTS = 32  # decoded together
 _MAX_PAIRS = 32  # of image and text, matched together
 _RECORD_START = b'{"image": '
+_SIGNATURE_BYTES = 64
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -43,7 +63,8 @@ class BulkTask:
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """Return the given files, and the images below given directories in order of name.
 
-    Raises ModelError where a path is absent, or a directory holds no images.
+    Hidden files and those in hidden directories are no images there. A file without a suffix is one by its
+    first bytes. Raises ModelError where a path is absent, or a directory holds no images.
     """
     images: list[Path] = []
     for path in paths:
@@ -52,13 +73,30 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             images.append(path)
             continue
-        found = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES)
+        found, others = [], []
+        for each in sorted(path.rglob("*")):
+            is_hidden = any(part.startswith(".") for part in each.relative_to(path).parts)
+            if not (is_hidden or each.is_dir()):
+                (found if _is_image(each) else others).append(each)
         if not found:
             raise ModelError(
                 f"{path} holds no images ({', '.join(sorted(SUFFIXES))}); name another directory"
             )
+        if others:
+            _log.warning("%s: left out %d files that are no images, as %s", path, len(others), others[0].name)
         images += found
     return list(dict.fromkeys(images))
+
+
+def _is_image(path: Path) -> bool:
+    if path.suffix or not path.is_file():
+        return path.suffix.lower() in SUFFIXES
+    with path.open("rb") as file:
+        try:
+            sniff_format(file.read(_SIGNATURE_BYTES))
+        except ModelError:
+            return False
+    return True
 
 
 def build_captioning(blip2: Blip2, prompt: str | None, params: GenerationParams) -> BulkTask:
