@@ -19,7 +19,7 @@ from model.blip2 import Blip2
 from model.errors import ModelError
 from model.generation import DecodeRequest, Generation, GenerationParams, run_requests
 from model.images.decoding import decode_image
-from model.images.header import sniff_format
+from model.images.header import find_warnings, sniff_format
 
 SUFFIXES = frozenset(
     {
@@ -73,7 +73,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             images.append(path)
             continue
-        found, others = [], []
+        found: list[Path] = []
+        others: list[Path] = []
         for each in sorted(path.rglob("*")):
             is_hidden = any(part.startswith(".") for part in each.relative_to(path).parts)
             if not (is_hidden or each.is_dir()):
@@ -173,7 +174,8 @@ def run_bulk(
 
     Returns the number of written records, and the number of all records with an error.
 
-    A record is {"image": path} with the query and the results, or with "error" where the file is unreadable.
+    A record is {"image": path} with the query and the results, or with "error" where the file is unreadable;
+    "warnings" tell of a file that is damaged, but read.
     A batch is written as a whole and flushed, so that an interrupted run can be continued; an incomplete last
     line is cut off first. Raises ModelError where the records in `out` belong to another query.
     """
@@ -192,16 +194,23 @@ def run_bulk(
 
 @torch.inference_mode()
 def _run_batch(blip2: Blip2, paths: Sequence[Path], task: BulkTask) -> list[dict[str, Any]]:
-    pixels: dict[Path, Tensor] = {}
-    errors: dict[Path, str] = {}
+    pixels: list[Tensor] = []
+    notes: dict[Path, dict[str, Any]] = {}  # an error, or warnings
     for path in paths:
         try:
-            pixels[path] = blip2.preprocess(decode_image(path.read_bytes(), blip2.preprocess.image_size))
+            data = path.read_bytes()
+            pixels.append(blip2.preprocess(decode_image(data, blip2.preprocess.image_size)))
+            notes[path] = {"warnings": warnings} if (warnings := list(find_warnings(data))) else {}
         except (ModelError, OSError, MemoryError) as error:
-            errors[path] = str(error)
-    results = iter(task.run(blip2.encode_images(torch.stack(list(pixels.values())))) if pixels else ())
+            notes[path] = {"error": str(error)}
+    results = iter(task.run(blip2.encode_images(torch.stack(pixels))) if pixels else ())
     return [
-        {"image": str(path), **task.query, **({"error": errors[path]} if path in errors else next(results))}
+        {
+            "image": str(path),
+            **task.query,
+            **({} if "error" in notes[path] else next(results)),
+            **notes[path],
+        }
         for path in paths
     ]
 

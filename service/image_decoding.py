@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from functools import partial
 from typing import Any, Final, TypeVar
 from urllib.parse import unquote
@@ -22,7 +23,7 @@ from anyio.abc import Process
 from torch import Tensor
 
 from model.errors import ModelError
-from model.images.header import ImageHeader, check_size, memory_of, read_header, sniff_format
+from model.images.header import ImageHeader, check_size, find_warnings, memory_of, read_header
 from model.images.limits import decode_within_limits, prepare_process
 from service.errors import ImageTooLargeError, InvalidImageError, NotReadyError, for_caller
 
@@ -44,12 +45,46 @@ T = TypeVar("T")
 S = TypeVar("S", str, bytes, str | bytes)
 
 
+@dataclass(slots=True)
+class Upload:
+    """An image as received, which is taken once, so that nothing holds it longer than its decoding.
+
+    source: base64, a data: URI, or the file itself; None once taken. field: its name in errors.
+    release: called with the size of the source when it and the file are dropped. warnings: see `ImageFile`.
+    """
+
+    source: str | bytes | None
+    field: str = "image"
+    release: Callable[[int], None] | None = dataclass_field(default=None, compare=False)
+    num_bytes: int = dataclass_field(init=False, compare=False)
+    warnings: tuple[str, ...] = dataclass_field(default=(), init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.num_bytes = len(self.source or b"")
+
+    def take(self) -> str | bytes:
+        """Return the source, and drop it here."""
+        source, self.source = self.source, None
+        assert source is not None
+        return source
+
+    def drop(self) -> None:
+        """Drop the source, and report that the file is dropped too."""
+        self.source = None
+        if self.release is not None:
+            self.release(self.num_bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image file as it was received; digest: the SHA-256 of its bytes, in hex."""
+    """An image file as it was received.
+
+    digest: the SHA-256 of its bytes, in hex. warnings: what its sender should know of a file that is read.
+    """
 
     data: bytes
     digest: str
+    warnings: tuple[str, ...] = ()
 
 
 class ImageDecoder:
@@ -99,13 +134,13 @@ class ImageDecoder:
             source = self._decode_base64(source)
         self._check_size(len(source))
         try:
-            sniff_format(source)
+            warnings = find_warnings(source)
         except ModelError as exc:
             raise for_caller(exc) from exc
-        return ImageFile(source, hashlib.sha256(source).hexdigest())
+        return ImageFile(source, hashlib.sha256(source).hexdigest(), warnings)
 
     def _decode_base64(self, source: str) -> bytes:
-        """Decode base64 of either alphabet, padded or not, with line breaks or without; or a data: URI of it."""
+        """Decode base64 of either alphabet, with or without padding and line breaks, or a data: URI."""
         source = source.strip()
         if match := _DATA_URI.match(source):
             source = source[match.end() :]

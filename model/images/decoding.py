@@ -1,6 +1,7 @@
 """Decodes an image file into the square of pixels that a vision encoder reads."""
 
 import contextlib
+import hashlib
 import io
 import struct
 import zlib
@@ -11,9 +12,10 @@ from typing import Final
 from PIL import ExifTags, Image, UnidentifiedImageError, _webp
 
 from model.errors import InvalidImageFileError
-from model.images.header import ImageHeader, check_size, damaged_header, read_header
+from model.images.header import SIGNATURES, ImageHeader, check_size, damaged_header, read_header
+from model.images.jpeg import ends_for, lacks_end
 from model.images.png import without_metadata
-from model.images.resize import resize_to_square
+from model.images.resize import BAND_PX, resize_to_square
 from model.images.tiff import unread_tiff
 
 # What Pillow's readers raise on damaged files.
@@ -28,8 +30,11 @@ _MAX_ECHOED: Final = 60
 def decode_image(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode the first frame of a file: upright, RGB on white, resized to [side, side].
 
-    Raises as `open_image`.
+    A JPEG without its end marker is read if no pixels are missing: then none depends on what follows the last
+    byte. Raises as `open_image`.
     """
+    if data.startswith(SIGNATURES["JPEG"]) and lacks_end(data):
+        data = _end_jpeg(data, max_pixels)
     with open_image(data, max_pixels=max_pixels) as (image, header):
         _scale_transparency(image, header.depth)
         return resize_to_square(image, side, orientation=_orientation(image), levels=_levels(image, header))
@@ -56,7 +61,10 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[I
         raise refusal from exc
     except DAMAGE as exc:
         reason = str(exc)[:_MAX_ECHOED]
-        raise InvalidImageFileError(f"the image is damaged ({reason}); send the file whole") from exc
+        raise InvalidImageFileError(
+            f"the image is damaged, or of a kind that is not read ({reason}); "
+            "send the file whole, or save it as another PNG or JPEG"
+        ) from exc
 
 
 def _open(data: bytes, header: ImageHeader) -> Image.Image:
@@ -98,6 +106,26 @@ def _open_webp(data: bytes, header: ImageHeader) -> Image.Image:
     image = Image.frombuffer(mode, (header.width, header.height), pixels, "raw", mode, 0, 1)
     image.info.update({key: content for key, content in metadata.items() if content})
     return image
+
+
+def _end_jpeg(data: bytes, max_pixels: int) -> bytes:
+    """Return a file with an end, or raise InvalidImageFileError where some pixels depend on what it is."""
+    data = data.rstrip(b"\xff")  # half a marker
+    ends = ends_for(data)
+    if len({_hash_pixels(data + end, max_pixels) for end in ends}) > 1:
+        raise InvalidImageFileError(
+            "the image is damaged (the JPEG ends before its last pixels); send the file whole"
+        )
+    return data + ends[0]
+
+
+def _hash_pixels(data: bytes, max_pixels: int) -> bytes:
+    digest = hashlib.sha256()
+    with open_image(data, max_pixels=max_pixels) as (image, _):
+        num_rows = max(1, BAND_PX // image.width)
+        for top in range(0, image.height, num_rows):
+            digest.update(image.crop((0, top, image.width, min(top + num_rows, image.height))).tobytes())
+    return digest.digest()
 
 
 def _orientation(image: Image.Image) -> int:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from model.errors import InvalidImageFileError, UnknownImageFormatError
-from model.images.jpeg import read_jpeg
+from model.images.jpeg import lacks_end, read_jpeg
+from model.images.png import damaged_chunks
 from model.images.resize import is_tall
 from model.images.tiff import read_tiff
 
@@ -24,6 +25,7 @@ SIGNATURES: Final = {
 }
 _BAND_BYTES: Final = 16 * 2**20  # of `resize`, with room for what allocators round up
 _PNG_CHANNELS: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+_IGNORED: Final = {"tRNS": "the transparency", "eXIf": "the orientation"}
 _BMP_RLE: Final = (1, 2)
 
 
@@ -57,6 +59,20 @@ def read_header(data: bytes) -> ImageHeader:
         raise damaged_header(name) from exc
 
 
+def find_warnings(data: bytes) -> tuple[str, ...]:
+    """Return what the caller should know about a file that is damaged, but read.
+
+    Raises UnknownImageFormatError for a format that is not read, InvalidImageFileError for too many chunks.
+    """
+    name = sniff_format(data)
+    if name == "JPEG" and lacks_end(data):
+        return ("the JPEG has no end marker and may be cut off; no pixels are missing",)
+    kinds = damaged_chunks(data) if name == "PNG" else ()
+    return tuple(
+        f"the PNG's chunk {kind} has a wrong checksum; {_IGNORED[kind]} was ignored" for kind in kinds
+    )
+
+
 def sniff_format(data: bytes) -> str:
     """Return the format that the first bytes announce, or raise UnknownImageFormatError."""
     if not data:
@@ -72,7 +88,10 @@ def sniff_format(data: bytes) -> str:
 
 
 def damaged_header(name: str) -> InvalidImageFileError:
-    return InvalidImageFileError(f"the file begins as {name}, but its header is damaged; send it whole")
+    return InvalidImageFileError(
+        f"the file begins as {name}, but its header is damaged or of a kind that is not read; "
+        "send it whole, or save it as another PNG or JPEG"
+    )
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:

@@ -211,6 +211,18 @@ def test_a_checkpoint_without_the_component_is_refused(random_checkpoint: Path) 
         build_captioning(blip2, None, GenerationParams())
 
 
+def test_a_damaged_file_that_is_read_has_warnings(random_checkpoint: Path, tmp_path: Path) -> None:
+    random_picture(0).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-2])
+    out = tmp_path / "captions.jsonl"
+    assert main(["caption", str(tmp_path), "--model", str(random_checkpoint), "--out", str(out)]) == 0
+    cut, whole = lines(out)
+    (warning,) = cut.pop("warnings")
+    assert "the JPEG has no end marker" in warning
+    assert cut["captions"][0]["text"] == whole["captions"][0]["text"]
+    assert "warnings" not in whole
+
+
 def test_no_file_is_opened_by_the_plugin_of_another_format(random_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()

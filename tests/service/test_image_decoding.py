@@ -8,6 +8,7 @@ import random
 import struct
 import time
 import zlib
+from collections.abc import Callable
 from urllib.parse import quote
 
 import numpy as np
@@ -216,7 +217,7 @@ async def test_damaged_files_are_answered_or_refused_never_a_crash(decoder: Imag
 
 # 0xFBFF is "+/" in the standard alphabet; a file of 51 bytes needs no padding, of 49 two characters.
 ODD_FILES = [encode(photo(2, 2)) + b"\xfb\xff" * 30 + bytes(number) for number in range(3)]
-WRAPPINGS = {
+WRAPPINGS: dict[str, Callable[[bytes], bytes]] = {
     "standard": base64.b64encode,
     "url-safe": base64.urlsafe_b64encode,
     "unpadded": lambda data: base64.b64encode(data).rstrip(b"="),
