@@ -60,13 +60,13 @@ def _file(content: bytes, tags: Tags, order: str, is_big: bool) -> bytes:
     word, entry, count = ("Q", "HHQ", "Q") if is_big else ("I", "HHI", "H")
     values_at, values, entries = (16 if is_big else 8) + len(content), b"", []
     for number, (kind, numbers) in sorted(tags.items()):
-        packed = struct.pack(f"{order}{len(numbers)}{_FORMATS[kind]}", *numbers)
-        if len(packed) > struct.calcsize(word):
-            values, packed = (
-                values + packed + bytes(len(packed) % 2),
+        encoded = struct.pack(f"{order}{len(numbers)}{_FORMATS[kind]}", *numbers)
+        if len(encoded) > struct.calcsize(word):
+            values, encoded = (
+                values + encoded + bytes(len(encoded) % 2),
                 struct.pack(order + word, values_at + len(values)),
             )
-        field = packed.ljust(struct.calcsize(word), b"\0")
+        field = encoded.ljust(struct.calcsize(word), b"\0")
         entries.append(struct.pack(order + entry, number, kind, len(numbers)) + field)
     directory = struct.pack(order + count, len(entries)) + b"".join(entries) + bytes(8)
     head = struct.pack(order + "HHH", 43, 8, 0) if is_big else struct.pack(order + "H", 42)

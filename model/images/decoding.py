@@ -5,7 +5,7 @@ import hashlib
 import io
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Final
 
@@ -70,11 +70,11 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[I
 def _open(data: bytes, header: ImageHeader) -> Image.Image:
     if header.format == "WEBP":
         return _open_webp(data, header)
-    if header.format == "TIFF":
-        _prepare_tiff()
+    prepare_decoder(header.format)
     if header.format == "PNG":
         data = without_metadata(data)
-    return Image.open(io.BytesIO(data), formats=(header.format,))
+    name = "HEIF" if header.format == "HEIC" else header.format  # in Pillow
+    return Image.open(io.BytesIO(data), formats=(name,))
 
 
 @cache
@@ -92,6 +92,39 @@ def _prepare_tiff() -> None:
             key = (prefix, photometric, (1,), 1)
             Plugin.OPEN_INFO.setdefault((*key, (16,), ()), (mode, mode))
             Plugin.OPEN_INFO.setdefault((*key, (12,), ()), ("I;16", "I;12"))
+
+
+@cache
+def _prepare_avif() -> None:
+    from PIL import AvifImagePlugin
+
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+
+
+@cache
+def _prepare_heic() -> None:
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+
+
+@cache
+def _prepare_jpeg2000() -> None:
+    from PIL import Jpeg2KImagePlugin  # noqa: F401, registers itself
+
+
+_PREPARATIONS: Final[dict[str, Callable[[], None]]] = {
+    "TIFF": _prepare_tiff,
+    "JPEG2000": _prepare_jpeg2000,
+    "AVIF": _prepare_avif,
+    "HEIC": _prepare_heic,
+}
+
+
+def prepare_decoder(name: str) -> None:
+    """Load the decoder of a format, where Pillow does not do so itself. Once is enough."""
+    if name in _PREPARATIONS:
+        _PREPARATIONS[name]()
 
 
 def _open_webp(data: bytes, header: ImageHeader) -> Image.Image:

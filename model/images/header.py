@@ -3,13 +3,16 @@
 Read from the bytes without a decoder, so that nothing is allocated before the limits are checked.
 """
 
+import importlib.util
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from model.errors import InvalidImageFileError, UnknownImageFormatError
+from model.images.isobmff import read_isobmff, sniff_isobmff
 from model.images.jpeg import lacks_end, read_jpeg
+from model.images.jpeg2000 import CODESTREAM, read_jpeg2000
 from model.images.png import damaged_chunks
 from model.images.resize import is_tall
 from model.images.tiff import read_tiff
@@ -22,6 +25,11 @@ SIGNATURES: Final = {
     "GIF": (b"GIF87a", b"GIF89a"),
     "TIFF": (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"),  # the last two: BigTIFF
     "BMP": (b"BM",),
+    "JPEG2000": (CODESTREAM, b"\0\0\0\x0cjP  \r\n\x87\n"),
+}
+_OPTIONAL: Final = {  # the module that each needs, and where that comes from
+    "AVIF": ("PIL._avif", "where Pillow is built with AVIF, as its wheels are"),
+    "HEIC": ("pillow_heif", "where the extra heic is installed (pip install 'blip2-server[heic]')"),
 }
 _BAND_BYTES: Final = 16 * 2**20  # of `resize`, with room for what allocators round up
 _PNG_CHANNELS: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
@@ -78,11 +86,17 @@ def sniff_format(data: bytes) -> str:
     if not data:
         raise InvalidImageFileError("the image is empty; send the bytes of a file")
     name = next((name for name, starts in SIGNATURES.items() if data.startswith(starts)), None)
+    name = name or sniff_isobmff(data)
     is_other_riff = name == "WEBP" and data[8:12] != b"WEBP"  # sound, video
     is_text = name == "BMP" and data[6:10] != bytes(4)  # two letters are a weak signature
     if name is None or is_other_riff or is_text:
         raise UnknownImageFormatError(
-            f"the file is none of {', '.join(SIGNATURES)}; convert it to one of them"
+            f"the file is none of {', '.join([*SIGNATURES, *_OPTIONAL])}; convert it to one of them"
+        )
+    module, where = _OPTIONAL.get(name, ("", ""))
+    if module and importlib.util.find_spec(module) is None:
+        raise UnknownImageFormatError(
+            f"the file is {name}, which is read {where}; or convert it to JPEG or PNG"
         )
     return name
 
@@ -165,6 +179,18 @@ def _read_tiff(data: bytes) -> ImageHeader:
     return ImageHeader("TIFF", *read_tiff(data))
 
 
+def _read_jpeg2000(data: bytes) -> ImageHeader:
+    return ImageHeader("JPEG2000", *read_jpeg2000(data))
+
+
+def _read_avif(data: bytes) -> ImageHeader:
+    return ImageHeader("AVIF", *read_isobmff(data))
+
+
+def _read_heic(data: bytes) -> ImageHeader:
+    return ImageHeader("HEIC", *read_isobmff(data))
+
+
 _READERS: Final[dict[str, Callable[[bytes], ImageHeader]]] = {
     "JPEG": _read_jpeg,
     "PNG": _read_png,
@@ -172,4 +198,7 @@ _READERS: Final[dict[str, Callable[[bytes], ImageHeader]]] = {
     "GIF": _read_gif,
     "TIFF": _read_tiff,
     "BMP": _read_bmp,
+    "JPEG2000": _read_jpeg2000,
+    "AVIF": _read_avif,
+    "HEIC": _read_heic,
 }

@@ -51,8 +51,8 @@ def test_images_of_a_directory_are_found_whatever_their_name(
     random_picture(0).save(tmp_path / "without_suffix", "JPEG")
     (tmp_path / "README").write_text("no image")
     (tmp_path / "table.csv").write_text("no image")
-    hidden = ["._a.png", ".b.jpg", ".thumbnails/c.png", "more.png/._r.jpg", ".DS_Store"]
-    for name in hidden:
+    invisible = ["._a.png", ".b.jpg", ".thumbnails/c.png", "more.png/._r.jpg", ".DS_Store"]
+    for name in invisible:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     found = find_images([tmp_path])
