@@ -25,6 +25,7 @@ from torch import Tensor
 from model.errors import ModelError
 from model.images.header import ImageHeader, check_size, find_warnings, memory_of, read_header
 from model.images.limits import decode_within_limits, prepare_process
+from service.engine.fair_queueing import FairSemaphore
 from service.errors import ImageTooLargeError, InvalidImageError, NotReadyError, for_caller
 
 # To be increased when the same file would be decoded into other pixels than before.
@@ -49,12 +50,14 @@ S = TypeVar("S", str, bytes, str | bytes)
 class Upload:
     """An image as received, which is taken once, so that nothing holds it longer than its decoding.
 
-    source: base64, a data: URI, or the file itself; None once taken. field: its name in errors.
-    release: called with the size of the source when it and the file are dropped. warnings: see `ImageFile`.
+    source: base64, a data: URI, or the file itself; None once taken. field: its name in errors. caller: see
+    `Request`. release: called with the size of the source when it and the file are dropped. warnings: see
+    `ImageFile`.
     """
 
     source: str | bytes | None
     field: str = "image"
+    caller: str = ""
     release: Callable[[int], None] | None = dataclass_field(default=None, compare=False)
     num_bytes: int = dataclass_field(init=False, compare=False)
     warnings: tuple[str, ...] = dataclass_field(default=(), init=False, compare=False)
@@ -115,8 +118,8 @@ class ImageDecoder:
         """
         return await _in_thread_if_large(self._read, source)
 
-    async def decode_pixels(self, file: ImageFile, image_size: int) -> Tensor:
-        """Decode a file into [S, S, 3] uint8 pixels.
+    async def decode_pixels(self, file: ImageFile, image_size: int, *, caller: str = "") -> Tensor:
+        """Decode a file into [S, S, 3] uint8 pixels; callers take turns.
 
         Raises InvalidImageError where the file is damaged or exceeds a limit, and NotReadyError where no
         process can be started.
@@ -124,7 +127,7 @@ class ImageDecoder:
         try:
             header = await _in_thread_if_large(read_header, file.data)
             check_size(header.width, header.height, self._max_pixels)
-            pixels = await self._processes.decode(file.data, header, image_size, self._max_pixels)
+            pixels = await self._processes.decode(file.data, header, image_size, self._max_pixels, caller)
         except ModelError as exc:
             raise for_caller(exc) from exc
         return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(image_size, image_size, 3)
@@ -173,15 +176,15 @@ class DecodeProcesses:
     """Decodes in processes, small images apart from large ones, so that these hold nobody up.
 
     An image is small that needs little memory and little CPU time. What takes longer starts again as a large
-    one. Within each group, the first to come is the first to be served.
+    one. Within each group, callers take turns.
     """
 
     def __init__(self, num_of_each: int, *, max_decode_bytes: int, max_cpu_s: float) -> None:
         self._num_of_each = num_of_each
         self._max_decode_bytes = max_decode_bytes
         self._max_cpu_s = max_cpu_s
-        self._small = asyncio.Semaphore(num_of_each)
-        self._large = asyncio.Semaphore(num_of_each)
+        self._small = FairSemaphore(num_of_each)
+        self._large = FairSemaphore(num_of_each)
         self._large_bytes = ByteBudget(max_decode_bytes)
         self._processes = CapacityLimiter(2 * num_of_each)
 
@@ -189,7 +192,9 @@ class DecodeProcesses:
         """Start those for small images. Raises NotReadyError where they cannot be started."""
         await asyncio.gather(*(self._check_that_processes_start() for _ in range(self._num_of_each)))
 
-    async def decode(self, data: bytes, header: ImageHeader, image_size: int, max_pixels: int) -> bytes:
+    async def decode(
+        self, data: bytes, header: ImageHeader, image_size: int, max_pixels: int, caller: str
+    ) -> bytes:
         """Decode an image file; see `decode_within_limits`, whose errors it raises.
 
         Raises InvalidImageError too where the process dies, and NotReadyError where none can be started.
@@ -202,10 +207,10 @@ class DecodeProcesses:
             )
         work = partial(decode_within_limits, data, image_size, max_pixels=max_pixels, max_bytes=num_bytes)
         if num_bytes <= SMALL_DECODE_BYTES:
-            async with self._small:
+            async with self._small.hold(caller):
                 with suppress(BrokenWorkerProcess, TimeoutError):
                     return await self._run(partial(work, max_cpu_s=min(_SMALL_CPU_S, self._max_cpu_s)))
-        async with self._large, self._large_bytes.hold(num_bytes):
+        async with self._large.hold(caller), self._large_bytes.hold(num_bytes):
             try:
                 return await self._run(partial(work, max_cpu_s=self._max_cpu_s))
             except (BrokenWorkerProcess, OSError):

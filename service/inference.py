@@ -15,6 +15,7 @@ from model import EmbeddingKind, GenerationParams
 from service.cache.embedding_cache import EmbeddingCache, Lookup
 from service.engine.image_pool import ImageInput
 from service.engine.request import (
+    MIN_BULK_CANDIDATES,
     Answer,
     GenerateInput,
     Generations,
@@ -31,7 +32,7 @@ from service.image_decoding import ImageDecoder, ImageFile, Upload
 from service.model_backend import Backend, EncoderId
 
 _MAX_INLINE_CHARS: Final = 2**13  # of all prompts, which take a millisecond; more are tokenized in a thread
-_MAX_DECODED_AT_ONCE: Final = 8  # images of one request, so that those of others come between them
+_MAX_DECODED_AT_ONCE: Final = 4  # images of one request, so that those of others come between them
 
 T = TypeVar("T")
 
@@ -60,8 +61,8 @@ class TokenizedPrompts:
 class Inference:
     """Runs requests: decodes images, looks up embeddings, queues, awaits the answer.
 
-    max_images: a request of more is a bulk request for the cache. deadline: on the monotonic clock, or None;
-    past it a request never reaches the device. caller: see `Request`.
+    deadline: on the monotonic clock, or None; past it a request never reaches the device. caller: see
+    `Request`.
 
     All methods raise OverloadedError or NotReadyError where the queue refuses the work, a RequestError where
     an image cannot be used, and InferenceFailedError where the model fails on it.
@@ -74,14 +75,12 @@ class Inference:
         cache: EmbeddingCache,
         queue: RequestQueue,
         *,
-        max_images: int,
         observe_queue_s: Callable[[float], None],
     ) -> None:
         self._backend = backend
         self._image_decoder = image_decoder
         self._cache = cache
         self._queue = queue
-        self._max_images = max_images
         self._observe_queue_s = observe_queue_s
 
     async def generate(
@@ -103,8 +102,7 @@ class Inference:
         (reservation,) = self._queue.make_reservations(
             len(prompts), num_bytes=self._image_bytes(EncoderId.MAIN)
         )
-        with reservation:
-            return await self._generate(reservation, image, tokenized, deadline, caller)
+        return await self._generate(reservation, image, tokenized, deadline, caller)
 
     async def generate_each(
         self,
@@ -147,15 +145,13 @@ class Inference:
         sides = [query, *candidates]
         uploads = [side for side in sides if isinstance(side, Upload)]
         encoder = self._backend.matching_encoder
-        (reservation,) = self._queue.make_reservations(
-            len(candidates), num_bytes=self._image_bytes(encoder) * len(uploads)
-        )
+        is_bulk, num_bytes = len(candidates) >= MIN_BULK_CANDIDATES, self._image_bytes(encoder) * len(uploads)
+        (reservation,) = self._queue.make_reservations(len(candidates), num_bytes=num_bytes, is_bulk=is_bulk)
         with reservation:
             started = time.monotonic()
-            is_bulk = len(uploads) > self._max_images
             images = iter(await self._load_images(uploads, required_to_match(mode), encoder, is_bulk=is_bulk))
             resolved = [side if isinstance(side, str) else next(images) for side in sides]
-            inputs = MatchInput(resolved[0], tuple(resolved[1:]), mode, rerank_k, top_k, is_bulk)
+            inputs = MatchInput(resolved[0], tuple(resolved[1:]), mode, rerank_k, top_k)
             request: Request[Matches] = Request(inputs, deadline, caller=caller)
             return await self._submit(reservation, request, started, uploads)
 
@@ -182,11 +178,13 @@ class Inference:
         deadline: float | None,
         caller: str,
     ) -> ServedAnswer[Generations]:
-        started = time.monotonic()
-        required = required_to_generate(is_question_conditioned=bool(tokenized.questions))
-        (image_input,) = await self._load_images([image], required, EncoderId.MAIN)
-        inputs = GenerateInput(image_input, tokenized.prompt_ids, tokenized.params, tokenized.questions)
-        return await self._submit(reservation, Request(inputs, deadline, caller=caller), started, [image])
+        with reservation:
+            started = time.monotonic()
+            required = required_to_generate(is_question_conditioned=bool(tokenized.questions))
+            (image_input,) = await self._load_images([image], required, EncoderId.MAIN)
+            inputs = GenerateInput(image_input, tokenized.prompt_ids, tokenized.params, tokenized.questions)
+            request: Request[Generations] = Request(inputs, deadline, caller=caller)
+            return await self._submit(reservation, request, started, [image])
 
     async def _submit(
         self, reservation: Reservation, request: Request[T], started: float, images: Sequence[Upload]
@@ -242,7 +240,8 @@ class Inference:
         try:
             if not is_known:
                 async with turns:
-                    pixels = await self._image_decoder.decode_pixels(file, self._backend.image_size(encoder))
+                    size = self._backend.image_size(encoder)
+                    pixels = await self._image_decoder.decode_pixels(file, size, caller=image.caller)
         finally:
             image.drop()
         return ImageInput(digest, pixels, known, encoder)

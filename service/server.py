@@ -18,6 +18,7 @@ from service.api.middleware import CONTENT_TYPE_OPTIONS, REQUEST_ID_HEADER
 from service.api.responses import problem_response
 from service.errors import InvalidHttpError
 from service.model_backend import Backend
+from service.runtime.chunk_limit import MAX_TINY_CHUNKS, TINY_BYTES
 from service.runtime.connection_pool import KEEP_ALIVE_S, Access, ConnectionPool
 from service.runtime.connections import BoundedProtocol
 from service.runtime.lifecycle import EngineLostError, FatalError, Lifecycle, Loader, StartupError
@@ -144,7 +145,10 @@ def _build_pools(
 
 
 def _reject(request_id: str) -> Response:
-    error = InvalidHttpError("the bytes on this connection are no HTTP/1.1 request; check the client")
+    error = InvalidHttpError(
+        "the bytes on this connection are no HTTP/1.1 request, or the body comes in more than "
+        f"{MAX_TINY_CHUNKS} chunks of fewer than {TINY_BYTES} bytes; check the client"
+    )
     return problem_response(error, request_id, {REQUEST_ID_HEADER: request_id, **CONTENT_TYPE_OPTIONS})
 
 

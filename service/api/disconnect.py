@@ -3,7 +3,6 @@
 Deadline and disconnection end the work by cancellation alone.
 """
 
-import asyncio
 import ipaddress
 import time
 from collections.abc import Coroutine
@@ -22,7 +21,7 @@ from service.errors import (
     RequestTimeoutError,
     echo_value,
 )
-from service.runtime.readiness import UploadLease
+from service.runtime.readiness import InterruptedWorkError, UploadLease, unless
 from service.runtime.settings import Settings
 
 TIMEOUT_HEADER: Final = "X-Request-Timeout-Ms"
@@ -132,21 +131,13 @@ async def cancel_on_disconnect_or_deadline(
     Cancellation reaches images not yet decoded, queued requests and beams on the device. The body must have
     been read. Raises DeadlineExceededError or ClientGoneError.
     """
-    timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-    task = asyncio.create_task(work)
-    disconnected = asyncio.create_task(_await_disconnect(request.receive))
+    timeout_s = None if deadline is None else max(0.0, deadline - time.monotonic())
     try:
-        await asyncio.wait({task, disconnected}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        if disconnected.done():
-            raise ClientGoneError("the client closed the connection before the answer was ready")
-        raise deadline_error(request)
-    finally:
-        task.cancel()
-        disconnected.cancel()
-        await asyncio.gather(task, disconnected, return_exceptions=True)
-        del task  # whose error would refer to this frame, and wait for the garbage collector
+        return await unless(_await_disconnect(request.receive), work, timeout_s=timeout_s)
+    except InterruptedWorkError as exc:
+        if exc.is_late:
+            raise deadline_error(request) from None
+        raise ClientGoneError("the client closed the connection before the answer was ready") from None
 
 
 async def _await_disconnect(receive: Receive) -> None:

@@ -17,7 +17,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from service.api.body_errors import explain
-from service.api.disconnect import BodyReceiver
+from service.api.disconnect import BodyReceiver, cancel_on_disconnect_or_deadline
 from service.api.json_body import JsonCheck, TextLimits, parse_objects
 from service.api.schemas import Body
 from service.errors import (
@@ -31,7 +31,8 @@ from service.errors import (
 from service.runtime.readiness import UploadLease
 from service.runtime.settings import Settings
 
-_MAX_INLINE_BYTES: Final = 2**16  # parsed within some milliseconds; longer bodies are by a thread
+# A body within these limits is parsed within six milliseconds; others are by a thread.
+_MAX_INLINE_BYTES, _MAX_INLINE_PARTS = 2**20, 256
 # Generous, so that a count beyond a setting is explained by its name.
 _VALUES_PER_ITEM: Final = 4
 _OTHER_VALUES: Final = 256
@@ -59,8 +60,8 @@ class BodyReader:
         """Read the body and check its types.
 
         Raises UnreadableBodyError (400), RequestTimeoutError (408), BodyTooLargeError or TooManyItemsError
-        (413), UnsupportedContentTypeError (415), InvalidRequestError (422), OverloadedError (429) or
-        DeadlineExceededError (504).
+        (413), UnsupportedContentTypeError (415), InvalidRequestError (422), OverloadedError (429),
+        ClientGoneError or DeadlineExceededError (504).
         """
         parse = _parser_for(request)
         body = bytearray()
@@ -69,10 +70,13 @@ class BodyReader:
         except BaseException:
             body.clear()  # which the traceback would hold
             raise
-        if len(body) <= _MAX_INLINE_BYTES:
+        if len(body) <= _MAX_INLINE_BYTES and body.count(b"\r\n--") <= _MAX_INLINE_PARTS:
             return _parse_and_clear(parse, body, schema, self._limits)
-        async with self._one_at_a_time:
+        await cancel_on_disconnect_or_deadline(request, deadline, self._one_at_a_time.acquire())
+        try:
             return await asyncio.to_thread(_parse_and_clear, parse, body, schema, self._limits)
+        finally:
+            self._one_at_a_time.release()
 
 
 @dataclass(slots=True)

@@ -84,13 +84,14 @@ class InferenceRoutes:
 
     async def _read(self, request: Request, schema: type[B], deadline: float | None) -> B:
         """Read and check the body. Its bytes are counted until its images are decoded."""
-        lease = context_of(request).lease = self._uploads.open()
+        caller = caller_of(request)
+        lease = context_of(request).lease = self._uploads.open(caller)
         body = await self._readiness.unless_draining(self._reader.read(request, schema, lease, deadline))
         body.check(self._settings)
         uploads = body.uploads()
         lease.keep(sum(upload.num_bytes for upload in uploads.values()))
         for field, upload in uploads.items():
-            upload.field, upload.release = field, lease.release
+            upload.field, upload.caller, upload.release = field, caller, lease.release
         return body
 
     def _responses(self, service: Service) -> ResponseBuilder:

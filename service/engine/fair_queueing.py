@@ -1,7 +1,9 @@
 """Start-time fair queueing: of workloads by device time, of callers and their requests by cost."""
 
-from collections import defaultdict
-from collections.abc import Collection, Mapping
+import asyncio
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
 from service.engine.request import AnyRequest
@@ -98,3 +100,41 @@ class FairOrder:
             self._requests[request.caller].forget(request)
             if self._requests[request.caller].is_empty:
                 del self._requests[request.caller]
+
+
+class FairSemaphore:
+    """A semaphore for which callers take turns; those that wait for one caller are served in order.
+
+    For the event loop.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self._num_free = num_slots
+        self._caller_order = WeightedFairScheduler[str]()
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = defaultdict(deque)
+
+    @asynccontextmanager
+    async def hold(self, caller: str) -> AsyncIterator[None]:
+        """Wait for a slot, and hold it inside the block."""
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting[caller].append(turn)
+        self._serve()
+        try:
+            await turn
+            yield
+        finally:
+            if not turn.cancelled():
+                self._num_free += 1
+                self._serve()
+
+    def _serve(self) -> None:
+        """Hand free slots to those that wait; those that were cancelled meanwhile are forgotten."""
+        while self._num_free and self._waiting:
+            caller = self._caller_order.next(self._waiting)
+            turn = self._waiting[caller].popleft()
+            if not self._waiting[caller]:
+                del self._waiting[caller]
+            if not turn.cancelled():
+                self._caller_order.charge(caller, 1.0)
+                self._num_free -= 1
+                turn.set_result(None)

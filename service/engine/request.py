@@ -14,7 +14,7 @@ from service.request_ids import REQUEST_IDS
 
 MAX_SHORT_TOKENS: Final = 32  # of each answer: how many steps a short request may hold its rows
 MAX_SHORT_ROW_TOKENS: Final = 2048  # of a whole request: as much as 16 steps of 128 rows
-MAX_SHORT_CANDIDATES: Final = 64  # of a match request that need not wait for those of more
+MIN_BULK_CANDIDATES: Final = 65  # of a match request that no other need wait for
 MAX_PAIRS_PER_STEP: Final = 32
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class AdmissionClass(StrEnum):
     SHORT = "short"  # at most MAX_SHORT_TOKENS tokens an answer, and MAX_SHORT_ROW_TOKENS in all
     LONG = "long"  # more: it holds its rows for long, or many of them
     MATCH = "match"
-    LONG_MATCH = "long_match"  # of more than MAX_SHORT_CANDIDATES
+    BULK_MATCH = "bulk_match"  # of MIN_BULK_CANDIDATES or more
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,8 @@ class DeviceTimes:
 class Answer(Generic[T]):
     """The result of a request's future.
 
-    image_cached: the request had images, and none went through the image encoder for it.
-    max_rows: the largest number of rows it shared the device with.
+    image_cached: it had images, and none went through the image encoder for it. max_rows: the largest
+    number of rows it shared the device with.
     """
 
     value: T
@@ -114,7 +114,7 @@ class GenerateInput:
 
     @property
     def early_cost(self) -> float:
-        """Number of row-tokens of all its prompts but the last."""
+        """Number of row-tokens before the last prompt."""
         return self.cost * (1 - 1 / len(self.prompts))
 
     @property
@@ -129,10 +129,9 @@ class GenerateInput:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatchInput:
-    """Candidates to score against one query: texts and images in any combination, but ITM needs one of each.
+    """Candidates to score against a query: texts and images in any combination, but ITM needs one of each.
 
-    rerank_k: how many of the best by ITC are scored by ITM. top_k: how many are returned. is_bulk: it has so
-    many images that they may take a share of the in-process cache only.
+    rerank_k: how many of the best by ITC are scored by ITM. top_k: how many are returned.
     """
 
     query: str | ImageInput
@@ -140,7 +139,11 @@ class MatchInput:
     mode: Mode
     rerank_k: int
     top_k: int
-    is_bulk: bool = False
+
+    @property
+    def is_bulk(self) -> bool:
+        """Whether it has so many candidates that it may take a share of queue and cache only."""
+        return self.cost >= MIN_BULK_CANDIDATES
 
     @property
     def ranks_images(self) -> bool:
@@ -172,7 +175,7 @@ class MatchInput:
 
     @property
     def admission_class(self) -> AdmissionClass:
-        return AdmissionClass.LONG_MATCH if self.cost > MAX_SHORT_CANDIDATES else AdmissionClass.MATCH
+        return AdmissionClass.BULK_MATCH if self.is_bulk else AdmissionClass.MATCH
 
     @property
     def required(self) -> frozenset[EmbeddingKind]:
@@ -182,9 +185,8 @@ class MatchInput:
 
 def required_to_generate(*, is_question_conditioned: bool) -> frozenset[EmbeddingKind]:
     """Return what generation starts from; an output that depends on the question cannot be cached."""
-    return frozenset(
-        {EmbeddingKind.IMAGE_FEATURES if is_question_conditioned else EmbeddingKind.QUERY_OUTPUT}
-    )
+    kind = EmbeddingKind.IMAGE_FEATURES if is_question_conditioned else EmbeddingKind.QUERY_OUTPUT
+    return frozenset({kind})
 
 
 def required_to_match(mode: Mode) -> frozenset[EmbeddingKind]:
@@ -200,9 +202,8 @@ class Request(Generic[T]):
 
     deadline, submitted, admitted, work_started: readings of the monotonic clock, in seconds.
     num_items: what the queue counts: captions, questions or candidates. image_cached: see `Answer`.
-    caller: who sent it, to share the device fairly; "" where callers cannot be told apart.
-    holds_rows: whether one of its sequences has entered the decoder. request_ids: for log lines; one where
-    a caller sent it.
+    caller: who sent it; "" where callers cannot be told apart. holds_rows: whether one of its sequences has
+    entered the decoder. request_ids: for log lines; one where a caller sent it.
     """
 
     inputs: GenerateInput | MatchInput
@@ -249,7 +250,7 @@ class Request(Generic[T]):
     def times(self) -> DeviceTimes:
         """The times so far."""
         now = time.monotonic()
-        started = now if self.work_started is None else self.work_started
+        started = self.work_started or now
         passes = self._passes()
         early_s = sum(batch.vision_s + batch.qformer_s for batch in passes if batch.started < started)
         vision_s = sum(batch.vision_s for batch in passes)
@@ -276,15 +277,14 @@ class Request(Generic[T]):
             self.future.set_exception(for_caller(error))
 
     def _claim(self) -> bool:
-        # The caller may cancel at any moment from the event loop; past this call it no longer can. The engine
-        # and the watchdog that aborts it may both try to complete the future.
+        # Until this call the event loop may cancel it; engine and watchdog may both try to complete it.
         with self._claim_lock:
             is_free = not (self.future.done() or self.future.running())
             return is_free and self.future.set_running_or_notify_cancel()
 
     def _passes(self) -> set[EncodeBatch]:
-        """Return the passes over its images; those before it was admitted did not cost it time."""
-        since = self.submitted if self.admitted is None else self.admitted
+        """Return the passes over its images since it was admitted: earlier ones did not cost it time."""
+        since = self.admitted or self.submitted
         return {batch for image in self.images for batch in image.batches if batch.started >= since}
 
     def _build_answer(self, value: T) -> Answer[T]:

@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -52,9 +53,10 @@ class Reservation:
     num_bytes: of its decoded images; once it is submitted, of those that had to be decoded.
     """
 
-    def __init__(self, queue: "RequestQueue", num_items: int, num_bytes: int) -> None:
+    def __init__(self, queue: "RequestQueue", num_items: int, num_bytes: int, *, is_bulk: bool) -> None:
         self.num_items = num_items
         self.num_bytes = num_bytes
+        self.is_bulk = is_bulk
         self.request: AnyRequest | None = None
         self._queue = queue
 
@@ -72,15 +74,28 @@ class Reservation:
         self._queue.withdraw(self)
 
 
+@dataclass(slots=True)
+class _Held:
+    """The items and bytes that some of the reservations hold."""
+
+    num_items: int = 0
+    num_bytes: int = 0
+
+    def add(self, num_items: int, num_bytes: int) -> None:
+        self.num_items += num_items
+        self.num_bytes += num_bytes
+
+
 RequestsByCaller = dict[str, dict[AnyRequest, Reservation]]  # the requests of each caller, in their order
 
 
 class RequestQueue:
     """Bounded in items (captions, questions, candidates), and in bytes of decoded images.
 
-    max_bytes: a request that needs more is admitted where no other holds any. throughput: the measured one,
-    from which Retry-After is computed. In each admission class callers take turns by the cost of their
-    requests; those of one caller stay in order.
+    Bulk requests hold at most half of the items, and other half of `max_bytes`: they keep no other request
+    out. One that needs more than its limit of bytes, or than half of the items, is admitted where no other
+    of its kind holds any. throughput: the measured one, from which Retry-After is computed. In each
+    admission class callers take turns by the cost of their requests; those of one caller stay in order.
     """
 
     def __init__(self, max_items: int, throughput: Throughput, *, max_bytes: int = 2**63) -> None:
@@ -91,14 +106,13 @@ class RequestQueue:
         self._reservations: set[Reservation] = set()
         self._order = {name: WeightedFairScheduler[str]() for name in AdmissionClass}  # of callers
         self._waiting: dict[AdmissionClass, RequestsByCaller] = {name: {} for name in AdmissionClass}
-        self._num_items = 0
-        self._num_bytes = 0
+        self._held, self._bulk = _Held(), _Held()  # by all reservations, and by the bulk ones of them
         self._closed: str | None = None
 
     @property
     def num_items(self) -> int:
         """Number of items that wait, including those whose image is still being decoded."""
-        return self._num_items
+        return self._held.num_items
 
     def oldest_wait_s(self) -> float:
         """Return how long the oldest request has waited; 0 where there is none."""
@@ -109,21 +123,23 @@ class RequestQueue:
     @property
     def num_bytes(self) -> int:
         """Number of bytes of decoded images that wait, or that are being decoded."""
-        return self._num_bytes
+        return self._held.num_bytes
 
-    def make_reservations(self, *sizes: int, num_bytes: int = 0) -> tuple[Reservation, ...]:
+    def make_reservations(
+        self, *sizes: int, num_bytes: int = 0, is_bulk: bool = False
+    ) -> tuple[Reservation, ...]:
         """Reserve room for requests of these numbers of items, or for none of them.
 
-        num_bytes: of the decoded images of each request. Raises OverloadedError where there is not room for
-        all, NotReadyError where the queue is closed.
+        num_bytes: of the decoded images of each request. is_bulk: whether they are bulk requests. Raises
+        OverloadedError where there is not room for all, NotReadyError where the queue is closed.
         """
         with self._changed:
             self._refuse_if_closed()
-            self._refuse_if_full(sum(sizes), num_bytes * len(sizes))
-            reservations = tuple(Reservation(self, size, num_bytes) for size in sizes)
+            self._refuse_if_full(sum(sizes), num_bytes * len(sizes), is_bulk=is_bulk)
+            reservations = tuple(Reservation(self, size, num_bytes, is_bulk=is_bulk) for size in sizes)
             self._reservations.update(reservations)
-            self._num_items += sum(sizes)
-            self._num_bytes += num_bytes * len(sizes)
+            for reservation in reservations:
+                self._count(reservation, reservation.num_items, reservation.num_bytes)
         return reservations
 
     def append(self, reservation: Reservation, request: AnyRequest) -> None:
@@ -132,7 +148,7 @@ class RequestQueue:
             reservation.request = request
             if reservation in self._reservations:
                 num_bytes = sum(image.num_bytes for image in request.inputs.images)
-                self._num_bytes += num_bytes - reservation.num_bytes
+                self._count(reservation, 0, num_bytes - reservation.num_bytes)
                 reservation.num_bytes = num_bytes
             self._waiting[request.admission_class].setdefault(request.caller, {})[request] = reservation
             self._changed.notify()
@@ -180,7 +196,7 @@ class RequestQueue:
             self._reservations.clear()
             for by_caller in self._waiting.values():
                 by_caller.clear()
-            self._num_items = self._num_bytes = 0
+            self._held, self._bulk = _Held(), _Held()
             self._changed.notify_all()
         return requests
 
@@ -202,25 +218,37 @@ class RequestQueue:
 
     def _release(self, reservation: Reservation) -> None:
         self._reservations.remove(reservation)
-        self._num_items -= reservation.num_items
-        self._num_bytes -= reservation.num_bytes
+        self._count(reservation, -reservation.num_items, -reservation.num_bytes)
 
-    def _refuse_if_full(self, num_items: int, num_bytes: int) -> None:
-        if self._num_items + num_items > self._max_items:
+    def _count(self, reservation: Reservation, num_items: int, num_bytes: int) -> None:
+        self._held.add(num_items, num_bytes)
+        if reservation.is_bulk:
+            self._bulk.add(num_items, num_bytes)
+
+    def _refuse_if_full(self, num_items: int, num_bytes: int, *, is_bulk: bool) -> None:
+        same_bytes = self._bulk.num_bytes if is_bulk else self._held.num_bytes - self._bulk.num_bytes
+        max_bytes = self._max_bytes // 2 if is_bulk else self._max_bytes
+        name = "bulk requests" if is_bulk else "requests"
+        if self._held.num_items + num_items > self._max_items:
             refusal = (
-                f"{self._num_items} items wait, this request brings {num_items} more, and the limit is "
+                f"{self._held.num_items} items wait, this request brings {num_items} more, and the limit is "
                 f"{self._max_items}"
             )
-        elif num_bytes and self._num_bytes and self._num_bytes + num_bytes > self._max_bytes:
+        elif is_bulk and self._bulk.num_items and self._bulk.num_items + num_items > self._max_items // 2:
             refusal = (
-                f"decoded images of {self._num_bytes} bytes wait, this request brings {num_bytes} more, and "
-                f"the limit is {self._max_bytes}"
+                f"{self._bulk.num_items} items of bulk requests wait, this one brings {num_items} more, and "
+                f"their limit is {self._max_items // 2}"
+            )
+        elif num_bytes and same_bytes and same_bytes + num_bytes > max_bytes:
+            refusal = (
+                f"decoded images of {same_bytes} bytes wait in {name}, this one brings {num_bytes} more, and "
+                f"the limit is {max_bytes}"
             )
         else:
             return
         raise OverloadedError(
             f"{refusal}; send it again after the time in Retry-After",
-            retry_after_s=self._throughput.seconds_for(self._num_items),
+            retry_after_s=self._throughput.seconds_for(self._held.num_items),
         )
 
     def _refuse_if_closed(self) -> None:

@@ -30,7 +30,7 @@ MAX_PROMPT_TOKENS_PER_STEP: Final = 1024  # prefilled at once, image tokens and 
 MAX_TEXT_TOKENS_PER_STEP: Final = 2560  # of texts and pairs, padding and a pair's query tokens included
 MAX_STEP_S: Final = 0.5  # batches of images, texts and pairs are sized to take about so long at most
 MAX_PREFETCHED: Final = 8  # requests of a class whose images are encoded while others hold the rows
-MAX_MATCH_IMAGES: Final = 1024  # of all admitted long match requests; one of more is admitted alone
+MAX_MATCH_IMAGES: Final = 1024  # of all admitted bulk requests; one of more is admitted alone
 LONG_SHARE: Final = 0.75  # of the rows, for sequences of many tokens
 # Shares of device time while all workloads are ready. Images of generation requests have by far the largest
 # weight: encoding many first lets their sequences share decode steps, and prefetch bounds their number.
@@ -60,7 +60,7 @@ def open_classes(requests: Iterable[AnyRequest], max_rows: int) -> frozenset[Adm
     has_rows = num_rows[short] + num_rows[long] < max_rows
     is_open = {
         AdmissionClass.MATCH: num_rows[AdmissionClass.MATCH] < max_rows,
-        AdmissionClass.LONG_MATCH: num_rows[AdmissionClass.LONG_MATCH] < max_rows,
+        AdmissionClass.BULK_MATCH: num_rows[AdmissionClass.BULK_MATCH] < max_rows,
         short: has_rows or num_prefetched[short] < MAX_PREFETCHED,
         long: (has_rows and num_rows[long] < LONG_SHARE * max_rows) or num_prefetched[long] < MAX_PREFETCHED,
     }
@@ -123,11 +123,10 @@ class Scheduler:
         return None
 
     def _fits(self, request: AnyRequest) -> bool:
-        """Return whether the images of a long match request may be held beside those of the admitted ones."""
-        long_match = AdmissionClass.LONG_MATCH
-        if request.admission_class is not long_match:
+        """Return whether the images of a bulk request may be held beside those of the admitted ones."""
+        if not request.inputs.is_bulk:
             return True
-        held = sum(len(each.images) for each in self.requests if each.admission_class is long_match)
+        held = sum(len(each.images) for each in self.requests if each.inputs.is_bulk)
         return held == 0 or held + len(request.inputs.images) <= MAX_MATCH_IMAGES
 
     def schedule(self) -> Step | None:

@@ -77,7 +77,6 @@ def assemble(settings: Settings, backend: Backend, metrics: Metrics) -> Service:
         image_decoder,
         cache,
         queue,
-        max_images=settings.max_images,
         observe_queue_s=metrics.queue_seconds.observe,
     )
     return Service(backend, image_decoder, redis, queue, engine, inference)

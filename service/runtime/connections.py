@@ -8,9 +8,11 @@ from typing import Any, Final, Protocol
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from service.runtime.chunk_limit import ChunkLimit
 from service.runtime.connection_pool import ConnectionPool
 
 ACCESS: Final = "access"  # the key of `Access` in the state of an ASGI scope
+_MAX_HEAD_BYTES: Final = 2**16
 _MAX_DISCARDED_BYTES: Final = 2**20  # of a body whose request is answered
 _LINGER_S: Final = 2.0  # for the caller to read why its body is not read any more
 
@@ -38,6 +40,7 @@ class BoundedProtocol(H11Protocol):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = ChunkLimit(h11.SERVER, _MAX_HEAD_BYTES)
         self._pool_of = pool_of
         self._reject = reject
         self._lifespan_state = self.app_state

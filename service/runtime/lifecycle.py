@@ -18,7 +18,7 @@ from service.runtime.metrics import Metrics
 from service.runtime.readiness import Readiness, Traffic
 from service.runtime.settings import Settings, SettingsError
 from service.runtime.warmup import SelfTestError, warm_up
-from service.runtime.watchdog import thread_stacks, wait_until_lost
+from service.runtime.watchdog import return_memory_regularly, thread_stacks, wait_until_lost
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class Lifecycle:
         self._on_failure = on_failure
         self._startup: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._returning_memory: asyncio.Task[None] | None = None
         self._loader: threading.Thread | None = None
 
     @property
@@ -97,6 +98,8 @@ class Lifecycle:
         if self._startup is not None:
             self._startup.cancel()
             await asyncio.gather(self._startup, return_exceptions=True)
+        if self._returning_memory is not None:
+            self._returning_memory.cancel()
         await self._stop_engine()
         if self.readiness.service is not None:
             await self.readiness.service.aclose()
@@ -123,6 +126,7 @@ class Lifecycle:
             return
         readiness.is_watched, timeout_s = True, self._stall_timeout_s(service.engine.longest_step_s)
         self._watching = asyncio.create_task(self._await_loss(service.engine, timeout_s), name="watchdog")
+        self._returning_memory = asyncio.create_task(return_memory_regularly())
         readiness.is_started = True
         self._on_ready(backend)
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Final, Literal, TypeVar
 
@@ -13,10 +14,35 @@ from service.runtime.assembly import Service
 
 _RETRY_S: Final = 5
 _UPLOAD_RETRY_S: Final = (2, 8)  # a range, so that callers refused together do not come back together
+_SMALL_BODY_BYTES: Final = 2**20
 _MIN_ARRIVAL_S: Final = 1.0  # during which an upload is not displaced
 
 T = TypeVar("T")
 TaskName = Literal["caption", "vqa", "retrieve"]
+
+
+class InterruptedWorkError(Exception):
+    """Work was cancelled; is_late: because its time was over, and not by an event."""
+
+    def __init__(self, *, is_late: bool) -> None:
+        self.is_late = is_late
+
+
+async def unless(
+    event: Coroutine[Any, Any, object], work: Coroutine[Any, Any, T], *, timeout_s: float | None = None
+) -> T:
+    """Await the work. Cancels it, and raises InterruptedWorkError, where event or time comes first."""
+    task, interruption = asyncio.create_task(work), asyncio.create_task(event)
+    try:
+        await asyncio.wait({task, interruption}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise InterruptedWorkError(is_late=not interruption.done())
+        return task.result()
+    finally:
+        task.cancel()
+        interruption.cancel()
+        await asyncio.gather(task, interruption, return_exceptions=True)
+        del task  # whose error would refer to this frame, and wait for the garbage collector
 
 
 class Traffic:
@@ -47,27 +73,41 @@ class Uploads:
     """A budget of bytes over all request bodies, each from its first byte until its images are decoded.
 
     Beyond the budget, a new upload displaces the slowest of those that still arrive. So unfinished uploads
-    cannot keep others out. For the event loop.
+    cannot keep others out. The last quarter of it is left to callers that hold nothing yet, and to small
+    bodies. For the event loop.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self.num_bytes = 0
+        self._num_bytes_of = Counter[str]()  # of each caller that holds any
         self.arriving: dict[UploadLease, None] = {}
 
-    def open(self) -> "UploadLease":
-        return UploadLease(self)
+    @property
+    def num_bytes(self) -> int:
+        return self._num_bytes_of.total()
+
+    def open(self, caller: str) -> "UploadLease":
+        return UploadLease(self, caller)
 
     def add(self, lease: "UploadLease", num_bytes: int) -> None:
         """Count bytes of a lease. Raises OverloadedError where there is not room for them."""
-        excess = self.num_bytes + num_bytes - self._max_bytes
+        holds_others = self._num_bytes_of[lease.caller] > lease.num_bytes
+        is_small = lease.num_bytes + num_bytes <= _SMALL_BODY_BYTES
+        limit = self._max_bytes * 3 // 4 if holds_others and not is_small else self._max_bytes
+        excess = self.num_bytes + num_bytes - limit
         if excess > 0 and not self._displace_slowest(lease, excess):
             raise OverloadedError(
                 f"request bodies of {self.num_bytes} bytes are in flight, this one adds {num_bytes}, and the "
-                f"limit is {self._max_bytes}; send it again after the time in Retry-After",
+                f"limit is {limit}; send it again after the time in Retry-After",
                 retry_after_s=random.randint(*_UPLOAD_RETRY_S),
             )
-        self.num_bytes += num_bytes
+        self._num_bytes_of[lease.caller] += num_bytes
+
+    def remove(self, lease: "UploadLease", num_bytes: int) -> None:
+        """Return bytes of a lease."""
+        self._num_bytes_of[lease.caller] -= num_bytes
+        if self._num_bytes_of[lease.caller] == 0:
+            del self._num_bytes_of[lease.caller]
 
     def _displace_slowest(self, newcomer: "UploadLease", num_bytes: int) -> bool:
         """End arriving uploads until so many bytes are free; none if they all are not enough."""
@@ -86,13 +126,14 @@ class Uploads:
 
 
 class UploadLease:
-    """The bytes of one request body in the budget.
+    """The bytes of one request body of a caller in the budget.
 
     num_bytes: as declared, or as arrived where that is more; less those released. is_displaced: by others.
     """
 
-    def __init__(self, uploads: Uploads) -> None:
+    def __init__(self, uploads: Uploads, caller: str) -> None:
         self._uploads = uploads
+        self.caller = caller
         self._arrival: asyncio.Timeout | None = None
         self._num_arrived = 0
         self.started = time.monotonic()
@@ -128,7 +169,7 @@ class UploadLease:
         """Return bytes that nothing holds any more."""
         num_bytes = min(num_bytes, self.num_bytes)
         self.num_bytes -= num_bytes
-        self._uploads.num_bytes -= num_bytes
+        self._uploads.remove(self, num_bytes)
 
     def close(self) -> None:
         self.release(self.num_bytes)
@@ -222,17 +263,10 @@ class Readiness:
 
     async def unless_draining(self, upload: Coroutine[Any, Any, T]) -> T:
         """Await an upload. Raises DrainingError where draining begins before it is whole."""
-        task, drain = asyncio.create_task(upload), asyncio.create_task(self._draining.wait())
         try:
-            await asyncio.wait({task, drain}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise _draining_error()
-            return task.result()
-        finally:
-            task.cancel()
-            drain.cancel()
-            await asyncio.gather(task, drain, return_exceptions=True)
-            del task  # whose error would refer to this frame, and wait for the garbage collector
+            return await unless(self._draining.wait(), upload)
+        except InterruptedWorkError:
+            raise _draining_error() from None
 
 
 def tasks_of(backend: Backend) -> list[TaskName]:

@@ -1,4 +1,4 @@
-"""Watches the engine from the event loop, until it is lost for good."""
+"""Watches the engine from the event loop, until it is lost for good; returns free memory meanwhile."""
 
 import asyncio
 import sys
@@ -7,9 +7,11 @@ import time
 import traceback
 from typing import Final
 
+from model.devices import return_free_memory
 from service.engine.engine import Engine
 from service.runtime.readiness import Readiness
 
+_RETURN_MEMORY_S: Final = 15.0
 _INTERVAL_S: Final = 0.25
 _PAUSE_S: Final = 1.0  # a check that comes so much too late shows that the whole process was paused
 
@@ -35,6 +37,13 @@ async def wait_until_lost(engine: Engine, readiness: Readiness, stall_timeout_s:
             )
         if problem := readiness.engine_problem:
             return problem
+
+
+async def return_memory_regularly() -> None:
+    """Return free memory to the operating system, until cancelled."""
+    while True:
+        await asyncio.sleep(_RETURN_MEMORY_S)
+        await asyncio.to_thread(return_free_memory)
 
 
 def thread_stacks() -> dict[str, str]:

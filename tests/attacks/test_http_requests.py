@@ -2,11 +2,15 @@
 
 import http.client
 import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
+from service.runtime.chunk_limit import TINY_BYTES
+from tests.attacks.harness import bystander
 from tests.attacks.raw_http import connected, head, read_all, read_status
 from tests.integration.pictures import in_base64, picture
 from tests.integration.processes import ServiceProcess
@@ -57,6 +61,44 @@ def test_what_is_no_http_is_answered_by_a_problem_and_the_connection_closes(
     assert status == 400
     assert b"content-type: application/problem+json" in rest.lower()
     assert b"x-content-type-options: nosniff" in rest.lower()
+
+
+def chunked(pieces: Iterable[bytes]) -> bytes:
+    request = b"POST /caption HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+    return request + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + CHUNKED
+
+
+@pytest.mark.parametrize(("num_chunks", "status"), [(1000, 200), (1001, 400)])
+def test_a_body_has_at_most_a_thousand_tiny_chunks(
+    attacked: ServiceProcess, num_chunks: int, status: int
+) -> None:
+    body = b'{"image": "%s", "num_beams": 1}' % in_base64(picture(0)).encode()
+    pieces = [b" "] * (num_chunks - 1)
+    answered, rest = exchange(attacked, chunked([*pieces, body]))
+    assert answered == status, rest
+
+
+def test_many_chunks_of_a_fair_size_are_read(attacked: ServiceProcess) -> None:
+    body = (b'{"image": "%s", "num_beams": 1}' % in_base64(picture(0)).encode()).ljust(TINY_BYTES * 3000)
+    pieces = [body[start : start + TINY_BYTES] for start in range(0, len(body), TINY_BYTES)]
+    status, rest = exchange(attacked, chunked(pieces))
+    assert status == 200, rest
+
+
+@pytest.mark.serial
+def test_a_crowd_that_sends_byte_by_byte_holds_up_nobody(attacked: ServiceProcess) -> None:
+    request = chunked([b" "] * 100_000)
+
+    def attack(_: int) -> int | None:
+        try:
+            return exchange(attacked, request)[0]
+        except ConnectionError:  # the service closes while much is still to be sent
+            return None
+
+    with bystander(attacked), ThreadPoolExecutor(20) as pool:
+        statuses = set(pool.map(attack, range(200)))
+    assert statuses <= {400, None}
 
 
 def test_garbage_behind_a_request_does_not_cost_its_answer(attacked: ServiceProcess) -> None:

@@ -120,6 +120,23 @@ def test_attackers_hold_up_nobody_and_memory_is_given_back(running: ServiceProce
     assert memory.after_bytes - memory.before_bytes < MAX_KEPT_BYTES
 
 
+def test_bodies_full_of_slow_images_leave_room_for_small_ones(running: ServiceProcess) -> None:
+    """Three bodies of 58 MB are more than the budget of uploads, and their images take minutes together."""
+    files = [("images", SLOW.ljust(1_900_000))] * 31
+    form = {"num_beams": "1", "max_new_tokens": "2"}
+
+    def attack(_: int) -> int:
+        headers = {"X-Request-Timeout-Ms": "10000"}
+        return httpx.post(
+            f"{running.url}/caption", files=files, data=form, headers=headers, timeout=MAX_ATTACK_S
+        ).status_code
+
+    with bystander(running), ThreadPoolExecutor(3) as threads:
+        statuses = list(threads.map(attack, range(3)))
+    assert set(statuses) <= {429, 504}
+    assert 504 in statuses
+
+
 def cpu_seconds(running: ServiceProcess) -> dict[int, float]:
     """Return the CPU time of each process that decodes, by its process id."""
     times = {}

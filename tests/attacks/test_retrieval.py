@@ -19,8 +19,8 @@ CACHE_BYTES = 2 * 2**20  # half of the embeddings of these images
 MAX_GROWTH_BYTES = 500 * 2**20
 
 
-def retrieve(running: ServiceProcess, first: int) -> int:
-    images = [in_base64(picture(first + index)) for index in range(NUM_IMAGES)]
+def retrieve(running: ServiceProcess, first: int, num_images: int = NUM_IMAGES) -> int:
+    images = [in_base64(picture(first + index)) for index in range(num_images)]
     body: dict[str, Any] = {"text": "a red circle", "candidates": {"images": images}, "rerank_k": 16}
     return httpx.post(f"{running.url}/retrieve", json=body, timeout=120).status_code
 
@@ -45,3 +45,11 @@ def test_large_retrievals_drive_out_no_hot_embedding_and_hold_little(tmp_path: P
             assert [each.result() for each in large] == [200] * NUM_REQUESTS
         assert all(is_cached(running, index) for index in hot)
         assert memory.growth_bytes < MAX_GROWTH_BYTES
+
+
+def test_as_many_images_as_allowed_from_several_callers_refuse_no_small_request(tmp_path: Path) -> None:
+    with service(tmp_path, model="tiny") as running:
+        with bystander(running), ThreadPoolExecutor(4) as threads:
+            large = [threads.submit(retrieve, running, 10_000 * number, 1000) for number in range(4)]
+            statuses = [each.result() for each in large]
+        assert set(statuses) == {200, 429}

@@ -85,10 +85,9 @@ class EngineHarness:
         mode: Mode = Mode.ITC,
         rerank_k: int = 128,
         top_k: int = 100,
-        is_bulk: bool = False,
     ) -> Request[Matches]:
         """Submit a request and return it."""
-        request: Request[Matches] = Request(MatchInput(query, candidates, mode, rerank_k, top_k, is_bulk))
+        request: Request[Matches] = Request(MatchInput(query, candidates, mode, rerank_k, top_k))
         self.submit(request)
         return request
 

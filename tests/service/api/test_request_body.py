@@ -42,7 +42,7 @@ async def read(
 
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": raw}
-    lease = Uploads(settings.max_upload_bytes).open()
+    lease = Uploads(settings.max_upload_bytes).open("")
     return await BodyReader(settings).read(Request(scope, receive), schema, lease, None)
 
 

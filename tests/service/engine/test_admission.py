@@ -31,7 +31,7 @@ def test_texts_never_keep_pairs_out_nor_pairs_texts() -> None:
 
 def test_matches_of_many_candidates_keep_others_of_many_out_alone() -> None:
     assert open_classes([match(64)], 32) == ALL - {AdmissionClass.MATCH}
-    assert open_classes([match(65)], 32) == ALL - {AdmissionClass.LONG_MATCH}
+    assert open_classes([match(65)], 32) == ALL - {AdmissionClass.BULK_MATCH}
 
 
 def test_long_texts_keep_short_ones_out_of_a_part_of_the_rows_alone() -> None:

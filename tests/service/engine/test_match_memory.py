@@ -63,7 +63,7 @@ def images(count: int = NUM_IMAGES) -> list[ImageInput]:
 
 
 def best(harness: EngineHarness, mode: Mode, rerank_k: int, candidates: Sequence[ImageInput]) -> list[Match]:
-    request = harness.match("120", *candidates, mode=mode, rerank_k=rerank_k, is_bulk=True)
+    request = harness.match("120", *candidates, mode=mode, rerank_k=rerank_k)
     return list(request.future.result(TIMEOUT_S).value)
 
 

@@ -66,6 +66,34 @@ def test_a_request_of_more_bytes_than_the_limit_waits_alone() -> None:
         waiting.make_reservations(1, num_bytes=5000)
 
 
+def test_bulk_requests_hold_at_most_half_of_items_and_bytes_and_keep_no_other_out() -> None:
+    waiting = RequestQueue(100, Throughput(jitter=lambda: 0.0), max_bytes=1000)
+    waiting.make_reservations(30, num_bytes=300, is_bulk=True)
+    waiting.make_reservations(10, num_bytes=200, is_bulk=True)
+    with pytest.raises(
+        OverloadedError, match=r"500 bytes wait in bulk requests.*brings 1 more.*limit is 500"
+    ):
+        waiting.make_reservations(1, num_bytes=1, is_bulk=True)
+    waiting.make_reservations(10, is_bulk=True)
+    with pytest.raises(OverloadedError, match=r"50 items of bulk requests wait.*brings 1 more.*limit is 50"):
+        waiting.make_reservations(1, is_bulk=True)
+    waiting.make_reservations(50, num_bytes=1000)
+    with pytest.raises(OverloadedError, match="100 items wait"):
+        waiting.make_reservations(1)
+
+
+def test_a_bulk_request_of_more_than_half_waits_beside_others_but_not_beside_another_bulk_request() -> None:
+    waiting = RequestQueue(100, Throughput(jitter=lambda: 0.0), max_bytes=1000)
+    waiting.make_reservations(5, num_bytes=900)
+    (bulk,) = waiting.make_reservations(80, num_bytes=5000, is_bulk=True)
+    with pytest.raises(OverloadedError):
+        waiting.make_reservations(1, num_bytes=1, is_bulk=True)
+    waiting.make_reservations(15, num_bytes=100)
+    with bulk:
+        pass
+    waiting.make_reservations(60, num_bytes=5000, is_bulk=True)
+
+
 def test_bytes_of_images_that_need_no_decoding_are_given_back() -> None:
     waiting = RequestQueue(100, Throughput(jitter=lambda: 0.0), max_bytes=1000)
     (reservation,) = waiting.make_reservations(1, num_bytes=800)
