@@ -39,14 +39,14 @@ def tiff_of(
         strips = [zlib.compress(strip) for strip in strips]
     strips = [strip + bytes(len(strip) % 2) for strip in strips]
     start = 16 if is_big else 8
-    places = [start + sum(map(len, strips[:index])) for index in range(len(strips))]
+    offsets = [start + sum(map(len, strips[:index])) for index in range(len(strips))]
     all_tags: dict[int, tuple[int, Sequence[int]]] = {
         256: (4, [width]),
         257: (4, [height]),
         258: (3, [depth] * channels),
         259: (3, [8 if is_deflated else 1]),
         262: (3, [photometric]),
-        273: (4, places),
+        273: (4, offsets),
         277: (3, [channels]),
         278: (4, [height]),
         279: (4, [len(strip) for strip in strips]),

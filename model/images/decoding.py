@@ -12,19 +12,24 @@ from typing import Final
 from PIL import ExifTags, Image, UnidentifiedImageError, _webp
 
 from model.errors import InvalidImageFileError
+from model.images import isobmff, png
 from model.images.header import SIGNATURES, ImageHeader, check_size, damaged_header, read_header
 from model.images.jpeg import ends_for, lacks_end
-from model.images.png import without_metadata
 from model.images.resize import BAND_PX, resize_to_square
 from model.images.tiff import unread_tiff
 
 # What Pillow's readers raise on damaged files.
 DAMAGE: Final = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError,
-    AttributeError, NotImplementedError, struct.error, zlib.error,
+    AttributeError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 MAX_PIXELS: Final = 178_956_970  # unless told otherwise: what Pillow itself refuses
 _MAX_ECHOED: Final = 60
+_WITHOUT_METADATA: Final = {
+    "PNG": png.without_metadata,
+    "AVIF": isobmff.without_metadata,
+    "HEIC": isobmff.without_metadata,
+}
 
 
 def decode_image(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -71,8 +76,8 @@ def _open(data: bytes, header: ImageHeader) -> Image.Image:
     if header.format == "WEBP":
         return _open_webp(data, header)
     prepare_decoder(header.format)
-    if header.format == "PNG":
-        data = without_metadata(data)
+    if header.format in _WITHOUT_METADATA:
+        data = _WITHOUT_METADATA[header.format](data)
     name = "HEIF" if header.format == "HEIC" else header.format  # in Pillow
     return Image.open(io.BytesIO(data), formats=(name,))
 

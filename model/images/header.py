@@ -188,7 +188,9 @@ def _read_avif(data: bytes) -> ImageHeader:
 
 
 def _read_heic(data: bytes) -> ImageHeader:
-    return ImageHeader("HEIC", *read_isobmff(data))
+    return ImageHeader(
+        "HEIC", *read_isobmff(data), depth=16
+    )  # to which pillow-heif scales grey of 10 and 12 bits
 
 
 _READERS: Final[dict[str, Callable[[bytes], ImageHeader]]] = {

@@ -29,19 +29,29 @@ def sniff_isobmff(data: bytes) -> str | None:
 def read_isobmff(data: bytes) -> tuple[int, int, int, int]:
     """Return width, height, and the bytes of the image and of what its decoder holds beside it.
 
-    Raises InvalidImageFileError for too many boxes, struct.error or LookupError for damage.
+    Raises InvalidImageFileError for too many boxes and for films without a still picture, struct.error or
+    LookupError for damage.
     """
-    place, end = next(box[1:] for box in boxes(data, 0, len(data)) if box[0] == b"meta")
-    meta = _by_kind(data, place + _FULL_BOX, end)
+    meta = _meta(data)
     containers = _by_kind(data, *meta[b"iprp"])
     properties = list(boxes(data, *containers[b"ipco"]))
     numbers = _property_numbers(data, _primary_item(data, meta[b"pitm"][0]), containers[b"ipma"][0])
-    own = [properties[number - 1] for number in numbers if 0 < number <= len(properties)]
-    size = next(place for kind, place, _ in own if kind == b"ispe")
-    width, height = struct.unpack_from(">2I", data, size + _FULL_BOX)
-    frame_bytes = max(_bytes_per_pixel(data, kind, place) for kind, place, _ in properties)
-    # The frame, and the picture into which the tiles of a grid are put; then the same as RGB, copied once.
-    return width, height, 4 * width * height, int((2 * frame_bytes + 5) * width * height)
+    own = {kind: place for kind, place, _ in (properties[number - 1] for number in numbers if number)}
+    width, height = struct.unpack_from(">2I", data, own[b"ispe"] + _FULL_BOX)
+    is_grid = b"iinf" in meta and data.find(b"grid", *meta[b"iinf"]) >= 0
+    frame_bytes = max(_frame_bytes(data, kind, place, is_grid=is_grid) for kind, place, _ in properties)
+    # Beside the frame: a plane of transparency, which may be deep, and the pixels as RGBA.
+    return width, height, 4 * width * height, int((frame_bytes + 6) * width * height)
+
+
+def without_metadata(data: bytes) -> bytes:
+    """Return the same picture with its EXIF and XMP renamed, for the orientation in them does not count.
+
+    Raises as `read_isobmff`.
+    """
+    start, end = _meta(data).get(b"iinf", (0, 0))
+    kinds = data[start:end].replace(b"Exif", b"free").replace(b"mime", b"free")
+    return b"".join([data[:start], kinds, data[end:]])
 
 
 def boxes(data: bytes, place: int, end: int) -> Iterator[Box]:
@@ -67,11 +77,21 @@ def boxes(data: bytes, place: int, end: int) -> Iterator[Box]:
     )
 
 
-def _by_kind(data: bytes, place: int, end: int) -> dict[bytes, tuple[int, int]]:
-    """Return start and end of the first box of each kind."""
+def _meta(data: bytes) -> dict[bytes, tuple[int, int]]:
+    outer = _by_kind(data, 0, len(data), until=b"meta")
+    if b"moov" in outer and b"meta" not in outer:
+        raise InvalidImageFileError("the file is a film without a still picture; send one of its frames")
+    start, end = outer[b"meta"]
+    return _by_kind(data, start + _FULL_BOX, end)
+
+
+def _by_kind(data: bytes, place: int, end: int, until: bytes = b"") -> dict[bytes, tuple[int, int]]:
+    """Return start and end of the first box of each kind; those behind a box `until` are not looked at."""
     found: dict[bytes, tuple[int, int]] = {}
     for kind, start, last in boxes(data, place, end):
         found.setdefault(kind, (start, last))
+        if kind == until:
+            break
     return found
 
 
@@ -96,14 +116,18 @@ def _property_numbers(data: bytes, item: int, place: int) -> list[int]:
     raise LookupError("the primary image has no properties")
 
 
-def _bytes_per_pixel(data: bytes, kind: bytes, place: int) -> float:
-    """Return what a decoder holds for each pixel, by its configuration; 1 for a plane of transparency."""
+def _frame_bytes(data: bytes, kind: bytes, place: int, *, is_grid: bool) -> float:
+    """Return what a decoder holds for each pixel of a frame, by a property if that is its configuration.
+
+    The tiles of a grid are put together in a second one. HEVC of more than 8 bits is converted in two steps.
+    """
     if kind == b"av1C":
         flags = data[place + 2]
         is_deep, is_grey, is_narrow, is_low = (flags >> shift & 1 for shift in (6, 4, 3, 2))
-        samples = 1.0 if is_grey else 3 - is_narrow - is_low / 2
+        samples, num_frames = (1.0 if is_grey else 3 - is_narrow - is_low / 2), 1 + is_grid
     elif kind == b"hvcC":
-        samples, is_deep = _HEVC_SAMPLES[data[place + 16] & 3], data[place + 17] & 7
+        samples, is_deep = _HEVC_SAMPLES[data[place + 16] & 3], int(data[place + 17] & 7 > 0)
+        num_frames = 1 + (is_grid or is_deep)
     else:
         return 0
-    return (samples + 1) * (2 if is_deep else 1)
+    return samples * (1 + is_deep) * num_frames
