@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Final
 
-from PIL import ExifTags, Image, UnidentifiedImageError, _webp
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError, _webp
 
 from model.errors import InvalidImageFileError
 from model.images import isobmff, png
@@ -41,7 +41,7 @@ def decode_image(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> Ima
     if data.startswith(SIGNATURES["JPEG"]) and lacks_end(data):
         data = _end_jpeg(data, max_pixels)
     with open_image(data, max_pixels=max_pixels) as (image, header):
-        _scale_transparency(image, header.depth)
+        _resolve_transparency(image, header, data)
         return resize_to_square(image, side, orientation=_orientation(image), levels=_levels(image, header))
 
 
@@ -173,13 +173,30 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _scale_transparency(image: Image.Image, depth: int) -> None:
+def _resolve_transparency(image: Image.Image, header: ImageHeader, data: bytes) -> None:
     """Bring the transparent colour of a PNG, which has the depth of the file, to the depth of the pixels."""
     color = image.info.get("transparency")
-    if image.mode == "L" and depth < 8 and isinstance(color, int):
-        image.info["transparency"] = color * 255 // (2**depth - 1)
-    if image.mode == "RGB" and depth == 16 and isinstance(color, tuple):
-        image.info["transparency"] = tuple(level >> 8 for level in color)
+    if image.mode == "L" and header.depth < 8 and isinstance(color, int):
+        image.info["transparency"] = color * 255 // (2**header.depth - 1)
+    if image.mode == "RGB" and header.depth == 16 and isinstance(color, tuple):
+        del image.info["transparency"]
+        image.putalpha(_opaque_pixels(image, header, data, color))
+
+
+def _opaque_pixels(
+    image: Image.Image, header: ImageHeader, data: bytes, transparent: tuple[int, ...]
+) -> Image.Image:
+    """Return 255 where a pixel of 16 bits a sample differs from a colour. image: its upper bytes."""
+    with _open(data, header) as lower:
+        lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+        lower.load()
+    opaque = Image.new("L", image.size)
+    for samples, shift in ((image, 8), (lower, 0)):
+        for channel, level in enumerate(transparent):
+            differs = [255] * 256
+            differs[level >> shift & 255] = 0
+            opaque = ImageChops.lighter(opaque, samples.getchannel(channel).point(differs))
+    return opaque
 
 
 def _levels(image: Image.Image, header: ImageHeader) -> Sequence[int] | None:

@@ -13,7 +13,7 @@ from model.errors import InvalidImageFileError, UnknownImageFormatError
 from model.images.isobmff import read_isobmff, sniff_isobmff
 from model.images.jpeg import lacks_end, read_jpeg
 from model.images.jpeg2000 import CODESTREAM, read_jpeg2000
-from model.images.png import damaged_chunks
+from model.images.png import damaged_chunks, has_transparency
 from model.images.resize import is_tall
 from model.images.tiff import read_tiff
 
@@ -138,7 +138,9 @@ def _read_png(data: bytes) -> ImageHeader:
     width, height, depth, color_type, _, _, _ = struct.unpack_from(">2I5B", data, 16)
     channels = _PNG_CHANNELS[color_type]
     pixel_bytes = (2 if depth == 16 else 1) if channels == 1 else 4  # in Pillow
-    return ImageHeader("PNG", width, height, width * height * pixel_bytes, depth=depth)
+    # Beside the upper bytes of the samples: the lower ones, and which pixels are not transparent.
+    buffer_bytes = 8 * width * height if channels == 3 and depth == 16 and has_transparency(data) else 0
+    return ImageHeader("PNG", width, height, width * height * pixel_bytes, buffer_bytes, depth)
 
 
 def _read_gif(data: bytes) -> ImageHeader:

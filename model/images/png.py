@@ -31,6 +31,11 @@ def without_metadata(data: bytes) -> bytes:
     return b"".join([view[:8], *kept])
 
 
+def has_transparency(data: bytes) -> bool:
+    """Return whether there is a chunk of transparency. Raises InvalidImageFileError for too many chunks."""
+    return any(kind == b"tRNS" for kind, _, _ in _chunks(data))
+
+
 def damaged_chunks(data: bytes) -> list[str]:
     """Return the kinds of the chunks of transparency and orientation that have a wrong checksum."""
     view = memoryview(data)

@@ -13,18 +13,25 @@ _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _STRIPS, _ORIENTATION, _SAMPLES, _ROWS_PER_STRIP, _STRIP_BYTES, _PLANES = 273, 274, 277, 278, 279, 284
 _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES = 322, 323, 324, 325
 _EXTRA_SAMPLES, _SAMPLE_FORMAT = 338, 339
-_WHITE_IS_ZERO, _BLACK_IS_ZERO, _YCBCR, _CIELAB = 0, 1, 6, 8
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _CMYK, _YCBCR, _CIELAB = 0, 1, 2, 5, 6, 8
 _IN_PLANES: Final = 2
+_READ_IN_PLANES: Final = {  # number of samples, and of those beside the colour
+    (_RGB, 3, 0),
+    (_RGB, 4, 1),
+    (_CMYK, 4, 0),
+    (_CMYK, 5, 1),
+    (_YCBCR, 3, 0),
+}
 _UNSIGNED: Final = 1
 _DEEPEST: Final = 16
 _FORMATS: Final = {1: "B", 3: "H", 4: "I", 16: "Q"}  # of integers, by the type of a tag
 _PHOTOMETRICS: Final = {
     _WHITE_IS_ZERO: "grey with white as zero",
     _BLACK_IS_ZERO: "grey",
-    2: "RGB",
+    _RGB: "RGB",
     3: "palette colours",
     4: "a transparency mask",
-    5: "CMYK",
+    _CMYK: "CMYK",
     _YCBCR: "YCbCr",
     _CIELAB: "CIELab",
     9: "ICCLab",
@@ -98,13 +105,14 @@ def unread_tiff(data: bytes) -> InvalidImageFileError:
 def _check_samples(tags: dict[int, Tag]) -> None:
     """Raise InvalidImageFileError for what Pillow would read, but not as what it means."""
     formats, photometric = set(_values(tags, _SAMPLE_FORMAT, _UNSIGNED)), _values(tags, _PHOTOMETRIC, 0)[0]
-    is_grey_in_planes = (
+    num_samples, num_extra = _values(tags, _SAMPLES, 1)[0], len(_values(tags, _EXTRA_SAMPLES))
+    is_unread_in_planes = (
         _values(tags, _PLANES, 1)[0] == _IN_PLANES
-        and photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO)
-        and _values(tags, _SAMPLES, 1)[0] > 1
+        and num_samples > 1
+        and (photometric, num_samples, num_extra) not in _READ_IN_PLANES
     )
     is_deep = max(_values(tags, _BITS, 1)) > _DEEPEST
-    if formats != {_UNSIGNED} or is_deep or photometric == _CIELAB or is_grey_in_planes:
+    if formats != {_UNSIGNED} or is_deep or photometric == _CIELAB or is_unread_in_planes:
         raise _unread(tags)
     compression = _values(tags, _COMPRESSION, 1)[0]
     if compression not in _COMPRESSIONS:
