@@ -1,5 +1,6 @@
 """AVIF and HEIC files, built box by box: grids of tiles, rotation and mirroring, sizes that lie."""
 
+import io
 import struct
 from collections.abc import Sequence
 from functools import cache
@@ -8,7 +9,6 @@ from PIL import Image
 from pillow_heif import register_heif_opener
 
 from model.images.isobmff import boxes
-from tests.image_files import encode
 
 _CODINGS = {"AVIF": (b"av01", b"av1C"), "HEIC": (b"hvc1", b"hvcC")}
 _BRANDS = {"AVIF": b"avif", "HEIC": b"heic"}
@@ -82,7 +82,9 @@ def picture_file(
 
 def _coded(kind: str, image: Image.Image) -> tuple[bytes, bytes]:
     """Return the property with the configuration of the decoder, and the coded picture."""
-    data = encode(image, {"HEIC": "HEIF"}.get(kind, kind), quality=95)
+    buffer = io.BytesIO()
+    image.save(buffer, {"HEIC": "HEIF"}.get(kind, kind), quality=95)
+    data = buffer.getvalue()
     found = {name: data[place:end] for name, place, end in boxes(data, 0, len(data))}
     name = _CODINGS[kind][1]
     place = data.index(name) - 4

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Final
 
-from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError, _webp
+from PIL import ExifTags, Image, ImageChops, ImageFile, UnidentifiedImageError, _webp
 
 from model.errors import InvalidImageFileError
 from model.images import isobmff, png
@@ -188,6 +188,7 @@ def _opaque_pixels(
 ) -> Image.Image:
     """Return 255 where a pixel of 16 bits a sample differs from a colour. image: its upper bytes."""
     with _open(data, header) as lower:
+        assert isinstance(lower, ImageFile.ImageFile)
         lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
         lower.load()
     opaque = Image.new("L", image.size)

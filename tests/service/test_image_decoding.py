@@ -75,7 +75,7 @@ async def status_of(decoder: ImageDecoder, source: bytes) -> int:
     return 200
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"])
 async def test_each_promised_format_is_read(decoder: ImageDecoder, kind: str) -> None:
     assert (await pixels_of(decoder, encode(photo(), kind))).shape == (SIZE, SIZE, 3)
 
@@ -181,7 +181,8 @@ async def test_a_file_over_the_byte_limit_is_refused_in_any_wrapping(decoder: Im
         b"<html></html>",
         b"RIFF\x10\0\0\0WAVEfmt ",
         b"%PDF-1.7",
-        b"\0\0\0\x18ftypheic\0\0\0\0",
+        b"\0\0\0\x18ftypmp42\0\0\0\0",
+        b"\0\0\0\x18ftypmif1\0\0\0\0mif1miaf",
     ],
 )
 async def test_what_is_no_image_is_an_unsupported_format(decoder: ImageDecoder, data: bytes) -> None:
@@ -195,7 +196,7 @@ async def test_an_empty_file_is_said_to_be_empty(decoder: ImageDecoder) -> None:
             await decoder.read(source)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"])
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
 async def test_a_truncated_file_is_refused(decoder: ImageDecoder, kind: str, part: float) -> None:
     data = encode(photo(60, 60), kind)
@@ -204,7 +205,7 @@ async def test_a_truncated_file_is_refused(decoder: ImageDecoder, kind: str, par
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own, about what it mended in a TIFF
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"])
 async def test_damaged_files_are_answered_or_refused_never_a_crash(decoder: ImageDecoder, kind: str) -> None:
     whole = encode(photo(30, 30), kind)
     chance = random.Random(0)

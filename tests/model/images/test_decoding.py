@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from model.errors import InvalidImageFileError, UnknownImageFormatError
 from model.images.decoding import decode_image
 from model.images.header import find_warnings
 from model.images.png import MAX_CHUNKS
 from tests.image_files import encode, noise, one_of_each_type, png, png_chunk, png_of_zeros, tiff
+from tests.isobmff_files import encode_heic
 
 FILES = one_of_each_type()
 RGB_ROWS = [row.tobytes() for row in np.asarray(noise(32, 32))]
@@ -179,6 +180,62 @@ def test_a_jpeg_of_an_unread_kind_is_refused_by_name(place: int, value: int, mes
     data[data.index(b"\xff\xc0") + place] = value
     with pytest.raises(InvalidImageFileError, match=f"the JPEG has {message}; convert it"):
         decode_image(bytes(data), 32)
+
+
+FIRST, SECOND = noise(32, 32, seed=8), noise(32, 32, seed=9)
+SEVERAL: dict[str, dict[str, Any]] = {
+    "PNG": {"default_image": False},
+    "GIF": {},
+    "WEBP": {"lossless": True},
+    "TIFF": {"compression": "tiff_lzw"},
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_the_first_of_several_images_is_read(kind: str) -> None:
+    data = encode(FIRST, kind, save_all=True, append_images=[SECOND], **SEVERAL[kind])
+    expected = pixels(encode(FIRST, kind, **({"lossless": True} if kind == "WEBP" else {})))
+    assert np.array_equal(pixels(data), expected)
+
+
+def test_the_first_photo_of_an_mpo_is_read() -> None:
+    data = encode(FIRST, "MPO", save_all=True, append_images=[SECOND], quality=75)
+    assert data.count(b"\xff\xd8\xff") == 2
+    assert np.array_equal(pixels(data), pixels(encode(FIRST, "JPEG", quality=75)))
+
+
+def test_an_animated_png_with_a_picture_of_its_own_shows_that() -> None:
+    data = encode(FIRST, "PNG", save_all=True, append_images=[SECOND], default_image=True)
+    assert np.array_equal(pixels(data), pixels(encode(FIRST, "PNG")))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF", "MPO"])
+def test_the_orientation_is_applied_in_each_format(kind: str, orientation: int) -> None:
+    encode_heic()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    picture.paste("red", (0, 0, 16, 64))
+    data = encode(picture, kind, quality=95, exif=exif.tobytes())
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(encode(picture, "PNG", exif=exif))))
+    assert np.abs(np.asarray(decode_image(data, 64)).astype(int) - np.asarray(upright)).mean() < 3
+
+
+def cmyk_jpeg(ink: tuple[int, int, int, int], transform: int) -> bytes:
+    """Build a JPEG of one colour as Adobe's programs do: inverted. transform: 0 for CMYK, 2 for YCCK."""
+    data = bytearray(encode(Image.new("CMYK", (32, 32), ink), "JPEG", quality=100))
+    marker = data.index(b"\xff\xee")
+    assert data[marker + 4 : marker + 9] == b"Adobe"
+    data[marker + 15] = transform
+    return bytes(data)
+
+
+def test_the_inks_of_a_jpeg_are_inverted() -> None:
+    assert np.abs(pixels(cmyk_jpeg((255, 0, 55, 0), 0)) - (0, 255, 200)).max() <= 2
+    assert pixels(cmyk_jpeg((0, 0, 0, 255), 0)).max() <= 2
+    # Stored: Y, Cb and Cr of 155, 128 and 128 for 155 of cyan, magenta and yellow.
+    assert np.abs(pixels(cmyk_jpeg((100, 127, 127, 0), 2)) - 100).max() <= 2
 
 
 def bit_rows(levels: np.ndarray, depth: int) -> list[bytes]:
