@@ -1,7 +1,8 @@
 """Image decoding: bytes to a file to its pixels, in processes that are killed where they take too long.
 
-Formats: JPEG, PNG, WebP, GIF and TIFF (their first frame), BMP. Samples of more than 8 bits are scaled to
-8 bits; the orientation in EXIF is applied; transparency turns white. Bad input fails here.
+Formats: JPEG, PNG, WebP, GIF, TIFF, BMP, JPEG 2000, AVIF, HEIC; of several images the first one. Samples of
+more than 8 bits are scaled to 8 bits; the orientation is applied; transparency turns white. Bad input fails
+here.
 """
 
 import asyncio

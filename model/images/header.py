@@ -29,7 +29,7 @@ SIGNATURES: Final = {
 }
 _OPTIONAL: Final = {  # the module that each needs, and where that comes from
     "AVIF": ("PIL._avif", "where Pillow is built with AVIF, as its wheels are"),
-    "HEIC": ("pillow_heif", "where the extra heic is installed (pip install 'blip2-server[heic]')"),
+    "HEIC": ("pillow_heif", "where the extra heic is installed (pip install pillow-heif)"),
 }
 _BAND_BYTES: Final = 16 * 2**20  # of `resize`, with room for what allocators round up
 _PNG_CHANNELS: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type

@@ -214,7 +214,7 @@ except UnknownImageFormatError as exc:
     ("kind", "message"),
     [
         ("AVIF", "the file is AVIF, which is read where Pillow is built with AVIF, as its wheels are; or"),
-        ("HEIC", "HEIC, which is read where the extra heic is installed (pip install 'blip2-server[heic]')"),
+        ("HEIC", "HEIC, which is read where the extra heic is installed (pip install pillow-heif)"),
     ],
 )
 def test_without_its_decoder_a_file_is_refused_with_what_to_install(kind: str, message: str) -> None:
