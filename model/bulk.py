@@ -21,10 +21,11 @@ from model.generation import DecodeRequest, Generation, GenerationParams, run_re
 from model.images.decoding import decode_image
 from model.images.header import find_warnings, sniff_format
 
-SUFFIXES = frozenset(
-    ".png .apng .jpg .jpeg .jpe .jfif .jif .mpo .webp .gif .tif .tiff .bmp .dib .avif .avifs "
-    ".heic .heics .heif .heifs .hif .jp2 .j2k .j2c .jpc .jpf .jpx .jph .jhc".split()
-)
+SUFFIXES = frozenset({
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".webp", ".gif", ".tif", ".tiff",
+    ".bmp", ".dib", ".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif",
+    ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jph", ".jhc",
+})  # fmt: skip
 _MAX_REQUESTS = 32  # decoded together
 _MAX_PAIRS = 32  # of image and text, matched together
 _RECORD_START = b'{"image": '
