@@ -13,7 +13,7 @@ from service.errors import ServiceError
 class ResponseModel(BaseModel):
     """Base of all schemas here."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
 class FieldProblem(ResponseModel):
