@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped; run the same command again to continue {arguments.out}", file=sys.stderr)
         return 130
     print(
-        f"{arguments.out}: {written} images written, {len(images) - written} were there, {failed} with an error",
+        f"{arguments.out}: {written} images written, {len(images) - written} were there, {failed} failed",
         file=sys.stderr,
     )
     return 1 if failed else 0

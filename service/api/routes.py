@@ -13,6 +13,7 @@ from service.api.request_body import BodyReader
 from service.api.response_builder import ResponseBuilder
 from service.api.responses import CaptionResponse, CaptionsResponse, RetrieveResponse, VqaResponse
 from service.api.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
+from service.errors import InvalidRequestError, echo
 from service.runtime.assembly import Service
 from service.runtime.metrics import Metrics
 from service.runtime.readiness import Readiness, Uploads
@@ -84,6 +85,7 @@ class InferenceRoutes:
 
     async def _read(self, request: Request, schema: type[B], deadline: float | None) -> B:
         """Read and check the body. Its bytes are counted until its images are decoded."""
+        _refuse_query(request)
         caller = caller_of(request)
         lease = context_of(request).lease = self._uploads.open(caller)
         body = await self._readiness.unless_draining(self._reader.read(request, schema, lease, deadline))
@@ -152,6 +154,13 @@ class InferenceRoutes:
         )
         served = await cancel_on_disconnect_or_deadline(request, deadline, work)
         return _json(self._responses(service).retrieve(body.chosen_mode, served, context_of(request)))
+
+
+def _refuse_query(request: Request) -> None:
+    """Raise InvalidRequestError for query parameters, which would be ignored."""
+    if request.query_params:
+        name = echo(next(iter(request.query_params)))
+        raise InvalidRequestError.of(name, "is a query parameter, which is not read; send it in the body")
 
 
 def _json(response: BaseModel) -> Response:

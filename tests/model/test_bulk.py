@@ -208,7 +208,7 @@ def broken_images(values: dict[int, float]) -> Iterator[None]:
                 num_encoded += 1
         return features
 
-    with register_module_forward_hook(break_features):
+    with register_module_forward_hook(break_features):  # type: ignore[arg-type] # torch's annotation is wrong
         yield
 
 
