@@ -10,7 +10,8 @@ from pydantic.json_schema import models_json_schema
 from service.api.disconnect import MAX_TIMEOUT_MS, TIMEOUT_HEADER
 from service.api.documented import without_null
 from service.api.responses import Problem
-from service.api.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
+from service.api.retrieve_schema import RetrieveRequest
+from service.api.schemas import Body, CaptionRequest, VqaRequest
 from service.errors import ServiceError
 from service.runtime.settings import Settings
 

@@ -1,26 +1,80 @@
-"""The inference routes: HTTP to parameters, and answers back to HTTP."""
+"""The inference routes: HTTP to parameters, and answers back to HTTP.
 
-from typing import TypeVar
+Bytes, time and number of values of a body are bounded before they are spent.
+"""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Final, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from service.api.disconnect import caller_of, cancel_on_disconnect_or_deadline, deadline_of
+from service.api.body.form import parse_form
+from service.api.body.json_text import TextLimits, parse_json
+from service.api.disconnect import (
+    BodyReceiver,
+    caller_of,
+    cancel_on_disconnect_or_deadline,
+    deadline_of,
+)
 from service.api.documented import EXAMPLE_IMAGE
 from service.api.middleware import context_of
 from service.api.openapi import PARAMETERS, problem_responses, request_body
-from service.api.request_body import BodyReader
 from service.api.response_builder import ResponseBuilder
 from service.api.responses import CaptionResponse, CaptionsResponse, RetrieveResponse, VqaResponse
-from service.api.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
-from service.errors import InvalidRequestError, echo
+from service.api.retrieve_schema import RetrieveRequest
+from service.api.schemas import Body, CaptionRequest, VqaRequest
+from service.errors import InvalidRequestError, UnsupportedContentTypeError, echo, echo_value
 from service.runtime.assembly import Service
 from service.runtime.metrics import Metrics
-from service.runtime.readiness import Readiness, Uploads
+from service.runtime.readiness import Readiness, UploadLease, Uploads
 from service.runtime.settings import Settings
 
 B = TypeVar("B", bound=Body)
 _PROBLEMS = problem_responses(400, 404, 408, 413, 415, 422, 429, 431, 500, 503, 504)
+
+
+# A body within these limits is parsed within six milliseconds; others are by a thread.
+_MAX_INLINE_BYTES, _MAX_INLINE_PARTS = 2**20, 256
+# Generous, so that a count beyond a setting is explained by its name.
+_VALUES_PER_ITEM: Final = 4
+_OTHER_VALUES: Final = 256
+
+
+class BodyReader:
+    """Reads bodies. Large ones are parsed in a thread, one at a time: each may take its size again."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._receiver = BodyReceiver(settings)
+        most_items = max(settings.max_images, settings.max_questions, settings.max_candidates)
+        self._limits = TextLimits(
+            max_values=_VALUES_PER_ITEM * most_items + _OTHER_VALUES, max_chars=settings.max_text_chars
+        )
+        self._one_at_a_time = asyncio.Semaphore(1)
+
+    async def read(self, request: Request, schema: type[B], lease: UploadLease, deadline: float | None) -> B:
+        """Read the body and check its types.
+
+        Raises UnreadableBodyError (400), RequestTimeoutError (408), BodyTooLargeError or TooManyItemsError
+        (413), UnsupportedContentTypeError (415), InvalidRequestError (422), OverloadedError (429),
+        ClientGoneError or DeadlineExceededError (504).
+        """
+        parse = _parser_for(request)
+        body = bytearray()
+        try:
+            await self._receiver.receive(request, body, lease, deadline)
+        except BaseException:
+            body.clear()  # which the traceback would hold
+            raise
+        if len(body) <= _MAX_INLINE_BYTES and body.count(b"\r\n--") <= _MAX_INLINE_PARTS:
+            return _parse_and_clear(parse, body, schema, self._limits)
+        await cancel_on_disconnect_or_deadline(request, deadline, self._one_at_a_time.acquire())
+        try:
+            return await asyncio.to_thread(_parse_and_clear, parse, body, schema, self._limits)
+        finally:
+            self._one_at_a_time.release()
 
 
 class InferenceRoutes:
@@ -154,6 +208,33 @@ class InferenceRoutes:
         )
         served = await cancel_on_disconnect_or_deadline(request, deadline, work)
         return _json(self._responses(service).retrieve(body.chosen_mode, served, context_of(request)))
+
+
+def _parser_for(request: Request) -> Callable[[bytearray, type[B], TextLimits], B]:
+    """Return the parser of the body, which may run in a thread. Raises UnsupportedContentTypeError."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() not in ("", "identity"):
+        raise UnsupportedContentTypeError(
+            f"the Content-Encoding is {echo_value(encoding)}; send the body uncompressed"
+        )
+    content_type = request.headers.get("content-type", "application/json")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == "multipart/form-data":
+        return partial(parse_form, content_type)
+    if media_type == "application/json" or media_type.endswith("+json"):
+        return parse_json
+    raise UnsupportedContentTypeError(
+        f"the body is {echo_value(media_type)}; send application/json or multipart/form-data"
+    )
+
+
+def _parse_and_clear(
+    parse: Callable[[bytearray, type[B], TextLimits], B], body: bytearray, schema: type[B], limits: TextLimits
+) -> B:
+    try:
+        return parse(body, schema, limits)
+    finally:
+        body.clear()  # which the traceback of an error would hold
 
 
 def _refuse_query(request: Request) -> None:

@@ -8,8 +8,9 @@ import pytest
 from starlette.requests import Request
 from starlette.types import Message
 
-from service.api.request_body import BodyReader
-from service.api.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
+from service.api.retrieve_schema import RetrieveRequest
+from service.api.routes import BodyReader
+from service.api.schemas import Body, CaptionRequest, VqaRequest
 from service.errors import (
     BodyTooLargeError,
     InvalidRequestError,

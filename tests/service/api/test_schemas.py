@@ -2,7 +2,8 @@
 
 import pytest
 
-from service.api.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
+from service.api.retrieve_schema import RetrieveRequest
+from service.api.schemas import Body, CaptionRequest, VqaRequest
 from service.engine.request import Mode
 from service.errors import InvalidParamsError, InvalidRequestError, ServiceError, TooManyItemsError
 from service.inference import Upload

@@ -4,15 +4,20 @@ All passes over the text are calls into C, which scan 64 MB within 0.2 s each.
 """
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import pydantic_core
+from pydantic import ValidationError
 
+from service.api.body.errors import explain
+from service.api.schemas import Body
 from service.errors import MAX_ECHOED, InvalidRequestError, TooManyItemsError, echo_value
 
 _STRUCTURE: Final = (b",", b"[", b"{")  # each value but the first follows one
 _MAX_UNCHECKED_BYTES: Final = 64 * 1024
 _BYTES_PER_CHAR: Final = 12  # of JSON, for a character beyond the basic plane: \ud83d\ude00
+
+B = TypeVar("B", bound=Body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,15 @@ class JsonCheck:
             f"the body has more than {self._limits.max_values} values, the most any request needs; "
             "send fewer at once"
         )
+
+
+def parse_json(body: bytearray, schema: type[B], limits: TextLimits) -> B:
+    JsonCheck(limits).check(body)
+    try:
+        return schema.model_validate_json(body, strict=True)
+    except ValidationError as exc:
+        error = explain(exc, schema)
+    raise error  # not in the handler: its context would hold the values
 
 
 def parse_objects(name: str, texts: list[bytes | bytearray], limits: TextLimits) -> list[Any]:

@@ -1,41 +1,25 @@
-"""Reads the body of a request, JSON or a form, into one of the `schemas`.
+"""Parses multipart/form-data into one of the `schemas`. Errors of validation are explained in `errors`."""
 
-Bytes, time and number of values are bounded before they are spent. Errors are explained in `body_errors`.
-"""
-
-import asyncio
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pydantic import ValidationError
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
-from starlette.requests import Request
 
-from service.api.body_errors import explain
-from service.api.disconnect import BodyReceiver, cancel_on_disconnect_or_deadline
-from service.api.json_body import JsonCheck, TextLimits, parse_objects
+from service.api.body.errors import explain
+from service.api.body.json_text import TextLimits, parse_objects
 from service.api.schemas import Body
 from service.errors import (
     InvalidRequestError,
     TooManyItemsError,
     UnreadableBodyError,
-    UnsupportedContentTypeError,
     echo,
     echo_value,
 )
-from service.runtime.readiness import UploadLease
-from service.runtime.settings import Settings
 
-# A body within these limits is parsed within six milliseconds; others are by a thread.
-_MAX_INLINE_BYTES, _MAX_INLINE_PARTS = 2**20, 256
-# Generous, so that a count beyond a setting is explained by its name.
-_VALUES_PER_ITEM: Final = 4
-_OTHER_VALUES: Final = 256
 _IMAGE_FIELDS: Final = ("image", "images")
 _ENCODINGS: Final = {"utf-8": "utf-8", "utf8": "utf-8", "us-ascii": "utf-8", "iso-8859-1": "latin-1"}
 
@@ -43,40 +27,6 @@ if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
 B = TypeVar("B", bound=Body)
-
-
-class BodyReader:
-    """Reads bodies. Large ones are parsed in a thread, one at a time: each may take its size again."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._receiver = BodyReceiver(settings)
-        most_items = max(settings.max_images, settings.max_questions, settings.max_candidates)
-        self._limits = TextLimits(
-            max_values=_VALUES_PER_ITEM * most_items + _OTHER_VALUES, max_chars=settings.max_text_chars
-        )
-        self._one_at_a_time = asyncio.Semaphore(1)
-
-    async def read(self, request: Request, schema: type[B], lease: UploadLease, deadline: float | None) -> B:
-        """Read the body and check its types.
-
-        Raises UnreadableBodyError (400), RequestTimeoutError (408), BodyTooLargeError or TooManyItemsError
-        (413), UnsupportedContentTypeError (415), InvalidRequestError (422), OverloadedError (429),
-        ClientGoneError or DeadlineExceededError (504).
-        """
-        parse = _parser_for(request)
-        body = bytearray()
-        try:
-            await self._receiver.receive(request, body, lease, deadline)
-        except BaseException:
-            body.clear()  # which the traceback would hold
-            raise
-        if len(body) <= _MAX_INLINE_BYTES and body.count(b"\r\n--") <= _MAX_INLINE_PARTS:
-            return _parse_and_clear(parse, body, schema, self._limits)
-        await cancel_on_disconnect_or_deadline(request, deadline, self._one_at_a_time.acquire())
-        try:
-            return await asyncio.to_thread(_parse_and_clear, parse, body, schema, self._limits)
-        finally:
-            self._one_at_a_time.release()
 
 
 @dataclass(slots=True)
@@ -108,43 +58,7 @@ class _Part:
         return _decode(data, self.encoding, self.name)
 
 
-def _parser_for(request: Request) -> Callable[[bytearray, type[B], TextLimits], B]:
-    """Return the parser of the body, which may run in a thread. Raises UnsupportedContentTypeError."""
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.strip().lower() not in ("", "identity"):
-        raise UnsupportedContentTypeError(
-            f"the Content-Encoding is {echo_value(encoding)}; send the body uncompressed"
-        )
-    content_type = request.headers.get("content-type", "application/json")
-    media_type = content_type.partition(";")[0].strip().lower()
-    if media_type == "multipart/form-data":
-        return partial(_parse_form_body, content_type)
-    if media_type == "application/json" or media_type.endswith("+json"):
-        return _parse_json_body
-    raise UnsupportedContentTypeError(
-        f"the body is {echo_value(media_type)}; send application/json or multipart/form-data"
-    )
-
-
-def _parse_and_clear(
-    parse: Callable[[bytearray, type[B], TextLimits], B], body: bytearray, schema: type[B], limits: TextLimits
-) -> B:
-    try:
-        return parse(body, schema, limits)
-    finally:
-        body.clear()  # which the traceback of an error would hold
-
-
-def _parse_json_body(body: bytearray, schema: type[B], limits: TextLimits) -> B:
-    JsonCheck(limits).check(body)
-    try:
-        return schema.model_validate_json(body, strict=True)
-    except ValidationError as exc:
-        error = explain(exc, schema)
-    raise error  # not in the handler: its context would hold the values
-
-
-def _parse_form_body(content_type: str, body: bytearray, schema: type[B], limits: TextLimits) -> B:
+def parse_form(content_type: str, body: bytearray, schema: type[B], limits: TextLimits) -> B:
     parts = _Form(content_type).parse(body, limits.max_values)
     fields = _to_fields(parts, schema, limits)
     try:
