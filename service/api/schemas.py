@@ -7,7 +7,7 @@ the JSON Schema of the fields; there, the name of a setting stands for its value
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import (
     BaseModel,
@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     PlainValidator,
     WithJsonSchema,
+    model_validator,
 )
 
 from model import GenerationParams
@@ -59,6 +60,15 @@ class Body(BaseModel):
     lists: ClassVar[frozenset[str]] = frozenset()
     objects: ClassVar[frozenset[str]] = frozenset()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, fields: Any) -> Any:
+        """Leave out the fields that are null: that is as good as absent."""
+        if not isinstance(fields, dict):
+            return fields
+        known = cls.model_fields
+        return {name: value for name, value in fields.items() if value is not None or name not in known}
+
     def uploads(self) -> dict[str, Upload]:
         """Return the images, by the paths of their fields."""
         return {}
@@ -78,19 +88,26 @@ class GenerationFields(Body):
     no_repeat_ngram_size: documented.NgramSize = 0
     early_stopping: bool = False
     do_sample: documented.Sampled = False
-    temperature: documented.Temperature = 1.0
-    top_p: documented.TopP = 0.9
-    top_k: documented.TopK = 0
-    seed: documented.Seed = None
+    temperature: documented.Temperature = documented.SAMPLING_DEFAULTS["temperature"]
+    top_p: documented.TopP = documented.SAMPLING_DEFAULTS["top_p"]
+    top_k: documented.TopK = documented.SAMPLING_DEFAULTS["top_k"]
+    seed: documented.Seed = documented.SAMPLING_DEFAULTS["seed"]
     logprobs: documented.Logprobs = False
 
     def check_generation(self, settings: Settings) -> None:
-        """Raise InvalidParamsError where more tokens are asked for than the operator allows."""
+        """Raise InvalidParamsError for more tokens than the operator allows, or a field without effect."""
         if self.max_new_tokens > settings.max_new_tokens:
             raise InvalidParamsError(
                 f"max_new_tokens is {echo_value(self.max_new_tokens)}, the limit is "
                 f"{settings.max_new_tokens}; lower it, or raise BLIP2_MAX_NEW_TOKENS"
             )
+        for name, default in documented.SAMPLING_DEFAULTS.items():
+            if not self.do_sample and getattr(self, name) != default:
+                raise InvalidParamsError.of(
+                    name,
+                    f"is {echo_value(getattr(self, name))}, which has no effect without sampling; set "
+                    "do_sample to true, or leave it out",
+                )
 
     def generation_params(self, count_field: str) -> GenerationParams:
         """Build the parameters for the number of answers in the named field.
