@@ -59,6 +59,12 @@ class RetrieveRequest(Body):
         return self.candidates.texts or []
 
     @property
+    def texts(self) -> dict[str, str]:
+        """The texts, by the paths of their fields."""
+        query = {} if self.text is None else {"text": self.text}
+        return query | {f"candidates.texts.{i}": text for i, text in enumerate(self.candidate_texts)}
+
+    @property
     def is_cross_modal(self) -> bool:
         """Whether one side is images and the other texts, which is what the matching head compares."""
         return (self.text is None) == (self.candidates.images is None)
@@ -79,10 +85,8 @@ class RetrieveRequest(Body):
         name = "candidates.images" if self.candidates.texts is None else "candidates.texts"
         limit = settings.max_candidates
         check_count(name, self.candidate_images or self.candidate_texts, limit, "BLIP2_MAX_CANDIDATES")
-        if self.text is not None:
-            check_text("text", self.text, settings.max_text_chars)
-        for index, text in enumerate(self.candidate_texts):
-            check_text(f"candidates.texts.{index}", text, settings.max_text_chars)
+        for field, text in self.texts.items():
+            check_text(field, text, settings.max_text_chars)
         if self.chosen_mode is not Mode.ITC and not self.is_cross_modal:
             raise InvalidRequestError.of(
                 "mode", f"{self.mode} compares an image with a text; use itc between two of one kind"

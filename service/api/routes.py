@@ -4,7 +4,7 @@ Bytes, time and number of values of a body are bounded before they are spent.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final, TypeVar
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from service.api.body.form import parse_form
 from service.api.body.json_text import TextLimits, parse_json
+from service.api.cut_texts import warn_of_cut_questions, warn_of_cut_texts
 from service.api.disconnect import (
     BodyReceiver,
     caller_of,
@@ -150,6 +151,11 @@ class InferenceRoutes:
             upload.field, upload.caller, upload.release = field, caller, lease.release
         return body
 
+    async def _warn_of_cut(self, service: Service, questions: Mapping[str, str]) -> list[str]:
+        if not service.backend.is_question_conditioned:
+            return []
+        return await warn_of_cut_questions(service.backend, questions)
+
     def _responses(self, service: Service) -> ResponseBuilder:
         return ResponseBuilder(service.backend, self._metrics)
 
@@ -160,14 +166,17 @@ class InferenceRoutes:
         body = await self._read(request, CaptionRequest, deadline)
         params = body.generation_params("num_captions")
         prompt = service.backend.caption_prompt() if body.prompt is None else body.prompt
+        warnings = await self._warn_of_cut(service, {"prompt": prompt})
         caller = caller_of(request)
         if body.image is not None:
             work = service.inference.generate(body.image, [prompt], params, deadline, caller=caller)
             served = await cancel_on_disconnect_or_deadline(request, deadline, work)
-            return _json(self._responses(service).caption(served, context, logprobs=body.logprobs))
+            responses = self._responses(service)
+            return _json(responses.caption(served, context, logprobs=body.logprobs, warnings=warnings))
         all_work = service.inference.generate_each(body.images or [], prompt, params, deadline, caller=caller)
         outcomes = await cancel_on_disconnect_or_deadline(request, deadline, all_work)
-        return _json(self._responses(service).captions(outcomes, context, logprobs=body.logprobs))
+        responses = self._responses(service)
+        return _json(responses.captions(outcomes, context, logprobs=body.logprobs, warnings=warnings))
 
     async def vqa(self, request: Request) -> Response:
         """Answer questions about an image, which is encoded once for all of them."""
@@ -180,23 +189,26 @@ class InferenceRoutes:
             service.backend.question_prompt(question, history, body.prompt_template)
             for question in body.question
         ]
+        questions = {f"question.{index}": question for index, question in enumerate(body.question)}
+        warnings = await self._warn_of_cut(service, questions)
         work = service.inference.generate(
             body.image, prompts, params, deadline, questions=body.question, caller=caller_of(request)
         )
         served = await cancel_on_disconnect_or_deadline(request, deadline, work)
         answer = self._responses(service).vqa(
-            body.question, served, context_of(request), logprobs=body.logprobs
+            body.question, served, context_of(request), logprobs=body.logprobs, warnings=warnings
         )
         return _json(answer)
 
     async def retrieve(self, request: Request) -> Response:
         """Rank images or texts by how well they match a text or an image.
 
-        Texts beyond the length the checkpoint was trained for are truncated.
+        A text beyond the length the checkpoint was trained for is cut at its end; `warnings` say so.
         """
         service = self._readiness.service_for("retrieve")
         deadline = deadline_of(request)
         body = await self._read(request, RetrieveRequest, deadline)
+        warnings = await warn_of_cut_texts(service.backend, body.texts)
         work = service.inference.match(
             body.image if body.image is not None else body.text or "",
             body.candidate_images or body.candidate_texts,
@@ -207,7 +219,8 @@ class InferenceRoutes:
             caller=caller_of(request),
         )
         served = await cancel_on_disconnect_or_deadline(request, deadline, work)
-        return _json(self._responses(service).retrieve(body.chosen_mode, served, context_of(request)))
+        context = context_of(request)
+        return _json(self._responses(service).retrieve(body.chosen_mode, served, context, warnings=warnings))
 
 
 def _parser_for(request: Request) -> Callable[[bytearray, type[B], TextLimits], B]:
