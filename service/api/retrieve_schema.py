@@ -1,5 +1,6 @@
 """The schema of the body of /retrieve."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import ConfigDict, Field
@@ -33,6 +34,12 @@ class RetrieveRequest(Body):
 
     model_config = ConfigDict(json_schema_extra=documented.retrieve_rules)
     objects: ClassVar[frozenset[str]] = frozenset({"candidates"})
+    nested: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "images": ("candidates", "images"),
+        "candidates.images": ("candidates", "images"),
+        "texts": ("candidates", "texts"),
+        "candidates.texts": ("candidates", "texts"),
+    }
     text: str | None = Field(default=None, json_schema_extra=documented.TEXT)
     image: ImageField | None = None
     candidates: Candidates

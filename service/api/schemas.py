@@ -6,7 +6,7 @@ the JSON Schema of the fields; there, the name of a setting stands for its value
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import (
@@ -54,11 +54,16 @@ QuestionsField = Annotated[
 
 
 class Body(BaseModel):
-    """A request body. lists: the fields that a form may repeat. objects: those that are JSON in a form."""
+    """A request body.
+
+    lists: the fields that a form may repeat. objects: those that are JSON in a form. nested: fields of a form
+    that are a list inside an object, as its field and member.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     lists: ClassVar[frozenset[str]] = frozenset()
     objects: ClassVar[frozenset[str]] = frozenset()
+    nested: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     @model_validator(mode="before")
     @classmethod

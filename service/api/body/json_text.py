@@ -3,6 +3,7 @@
 All passes over the text are calls into C, which scan 64 MB within 0.2 s each.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -11,9 +12,16 @@ from pydantic import ValidationError
 
 from service.api.body.errors import explain
 from service.api.schemas import Body
-from service.errors import MAX_ECHOED, InvalidRequestError, TooManyItemsError, echo_value
+from service.errors import (
+    MAX_ECHOED,
+    InvalidRequestError,
+    TooManyItemsError,
+    UnreadableBodyError,
+    echo_value,
+)
 
 _STRUCTURE: Final = (b",", b"[", b"{")  # each value but the first follows one
+BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"  # which Windows puts before UTF-8
 _MAX_UNCHECKED_BYTES: Final = 64 * 1024
 _BYTES_PER_CHAR: Final = 12  # of JSON, for a character beyond the basic plane: \ud83d\ude00
 
@@ -36,11 +44,11 @@ class TextLimits:
             )
 
 
-class JsonCheck:
-    """Checks the JSON texts of one request against limits that they share."""
+class JsonReader:
+    """Checks and parses the JSON texts of one request within limits that they share."""
 
     def __init__(self, limits: TextLimits) -> None:
-        self._limits = limits
+        self.limits = limits
         self._num_left = limits.max_values
 
     def check(self, data: bytes | bytearray) -> None:
@@ -56,6 +64,22 @@ class JsonCheck:
         if self._num_left < 0:
             raise self._too_many()
 
+    def parse(self, name: str, text: bytearray) -> Any:
+        """Parse the JSON of a part of a form.
+
+        Raises as `check`, InvalidRequestError for what is no JSON, or UnreadableBodyError for its encoding.
+        """
+        _convert_to_utf8(text)
+        self.check(text)
+        try:
+            return pydantic_core.from_json(text)
+        except ValueError as exc:
+            value = echo_value(text[: 4 * MAX_ECHOED].decode(errors="replace"))
+            raise InvalidRequestError.of(
+                name,
+                f"{value} is not JSON ({exc}); send an object in {{ and }}, and repeat the field for a list",
+            ) from None
+
     def _check_pieces(self, data: bytes | bytearray) -> int:
         unescaped = data.replace(b"\\\\", b"").replace(b'\\"', b"")
         # Each string is a value or a key. So the split makes no more pieces than that.
@@ -63,18 +87,20 @@ class JsonCheck:
             raise self._too_many()
         pieces = unescaped.split(b'"')
         for text in pieces[1::2]:
-            self._limits.check_wide(text)
+            self.limits.check_wide(text)
         return sum(_count(outside, self._num_left) for outside in pieces[::2])
 
     def _too_many(self) -> TooManyItemsError:
         return TooManyItemsError(
-            f"the body has more than {self._limits.max_values} values, the most any request needs; "
+            f"the body has more than {self.limits.max_values} values, the most any request needs; "
             "send fewer at once"
         )
 
 
 def parse_json(body: bytearray, schema: type[B], limits: TextLimits) -> B:
-    JsonCheck(limits).check(body)
+    """Parse JSON. Raises UnreadableBodyError, TooManyItemsError or InvalidRequestError."""
+    _convert_to_utf8(body)
+    JsonReader(limits).check(body)
     try:
         return schema.model_validate_json(body, strict=True)
     except ValidationError as exc:
@@ -82,20 +108,21 @@ def parse_json(body: bytearray, schema: type[B], limits: TextLimits) -> B:
     raise error  # not in the handler: its context would hold the values
 
 
-def parse_objects(name: str, texts: list[bytes | bytearray], limits: TextLimits) -> list[Any]:
-    """Parse the JSON texts of one field of a form. Raises as `JsonCheck`, and InvalidRequestError."""
-    check, parsed = JsonCheck(limits), []
-    for text in texts:
-        check.check(text)
-        try:
-            parsed.append(pydantic_core.from_json(text))
-        except ValueError as exc:
-            value = echo_value(text[: 4 * MAX_ECHOED].decode(errors="replace"))
-            raise InvalidRequestError.of(
-                name,
-                f"{value} is not JSON ({exc}); send an object in {{ and }}, and repeat the field for a list",
-            ) from None
-    return parsed
+def _convert_to_utf8(text: bytearray) -> None:
+    """Convert JSON in another encoding of Unicode, or with a byte order mark. Raises UnreadableBodyError."""
+    encoding = json.detect_encoding(text)
+    if encoding == "utf-8":
+        return
+    if encoding == "utf-8-sig":
+        del text[: len(BYTE_ORDER_MARK)]
+        return
+    try:
+        text[:] = text.decode(encoding).encode()
+    except UnicodeDecodeError:
+        error = UnreadableBodyError(f"the body is neither {encoding} nor utf-8; send it in utf-8")
+    else:
+        return
+    raise error  # not in the handler: its context would hold the text
 
 
 def _is_wide(text: bytes | bytearray) -> bool:
