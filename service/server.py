@@ -18,8 +18,9 @@ from service.api.middleware import CONTENT_TYPE_OPTIONS, REQUEST_ID_HEADER
 from service.api.responses import problem_response
 from service.errors import InvalidHttpError
 from service.model_backend import Backend
+from service.runtime.chunk_limit import MAX_TINY_CHUNKS, TINY_BYTES
 from service.runtime.connection_pool import KEEP_ALIVE_S, Access, ConnectionPool
-from service.runtime.connections import MAX_TINY_CHUNKS, TINY_BYTES, BoundedProtocol
+from service.runtime.connections import BoundedProtocol
 from service.runtime.lifecycle import EngineLostError, FatalError, Lifecycle, Loader, StartupError
 from service.runtime.listener import BACKLOG, MAX_PROBE_CONNECTIONS, NUM_EXTRA, limit_connections
 from service.runtime.loading import load_backend

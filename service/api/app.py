@@ -78,7 +78,7 @@ def create_app(
 
 
 def _with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
-    """Let pages of these origins send requests, and read the answers and our headers."""
+    """Allow pages of these origins to send requests, and to read the answers and our headers."""
     return CORSMiddleware(
         app,
         allow_origins=origins,

@@ -128,7 +128,7 @@ class FairSemaphore:
                 self._serve()
 
     def _serve(self) -> None:
-        """Give free slots to those that wait; those that were cancelled meanwhile are forgotten."""
+        """Hand free slots to those that wait; those that were cancelled meanwhile are forgotten."""
         while self._num_free and self._waiting:
             caller = self._caller_order.next(self._waiting)
             turn = self._waiting[caller].popleft()

@@ -76,7 +76,7 @@ class Reservation:
 
 @dataclass(slots=True)
 class _Held:
-    """What some of the reservations hold."""
+    """The items and bytes that some of the reservations hold."""
 
     num_items: int = 0
     num_bytes: int = 0

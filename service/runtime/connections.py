@@ -8,32 +8,13 @@ from typing import Any, Final, Protocol
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from service.runtime.chunk_limit import ChunkLimit
 from service.runtime.connection_pool import ConnectionPool
 
 ACCESS: Final = "access"  # the key of `Access` in the state of an ASGI scope
 _MAX_HEAD_BYTES: Final = 2**16
-MAX_TINY_CHUNKS: Final = 1000  # of a body whose chunks have fewer than TINY_BYTES bytes on average
-TINY_BYTES: Final = 128
 _MAX_DISCARDED_BYTES: Final = 2**20  # of a body whose request is answered
 _LINGER_S: Final = 2.0  # for the caller to read why its body is not read any more
-
-
-class FewChunks(h11.Connection):
-    """A server's side of HTTP/1.1 that refuses bodies in very many tiny chunks, each of which costs 6 µs."""
-
-    _num_chunks = _num_bytes = 0  # of the present body
-
-    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Return the next event. Raises h11.RemoteProtocolError for what is no HTTP, and for tiny chunks."""
-        event = super().next_event()
-        if isinstance(event, h11.Request):
-            self._num_chunks = self._num_bytes = 0
-        elif isinstance(event, h11.Data):
-            self._num_chunks += event.chunk_end
-            self._num_bytes += len(event.data)
-            if self._num_chunks > MAX_TINY_CHUNKS and self._num_bytes < TINY_BYTES * self._num_chunks:
-                raise h11.RemoteProtocolError("the chunks of the body are too small")
-        return event
 
 
 class Rejection(Protocol):
@@ -59,7 +40,7 @@ class BoundedProtocol(H11Protocol):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.conn = FewChunks(h11.SERVER, _MAX_HEAD_BYTES)
+        self.conn = ChunkLimit(h11.SERVER, _MAX_HEAD_BYTES)
         self._pool_of = pool_of
         self._reject = reject
         self._lifespan_state = self.app_state

@@ -126,8 +126,8 @@ class Settings(BaseSettings):
     max_waiting_bytes: int = Field(
         default=96 * 2**20,
         ge=2**20,
-        description="of decoded images in the request queue; more are rejected with 429, but for a request "
-        "that is alone",
+        description="of decoded images in the request queue, and half as many of bulk requests; more are "
+        "rejected with 429, but for a request that is alone",
     )
     max_rows: int = Field(
         default=128, ge=16, description="rows (beams, pairs) that run on the device at once"

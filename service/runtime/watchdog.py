@@ -1,4 +1,4 @@
-"""What runs beside requests on the event loop: watches the engine until it is lost, and returns memory."""
+"""Watches the engine from the event loop, until it is lost for good; returns free memory meanwhile."""
 
 import asyncio
 import sys

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.runtime.connections import TINY_BYTES
+from service.runtime.chunk_limit import TINY_BYTES
 from tests.attacks.harness import bystander
 from tests.attacks.raw_http import connected, head, read_all, read_status
 from tests.integration.pictures import in_base64, picture

@@ -25,6 +25,7 @@ UNITS = {"Mi": 2**20, "Gi": 2**30, "m": 2**20, "g": 2**30}
 # Measured with `tiny`: Python, torch and the model under load, without what the settings below bound.
 BASE_BYTES = 650_000_000
 PROCESS_BYTES = 20_000_000  # of a process that decodes images, beside what it decodes
+IMAGE_BYTES = 3 * 224**2  # decoded, for most image encoders
 PARSED_COPIES = 3  # of the one body that is parsed, beside the body itself (docs/serving.md)
 CONNECTION_BYTES = 256 * 2**10  # read and not yet parsed
 RUNNING_BYTES = 60_000_000  # pixels and features of the requests that run
@@ -60,6 +61,7 @@ def test_the_sum_of_all_defaults_fits_the_shipped_limits() -> None:
         "the body that is parsed": PARSED_COPIES * settings.max_body_bytes,
         "connections": settings.max_connections * CONNECTION_BYTES,
         "waiting": settings.max_waiting_bytes,
+        "waiting in bulk": max(settings.max_waiting_bytes // 2, settings.max_candidates * IMAGE_BYTES),
         "cache": settings.cache_bytes,
         "KV cache": settings.kv_bytes_on("cpu"),
     }

@@ -62,13 +62,18 @@ def test_forty_unfinished_uploads_take_no_more_than_the_budget(attacked: Service
     poll(lambda: attacked.metric(UPLOAD_GAUGE) == 0, 10, "the end of all uploads")
 
 
-def test_a_new_upload_displaces_the_slowest_of_those_that_fill_the_budget(attacked: ServiceProcess) -> None:
-    half = BUDGET_BYTES // 2
-    body = json.dumps({"image": in_base64(picture(0)), "num_beams": 1}).encode()
+def test_a_new_upload_displaces_the_slowest_of_those_that_fill_the_share_of_their_caller(
+    attacked: ServiceProcess,
+) -> None:
+    half, quarter = (
+        BUDGET_BYTES // 2,
+        BUDGET_BYTES // 4,
+    )  # the last quarter is left to others and to small bodies
+    body = json.dumps({"image": in_base64(picture(0)), "num_beams": 1}).encode() + b" " * 2 * MEGABYTE
     with connected(attacked) as slow, connected(attacked) as slower:
         slow.sendall(head("/caption", half) + b" " * MEGABYTE)
-        slower.sendall(head("/caption", half) + b" ")
-        poll(lambda: attacked.metric(UPLOAD_GAUGE) == BUDGET_BYTES, 10, "both")
+        slower.sendall(head("/caption", quarter) + b" ")
+        poll(lambda: attacked.metric(UPLOAD_GAUGE) == half + quarter, 10, "both")
 
         def is_served() -> bool:
             return httpx.post(f"{attacked.url}/caption", content=body, timeout=30).status_code == 200
@@ -115,7 +120,12 @@ def test_a_request_that_waits_for_the_device_holds_no_file(tmp_path: Path) -> No
                 connection.sendall(head("/caption", len(body)) + body)
             poll(lambda: held.total("blip2_waiting") + held.total("blip2_running") == num_requests, 60, "all")
             poll(lambda: held.metric(UPLOAD_GAUGE) == 0, 60, "the files to be dropped")
-            assert resident_bytes(held.process.pid) - before_bytes < 150 * MEGABYTE
+
+            def growth_bytes() -> int:
+                return resident_bytes(held.process.pid) - before_bytes
+
+            # Free memory goes back to the system every 15 s.
+            poll(lambda: growth_bytes() < 100 * MEGABYTE, 30, "memory without the files")
         (tmp_path / HOLD).unlink()
 
 

@@ -44,24 +44,28 @@ class TextLimits:
             )
 
 
+@dataclass(slots=True)
 class JsonReader:
-    """Checks and parses the JSON texts of one request within limits that they share."""
+    """Checks and parses the JSON texts of one request within limits that they share.
 
-    def __init__(self, limits: TextLimits) -> None:
-        self.limits = limits
-        self._num_left = limits.max_values
+    num_values: of the texts so far.
+    """
+
+    limits: TextLimits
+    num_values: int = 0
 
     def check(self, data: bytes | bytearray) -> None:
         """Raise TooManyItemsError for too many values, InvalidRequestError for a long text beyond ASCII.
 
         Of data that is no JSON, at least the readable beginning is checked.
         """
-        num_values = _count(data, self._num_left)
+        num_left = self.limits.max_values - self.num_values
+        num_values = _count(data, num_left)
         is_wide = len(data) > _MAX_UNCHECKED_BYTES and _is_wide(data)
-        if num_values > self._num_left or is_wide:  # perhaps they are inside strings
-            num_values = self._check_pieces(data)
-        self._num_left -= num_values
-        if self._num_left < 0:
+        if num_values > num_left or is_wide:  # perhaps they are inside strings
+            num_values = self._check_pieces(data, num_left)
+        self.num_values += num_values
+        if num_values > num_left:
             raise self._too_many()
 
     def parse(self, name: str, text: bytearray) -> Any:
@@ -80,15 +84,15 @@ class JsonReader:
                 f"{value} is not JSON ({exc}); send an object in {{ and }}, and repeat the field for a list",
             ) from None
 
-    def _check_pieces(self, data: bytes | bytearray) -> int:
+    def _check_pieces(self, data: bytes | bytearray, num_left: int) -> int:
         unescaped = data.replace(b"\\\\", b"").replace(b'\\"', b"")
         # Each string is a value or a key. So the split makes no more pieces than that.
-        if unescaped.count(b'"') > 4 * self._num_left + 4:
+        if unescaped.count(b'"') > 4 * num_left + 4:
             raise self._too_many()
         pieces = unescaped.split(b'"')
         for text in pieces[1::2]:
             self.limits.check_wide(text)
-        return sum(_count(outside, self._num_left) for outside in pieces[::2])
+        return sum(_count(outside, num_left) for outside in pieces[::2])
 
     def _too_many(self) -> TooManyItemsError:
         return TooManyItemsError(

@@ -6,7 +6,7 @@ from service.engine.fair_queueing import FairSemaphore
 
 
 class Visits:
-    """Records in which order named visits hold the semaphore, until each is let go."""
+    """Records in which order named visits hold the semaphore, until all end."""
 
     def __init__(self, num_slots: int) -> None:
         self._semaphore = FairSemaphore(num_slots)
@@ -23,7 +23,7 @@ class Visits:
         await settle()
         return tasks
 
-    def let_go(self) -> None:
+    def end_all(self) -> None:
         self._end.set()
 
 
@@ -36,7 +36,7 @@ async def test_callers_take_turns_and_the_visits_of_each_stay_in_order() -> None
     visits = Visits(num_slots=1)
     tasks = await visits.start("a0", "a1", "a2", "a3", "b0", "c0", "b1")
     assert visits.holding == ["a0"]
-    visits.let_go()
+    visits.end_all()
     await asyncio.gather(*tasks)
     assert visits.holding == ["a0", "a1", "b0", "c0", "a2", "b1", "a3"]
 
@@ -45,7 +45,7 @@ async def test_as_many_hold_it_at_once_as_there_are_slots() -> None:
     visits = Visits(num_slots=2)
     tasks = await visits.start("a0", "a1", "b0")
     assert visits.holding == ["a0", "a1"]
-    visits.let_go()
+    visits.end_all()
     await asyncio.gather(*tasks)
     assert len(visits.holding) == 3
 
@@ -64,5 +64,5 @@ async def test_a_visit_that_is_cancelled_gives_its_slot_back_and_one_that_waits_
     await asyncio.gather(holding, waiting, last, late, return_exceptions=True)
     (again,) = await visits.start("e0")
     assert visits.holding[-1] == "e0"
-    visits.let_go()
+    visits.end_all()
     await again
