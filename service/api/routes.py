@@ -225,12 +225,7 @@ class InferenceRoutes:
 
 def _parser_for(request: Request) -> Callable[[bytearray, type[B], TextLimits], B]:
     """Return the parser of the body, which may run in a thread. Raises UnsupportedContentTypeError."""
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.strip().lower() not in ("", "identity"):
-        raise UnsupportedContentTypeError(
-            f"the Content-Encoding is {echo_value(encoding)}; send the body uncompressed"
-        )
-    content_type = request.headers.get("content-type", "application/json")
+    content_type = ", ".join(request.headers.getlist("content-type")) or "application/json"
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
         return partial(parse_form, content_type)
