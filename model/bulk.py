@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.blip2 import Blip2
-from model.errors import ModelError
+from model.errors import ModelError, NonFiniteError
 from model.generation import DecodeRequest, Generation, GenerationParams, run_requests
 from model.images.decoding import decode_image
 from model.images.header import find_warnings, sniff_format
@@ -160,45 +160,65 @@ def run_bulk(
 
     Returns the number of written records, and the number of all records with an error.
 
-    A record is {"image": path} with the query and the results, or with "error" where the file is unreadable;
-    "warnings" tell of a file that is damaged, but read.
-    A batch is written as a whole and flushed, so that an interrupted run can be continued; an incomplete last
-    line is cut off first. Raises ModelError where the records in `out` belong to another query.
+    A record is {"image": path} with the query and the results, or with "error" where the file is unreadable
+    or a score is not finite; "warnings" tell of a file that is damaged, but read. A batch is written as a
+    whole and flushed, so that an interrupted run can be continued; an incomplete last line is cut off first.
+    Raises ModelError where the records in `out` belong to another query, and NonFiniteError for a score that
+    is not finite before any image has its results.
     """
     has_error = _read_finished(out, task.query)
     pending = [path for path in images if str(path) not in has_error]
     num_errors = sum(has_error.values())
+    has_worked = num_errors < len(has_error)
     with out.open("a", encoding="utf-8") as file, tqdm(total=len(pending), unit="image") as progress:
         for paths in _batches(pending, batch_size):
-            records = _run_batch(blip2, paths, task)
-            num_errors += sum("error" in record for record in records)
-            file.writelines(json.dumps(record) + "\n" for record in records)
+            records, not_finite = _run_batch(blip2, paths, task)
+            num_batch_errors = sum("error" in record for record in records)
+            has_worked = has_worked or num_batch_errors < len(records)
+            if not_finite is not None and not has_worked:  # the weights, not an image
+                raise not_finite
+            num_errors += num_batch_errors
+            file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
             file.flush()
             progress.update(len(paths))
     return len(pending), num_errors
 
 
 @torch.inference_mode()
-def _run_batch(blip2: Blip2, paths: Sequence[Path], task: BulkTask) -> list[dict[str, Any]]:
-    pixels: list[Tensor] = []
-    notes: dict[Path, dict[str, Any]] = {}  # an error, or warnings
+def _run_batch(
+    blip2: Blip2, paths: Sequence[Path], task: BulkTask
+) -> tuple[list[dict[str, Any]], NonFiniteError | None]:
+    """Return the record of each image, and the error of the last one whose scores are not finite."""
+    pixels: dict[Path, Tensor] = {}
+    outcomes: dict[Path, dict[str, Any]] = {}  # results and warnings, or an error
     for path in paths:
         try:
             data = path.read_bytes()
-            pixels.append(blip2.preprocess(decode_image(data, blip2.preprocess.image_size)))
-            notes[path] = {"warnings": warnings} if (warnings := list(find_warnings(data))) else {}
+            pixels[path] = blip2.preprocess(decode_image(data, blip2.preprocess.image_size))
+            outcomes[path] = {"warnings": warnings} if (warnings := list(find_warnings(data))) else {}
         except (ModelError, OSError, MemoryError) as error:
-            notes[path] = {"error": str(error)}
-    results = iter(task.run(blip2.encode_images(torch.stack(pixels))) if pixels else ())
-    return [
-        {
-            "image": str(path),
-            **task.query,
-            **({} if "error" in notes[path] else next(results)),
-            **notes[path],
-        }
+            outcomes[path] = {"error": str(error)}
+    results = task.run(blip2.encode_images(torch.stack(list(pixels.values())))) if pixels else []
+    not_finite = None
+    for path, result in zip(pixels, results, strict=True):
+        if _is_finite(result):
+            outcomes[path] = result | outcomes[path]
+        else:
+            not_finite = NonFiniteError(str(path))
+            outcomes[path] = {"error": str(not_finite)}
+    records = [
+        {"image": str(path), **task.query, **outcomes[path]}
         for path in paths
     ]
+    return records, not_finite
+
+
+def _is_finite(result: dict[str, Any]) -> bool:
+    try:
+        json.dumps(result, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_finished(out: Path, query: dict[str, Any]) -> dict[str, bool]:

@@ -99,6 +99,13 @@ class Blip2Backend:
     def max_text_tokens(self) -> int:
         return 0 if self.matching_model.matcher is None else self.matching_model.matcher.max_text_tokens
 
+    def is_text_cut(self, text: str) -> bool:
+        return self._matcher.is_cut(text)
+
+    def is_question_cut(self, question: str) -> bool:
+        embedder = self.generating_model.question_embedder
+        return embedder is not None and embedder.is_cut(question)
+
     def caption_prompt(self) -> str:
         return self.generating_model.prompts.caption_prompt()
 

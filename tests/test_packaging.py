@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 NAME = "blip2-server"
 OWN = {"model", "service", "training"}
 BROUGHT_BY = {"starlette": "fastapi", "pydantic-core": "pydantic", "markupsafe": "jinja2", "h11": "uvicorn"}
-NOT_IMPORTED = {"uvloop"}  # uvicorn runs on it where it is installed
+NOT_IMPORTED = {"uvloop", "fastapi-offline"}  # uvicorn runs on the one; only files of the other are used
 TYPES_ONLY = {"_typeshed"}  # known to type checkers alone
 
 

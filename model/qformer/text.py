@@ -37,6 +37,10 @@ class QuestionEmbedder(nn.Module):
         self.tokenizer = tokenizer
         self.max_text_tokens = max_text_tokens
 
+    def is_cut(self, question: str) -> bool:
+        """Whether the end of a question is not read."""
+        return is_cut(self.tokenizer, question, max_text_tokens=self.max_text_tokens)
+
     def forward(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the [B, T, D] embeddings of B questions, and their [B, T] attention mask."""
         device = self.embeddings.word_embeddings.weight.device
@@ -53,7 +57,7 @@ def tokenize_texts(
     longest. On the CPU. Thread-safe.
     """
     # Without the tokenizer's own truncation and padding, which are state shared by all its callers.
-    rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    rows = [_encode(tokenizer, text) for text in texts]
     rows = [[tokenizer.cls_token_id, *row[: max_text_tokens - 2], tokenizer.sep_token_id] for row in rows]
     length = max((len(row) for row in rows), default=2)
     input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)
@@ -62,3 +66,13 @@ def tokenize_texts(
         input_ids[index, : len(row)] = torch.tensor(row)
         attention_mask[index, : len(row)] = 1
     return input_ids, attention_mask
+
+
+def is_cut(tokenizer: PreTrainedTokenizerFast, text: str, *, max_text_tokens: int) -> bool:
+    """Whether `tokenize_texts` cuts a text. Thread-safe."""
+    return len(_encode(tokenizer, text)) > max_text_tokens - 2
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids

@@ -10,7 +10,8 @@ from pydantic.json_schema import models_json_schema
 from service.api.disconnect import MAX_TIMEOUT_MS, TIMEOUT_HEADER
 from service.api.documented import without_null
 from service.api.responses import Problem
-from service.api.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
+from service.api.retrieve_schema import RetrieveRequest
+from service.api.schemas import Body, CaptionRequest, VqaRequest
 from service.errors import ServiceError
 from service.runtime.settings import Settings
 
@@ -77,7 +78,16 @@ def _definitions() -> dict[str, Any]:
     models = [*((request, "validation") for request in _REQUESTS), (Problem, "validation")]
     _, schema = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
     definitions: dict[str, Any] = schema["$defs"]
+    for request in _REQUESTS:
+        _allow_nulls(definitions[request.__name__])
     return definitions
+
+
+def _allow_nulls(schema: dict[str, Any]) -> None:
+    """Allow null for each field that is not required: it is as good as absent."""
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()) and "type" in field:  # others have an anyOf with null
+            field["type"] = [field["type"], "null"]
 
 
 def _with_settings(schema: Any, settings: Settings) -> Any:

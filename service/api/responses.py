@@ -13,7 +13,7 @@ from service.errors import ServiceError
 class ResponseModel(BaseModel):
     """Base of all schemas here."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
 class FieldProblem(ResponseModel):
@@ -65,10 +65,11 @@ def problem_response(
     )
 
 
+# Of any answer, the last field. Left out where there is nothing to say.
 Warnings = Annotated[
     list[str] | None,
     Field(
-        description="what the caller should know of input that was used all the same; absent if nothing",
+        description="what the answer left out of the request, or assumed, for people; absent where nothing",
         examples=[["image: the JPEG has no end marker and may be cut off; no pixels are missing"]],
     ),
 ]

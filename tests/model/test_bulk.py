@@ -1,7 +1,10 @@
 """Bulk tasks without a server: correct records, and runs that can be continued."""
 
 import json
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from benchmarks.process_memory import resident_bytes
 from model import Blip2, GenerationParams, TaskUnavailableError
@@ -236,6 +239,60 @@ def test_no_file_is_opened_by_the_plugin_of_another_format(random_checkpoint: Pa
     assert "error" not in found["photo.jfif"]
     for name in ("picture.png", "script.jpg"):
         assert "none of JPEG, PNG" in found[name]["error"]
+
+
+@contextmanager
+def broken_images(values: dict[int, float]) -> Iterator[None]:
+    """Have the image encoder return other numbers for the n-th image of the run."""
+    num_encoded = 0
+
+    def break_features(module: nn.Module, _: object, features: torch.Tensor) -> torch.Tensor:
+        nonlocal num_encoded
+        if isinstance(module, VisionEncoder):
+            for row in range(len(features)):
+                features[row] *= values.get(num_encoded, 1.0)
+                num_encoded += 1
+        return features
+
+    with register_module_forward_hook(break_features):  # type: ignore[arg-type] # torch's annotation is wrong
+        yield
+
+
+COMMANDS = [["caption"], ["ask", "--question", "how many stars"], ["match", "--text", "a red circle"]]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_model_whose_scores_are_not_finite_is_an_error_and_writes_nothing(
+    command: list[str],
+    value: float,
+    random_checkpoint: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out.jsonl"
+    options = ["--model", str(random_checkpoint), "--out", str(out), "--batch-size", "1"]
+    with broken_images(dict.fromkeys(range(9), value)):
+        assert main([*command, str(pictures), *options]) == 2
+    assert "0.png: the model gave a score that is not finite; check the weights" in capsys.readouterr().err
+    assert out.read_text() == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_one_image_whose_scores_are_not_finite_has_an_error_of_its_own(
+    command: list[str], random_checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "2.png").unlink()
+    out = tmp_path / "out.jsonl"
+    options = ["--model", str(random_checkpoint), "--out", str(out), "--batch-size", "3"]
+    with broken_images({1: math.nan}):
+        assert main([*command, str(pictures), *options]) == 1
+    found = {Path(line["image"]).stem: line for line in lines(out)}
+    assert list(found) == ["0", "1", "3", "4"]
+    assert "a score that is not finite" in found["1"]["error"]
+    assert not any("error" in found[name] for name in ("0", "3", "4"))
+    assert "NaN" not in out.read_text()
 
 
 def test_memory_of_large_images_is_given_back(random_checkpoint: Path, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from typing import Final
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from service.api.schemas import Body, Candidates, Turn
+from service.api.retrieve_schema import Candidates
+from service.api.schemas import Body, Turn
 from service.errors import FieldError, InvalidRequestError, UnreadableBodyError, echo, echo_value
 
 _MAX_FIELD_ERRORS: Final = 10
