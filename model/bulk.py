@@ -206,10 +206,7 @@ def _run_batch(
         else:
             not_finite = NonFiniteError(str(path))
             outcomes[path] = {"error": str(not_finite)}
-    records = [
-        {"image": str(path), **task.query, **outcomes[path]}
-        for path in paths
-    ]
+    records = [{"image": str(path), **task.query, **outcomes[path]} for path in paths]
     return records, not_finite
 
 

@@ -17,7 +17,7 @@ from service.api.schemas import (
 )
 from service.engine.request import Mode
 from service.errors import InvalidRequestError, echo_value
-from service.inference import Upload
+from service.image_decoding import Upload
 from service.runtime.settings import Settings
 
 

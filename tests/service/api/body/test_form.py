@@ -12,7 +12,7 @@ from service.errors import (
     TooManyItemsError,
     UnreadableBodyError,
 )
-from service.inference import Upload
+from service.image_decoding import Upload
 from tests.service.api.bodies import FEW, MAX_VALUES, B, read
 
 PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"

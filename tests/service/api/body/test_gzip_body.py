@@ -23,7 +23,7 @@ from service.errors import (
     OverloadedError,
     UnreadableBodyError,
 )
-from service.inference import Upload
+from service.image_decoding import Upload
 from service.runtime.readiness import UploadLease, Uploads
 from service.runtime.settings import Settings
 from tests.service.api.bodies import JSON, LIMIT, multipart, read
