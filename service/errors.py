@@ -140,10 +140,6 @@ class UnsupportedContentTypeError(RequestError):
     title = "Unsupported content type"
 
 
-class UnsupportedEncodingError(UnsupportedContentTypeError):
-    """The body is compressed in a way that is not read here; the answer names those that are."""
-
-
 class UnsupportedImageError(RequestError):
     status = 415
     code = "unsupported_image"

@@ -3,7 +3,6 @@
 Deadline and disconnection end the work by cancellation alone.
 """
 
-import asyncio
 import ipaddress
 import time
 from collections.abc import Coroutine
@@ -12,7 +11,6 @@ from typing import Any, Final, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
-from service.api.body.gzip_body import GZIP, unpack
 from service.api.middleware import context_of
 from service.errors import (
     BodyTooLargeError,
@@ -21,7 +19,6 @@ from service.errors import (
     InvalidRequestError,
     OverloadedError,
     RequestTimeoutError,
-    UnsupportedEncodingError,
     echo_value,
 )
 from service.runtime.readiness import InterruptedWorkError, UploadLease, unless
@@ -72,23 +69,20 @@ def deadline_error(request: Request) -> DeadlineExceededError:
 
 
 class BodyReceiver:
-    """Receives bodies within limits of bytes and of time. Those in gzip are unpacked in threads, in turns."""
+    """Receives bodies within limits of bytes and of time."""
 
     def __init__(self, settings: Settings) -> None:
         self._max_bytes = settings.max_body_bytes
         self._timeout_s = settings.upload_timeout_ms / 1000
-        self._unpacking = asyncio.Semaphore(1)
 
     async def receive(
         self, request: Request, body: bytearray, lease: UploadLease, deadline: float | None
     ) -> None:
-        """Append the body of a request, unpacked, to `body`, which the caller clears on an error.
+        """Append the body of a request to `body`, which the caller clears on an error.
 
-        Raises UnreadableBodyError (400), RequestTimeoutError (408), BodyTooLargeError (413),
-        UnsupportedEncodingError (415), OverloadedError (429), DeadlineExceededError (504), ClientGoneError or
-        ClientDisconnect.
+        Raises RequestTimeoutError (408), BodyTooLargeError (413), OverloadedError (429),
+        DeadlineExceededError (504) or ClientDisconnect.
         """
-        is_compressed = _is_gzip(request)
         left_s = self._timeout_s if deadline is None else max(0.0, deadline - time.monotonic())
         try:
             async with lease.arrive(min(self._timeout_s, left_s)):
@@ -105,8 +99,6 @@ class BodyReceiver:
                 f"the body has not arrived within {self._timeout_s:g} s (BLIP2_UPLOAD_TIMEOUT_MS); "
                 "send it faster, or less at once"
             ) from None
-        if is_compressed:
-            await cancel_on_disconnect_or_deadline(request, deadline, self._unpack(body, lease))
 
     async def _receive(self, request: Request, body: bytearray, lease: UploadLease) -> None:
         declared = request.headers.get("content-length", "")
@@ -122,24 +114,6 @@ class BodyReceiver:
             self._check_size(len(body))
             lease.grow_to(len(body))
             more = message.get("more_body", False)
-
-    async def _unpack(self, body: bytearray, lease: UploadLease) -> None:
-        """Replace a gzip body by what it unpacks to, which has the limits of any body."""
-        compressed = bytearray(body)
-        body.clear()
-        pieces = unpack(compressed)
-        try:
-            while True:
-                async with self._unpacking:
-                    piece = await asyncio.to_thread(next, pieces, None)
-                if piece is None:
-                    break
-                self._check_size(len(body) + len(piece))
-                lease.declare(len(piece))
-                body += piece
-            lease.release(len(compressed))
-        finally:
-            compressed.clear()  # which the traceback of an error would hold
 
     def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:
@@ -169,14 +143,3 @@ async def cancel_on_disconnect_or_deadline(
 async def _await_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _is_gzip(request: Request) -> bool:
-    """Return whether the body is in gzip. Raises UnsupportedEncodingError for other encodings."""
-    encoding = ", ".join(request.headers.getlist("content-encoding"))
-    name = encoding.strip().lower()
-    if name not in ("", "identity", *GZIP):
-        raise UnsupportedEncodingError(
-            f"the Content-Encoding is {echo_value(encoding)}; send the body in gzip, or uncompressed"
-        )
-    return name in GZIP

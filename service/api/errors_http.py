@@ -17,7 +17,6 @@ from service.errors import (
     ShedError,
     UnknownPathError,
     UnreadableBodyError,
-    UnsupportedEncodingError,
     echo,
     echo_value,
     for_caller,
@@ -75,6 +74,4 @@ def _problem(request: Request, error: ServiceError, exc: Exception) -> Response:
     headers = {}
     if isinstance(exc, HTTPException) and isinstance(error, MethodNotAllowedError):
         headers["Allow"] = _allowed_methods(request, exc)
-    if isinstance(error, UnsupportedEncodingError):
-        headers["Accept-Encoding"] = "gzip"  # RFC 9110, 12.5.3
     return problem_response(error, context_of(request).request_id, headers)

@@ -225,6 +225,11 @@ class InferenceRoutes:
 
 def _parser_for(request: Request) -> Callable[[bytearray, type[B], TextLimits], B]:
     """Return the parser of the body, which may run in a thread. Raises UnsupportedContentTypeError."""
+    encoding = ", ".join(request.headers.getlist("content-encoding"))
+    if encoding.strip().lower() not in ("", "identity"):
+        raise UnsupportedContentTypeError(
+            f"the Content-Encoding is {echo_value(encoding)}; send the body uncompressed"
+        )
     content_type = ", ".join(request.headers.getlist("content-type")) or "application/json"
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
