@@ -26,7 +26,7 @@ from service.errors import (
 from service.image_decoding import Upload
 from service.runtime.readiness import Uploads
 from service.runtime.settings import Settings
-from tests.service.api.bodies import FEW, JSON, LIMIT, MAX_VALUES, multipart, read
+from tests.service.api.body_reading import FEW, JSON, LIMIT, MAX_VALUES, multipart, read
 
 LARGE = Settings(max_text_chars=20)
 B = TypeVar("B", bound=Body)

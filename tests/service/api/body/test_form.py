@@ -13,7 +13,7 @@ from service.errors import (
     UnreadableBodyError,
 )
 from service.image_decoding import Upload
-from tests.service.api.bodies import FEW, MAX_VALUES, B, read
+from tests.service.api.body_reading import FEW, MAX_VALUES, B, read
 
 PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF"
