@@ -1,10 +1,14 @@
 """Bodies off the wire: JSON and forms give the same request, and what is wrong is said in words."""
 
+import asyncio
 import json
+import threading
+import time
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import pytest
+from pydantic import field_validator
 from starlette.requests import Request
 from starlette.types import Message
 
@@ -12,6 +16,7 @@ from service.api.request_body import BodyReader
 from service.api.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
 from service.errors import (
     BodyTooLargeError,
+    DeadlineExceededError,
     InvalidRequestError,
     ServiceError,
     TooManyItemsError,
@@ -367,3 +372,45 @@ async def test_a_form_has_at_most_as_many_parts_as_values(num_parts: int, error:
     with pytest.raises(ServiceError) as refused:
         await read(CaptionRequest, content, {"content-type": "multipart/form-data; boundary=X"}, FEW)
     assert type(refused.value) is error
+
+
+class SlowRequest(Body):
+    """A body whose validation waits for the test."""
+
+    has_started: ClassVar[threading.Event] = threading.Event()
+    may_end: ClassVar[threading.Event] = threading.Event()
+    text: str
+
+    @field_validator("text")
+    @classmethod
+    def wait(cls, value: str) -> str:
+        cls.has_started.set()
+        cls.may_end.wait(30)
+        return value
+
+
+async def test_the_wait_for_the_parser_of_large_bodies_ends_at_the_deadline() -> None:
+    settings = Settings()
+    reader, uploads = BodyReader(settings), Uploads(settings.max_upload_bytes)
+    content = b'{"text": "a"}' + b" " * 2**20  # more than is parsed at once
+
+    async def read_by(deadline: float | None) -> SlowRequest:
+        messages: asyncio.Queue[Message] = asyncio.Queue()
+        messages.put_nowait({"type": "http.request", "body": content, "more_body": False})
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        return await reader.read(Request(scope, messages.get), SlowRequest, uploads.open(""), deadline)
+
+    first = asyncio.create_task(read_by(None))
+    try:
+        assert await asyncio.to_thread(SlowRequest.has_started.wait, 30)
+        with pytest.raises(DeadlineExceededError):
+            await read_by(time.monotonic() + 0.05)
+        assert not first.done()
+    finally:
+        SlowRequest.may_end.set()
+    assert (await first).text == "a"
