@@ -74,9 +74,11 @@ def picture_file(
         box(b"iprp", box(b"ipco", all_properties) + _ipma(associations)),
     ]
     start = box(b"ftyp", _BRANDS[kind] + bytes(4) + _BRANDS[kind] + b"mif1miaf")
-    contents = [content for _, content in items]
-    num_before = len(start) + 12 + sum(map(len, parts)) + len(_iloc(contents, 0)) + 8
-    meta = box(b"meta", bytes(4) + b"".join(parts) + _iloc(contents, num_before))
+    grids = [content for name, content in items if name == b"grid"]
+    contents = [content for name, content in items if name != b"grid"]
+    parts += [box(b"idat", grid) for grid in grids]  # as phones do
+    num_before = len(start) + 12 + sum(map(len, parts)) + len(_iloc(grids, contents, 0)) + 8
+    meta = box(b"meta", bytes(4) + b"".join(parts) + _iloc(grids, contents, num_before))
     return start + meta + box(b"mdat", b"".join(contents))
 
 
@@ -115,9 +117,10 @@ def _ipma(associations: Sequence[Sequence[int]]) -> bytes:
     return box(b"ipma", bytes(4) + struct.pack(">I", len(associations)) + b"".join(entries))
 
 
-def _iloc(contents: Sequence[bytes], start: int) -> bytes:
-    entries = []
-    for number, content in enumerate(contents, 1):
-        entries.append(struct.pack(">3H2I", number, 0, 1, start, len(content)))
+def _iloc(grids: Sequence[bytes], contents: Sequence[bytes], start: int) -> bytes:
+    """Return where items are: grids in the box `idat`, contents in the file, one behind the other."""
+    entries = [struct.pack(">4H2I", 1, 1, 0, 1, 0, len(grid)) for grid in grids]
+    for number, content in enumerate(contents, 1 + len(grids)):
+        entries.append(struct.pack(">4H2I", number, 0, 0, 1, start, len(content)))
         start += len(content)
-    return box(b"iloc", bytes(4) + b"\x44\0" + struct.pack(">H", len(contents)) + b"".join(entries))
+    return box(b"iloc", b"\1\0\0\0\x44\0" + struct.pack(">H", len(entries)) + b"".join(entries))

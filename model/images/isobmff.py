@@ -6,7 +6,7 @@ from typing import Final
 
 from model.errors import InvalidImageFileError
 
-MAX_BOXES: Final = 10_000  # side by side; a grid of tiles has a few hundred items
+MAX_BOXES: Final = 10_000  # side by side, and parts of items; a grid of tiles has a few hundred items
 _BRANDS: Final = {
     **dict.fromkeys((b"avif", b"avis"), "AVIF"),
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), "HEIC"),
@@ -29,10 +29,11 @@ def sniff_isobmff(data: bytes) -> str | None:
 def read_isobmff(data: bytes) -> tuple[int, int, int, int]:
     """Return width, height, and the bytes of the image and of what its decoder holds beside it.
 
-    Raises InvalidImageFileError for too many boxes and for films without a still picture, struct.error or
-    LookupError for damage.
+    Raises InvalidImageFileError for too many boxes, for a file that is cut off, and for a film without a
+    still picture; struct.error or LookupError for damage.
     """
     meta = _meta(data)
+    _check_parts(data, meta[b"iloc"][0])
     containers = _by_kind(data, *meta[b"iprp"])
     properties = list(boxes(data, *containers[b"ipco"]))
     numbers = _property_numbers(data, _primary_item(data, meta[b"pitm"][0]), containers[b"ipma"][0])
@@ -72,8 +73,12 @@ def boxes(data: bytes, place: int, end: int) -> Iterator[Box]:
             raise LookupError("a box ends beyond the one it is in")
         yield kind, start, last
         place = last
-    raise InvalidImageFileError(
-        f"the file has more than {MAX_BOXES} boxes side by side; save it again without metadata"
+    raise _too_many_boxes()
+
+
+def _too_many_boxes() -> InvalidImageFileError:
+    return InvalidImageFileError(
+        f"the file has more than {MAX_BOXES} boxes side by side, or parts; save it again without metadata"
     )
 
 
@@ -93,6 +98,35 @@ def _by_kind(data: bytes, place: int, end: int, until: bytes = b"") -> dict[byte
         if kind == until:
             break
     return found
+
+
+def _check_parts(data: bytes, place: int) -> None:
+    """Raise InvalidImageFileError where an item ends beyond the file: libheif leaves missing tiles black."""
+    version, sizes, more_sizes = data[place], data[place + 4], data[place + 5]
+    offset_bytes, length_bytes, base_bytes = sizes >> 4, sizes & 15, more_sizes >> 4
+    index_bytes = more_sizes & 15 if version else 0
+    number = ">I" if version == 2 else ">H"
+    (num_items,) = struct.unpack_from(number, data, place + 6)
+    place += 6 + struct.calcsize(number)
+    num_parts = 0
+    for _ in range(num_items):
+        place += struct.calcsize(number)
+        is_elsewhere = version > 0 and data[place + 1] & 15 > 0  # not at an offset in the file
+        place += 4 if version else 2
+        base = int.from_bytes(data[place : place + base_bytes])
+        place += base_bytes
+        (num_own,) = struct.unpack_from(">H", data, place)
+        place, num_parts = place + 2, num_parts + max(1, num_own)
+        if num_parts > MAX_BOXES:
+            raise _too_many_boxes()
+        for _ in range(num_own):
+            place += index_bytes
+            offset = int.from_bytes(data[place : place + offset_bytes])
+            place += offset_bytes
+            length = int.from_bytes(data[place : place + length_bytes])
+            place += length_bytes
+            if not is_elsewhere and base + offset + length > len(data):
+                raise InvalidImageFileError("the file ends before its last pixels; send it whole")
 
 
 def _primary_item(data: bytes, place: int) -> int:

@@ -1,6 +1,7 @@
 """AVIF and HEIC: orientation, grids, depths, and headers that are damaged or lie."""
 
 import io
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -152,8 +153,32 @@ def test_boxes_are_limited(kind: str) -> None:
     data = picture_file(kind, [PICTURE])
     meta = data.index(b"meta") - 4
     filled = data[:meta] + box(b"free", b"") * (MAX_BOXES + 1) + data[meta:]
-    with pytest.raises(InvalidImageFileError, match="more than 10000 boxes side by side; save it again"):
+    with pytest.raises(InvalidImageFileError, match="more than 10000 boxes side by side, or parts; save it"):
         read_header(filled)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_grid_that_is_cut_off_is_refused_whatever_is_left(kind: str) -> None:
+    data = picture_file(kind, [noise(64, 64, seed=seed) for seed in range(4)], num_columns=2)
+    assert decode_image(data + b"trailer of a phone", 64).tobytes() == decode_image(data, 64).tobytes()
+    for end in (*range(data.index(b"mdat"), len(data), 997), len(data) - 1):
+        with pytest.raises(
+            InvalidImageFileError, match="the file ends before its last pixels; send it whole"
+        ):
+            decode_image(data[:end], 64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_items_are_limited(kind: str) -> None:
+    data = picture_file(kind, [PICTURE])
+    start = data.index(b"iloc") + 4
+    for num_items, num_parts in ((0xFFFF, 0), (1, 0xFFFF)):
+        many = struct.pack(">5H", num_items, 1, 0, 0, num_parts) + bytes(2**20)
+        located = box(b"iloc", data[start : start + 6] + many)
+        meta = data.index(b"meta")
+        changed = located + data[meta + 8 : start - 8]
+        with pytest.raises(InvalidImageFileError, match="more than 10000 boxes side by side, or parts"):
+            read_header(data[: meta - 4] + box(b"meta", bytes(4) + changed))
 
 
 def without(data: bytes, kind: bytes) -> bytes:

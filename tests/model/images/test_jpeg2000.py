@@ -1,5 +1,6 @@
 """JPEG 2000: colour spaces, depths and tiles of files in boxes and of codestreams alone, by hand."""
 
+import re
 import struct
 from collections.abc import Callable, Sequence
 
@@ -11,7 +12,7 @@ from model.errors import InvalidImageFileError
 from model.images.decoding import decode_image
 from model.images.header import memory_of, read_header
 from model.images.jpeg2000 import MAX_TILES
-from tests.image_files import encode
+from tests.image_files import encode, noise
 from tests.isobmff_files import box
 
 Color = tuple[int, ...]
@@ -100,7 +101,10 @@ def test_grey_of_any_depth_is_scaled_by_its_own_range(depth: int) -> None:
         (with_depth(codestream([0], [1]), 1), "has 1 bits per sample, and 8 to 16 are read; convert it"),
         (with_depth(codestream([0], [1]), 24), "has 24 bits per sample, and 8 to 16 are read"),
         (
-            codestream([0] * 4, [1] * 4)[:40] + b"\0\5" + bytes([7, 1, 1] * 5),
+            codestream([0] * 4, [1] * 4)[:40].replace(b"\xff\x51\0\x32", b"\xff\x51\0\x35")
+            + b"\0\5"
+            + bytes([7, 1, 1] * 5)
+            + b"\xff\x90\0\x0a\0\0\0\0\0\0",
             "has 5 components, the limit is 4; convert it to RGB",
         ),
     ],
@@ -116,7 +120,7 @@ def claiming(width: int, height: int, tile: int) -> bytes:
 
 
 def test_tiles_are_limited() -> None:
-    header = read_header(claiming(1000, 1000, 10))
+    header = read_header(encode(Image.new("L", (1000, 1000)), "JPEG2000", tile_size=(10, 10)))
     assert (header.width, header.height) == (1000, 1000)
     assert memory_of(header, 16, 0) > MAX_TILES * 2**14
     with pytest.raises(
@@ -125,6 +129,24 @@ def test_tiles_are_limited() -> None:
         read_header(claiming(1001, 1000, 10))
     with pytest.raises(InvalidImageFileError, match="begins as JPEG2000, but its header is damaged"):
         read_header(claiming(1000, 1000, 0))
+
+
+@pytest.mark.parametrize("num_tiles", [1, 6, 11])
+def test_missing_tiles_are_damage_and_not_black(num_tiles: int) -> None:
+    data = encode(noise(128, 96), "JPEG2000", no_jp2=True, tile_size=(32, 32))
+    starts = [match.start() for match in re.finditer(b"\xff\x90\0\x0a", data)]
+    assert len(starts) == 12
+    with pytest.raises(
+        InvalidImageFileError, match=f"has {num_tiles} of its 12 tiles, .* send the file whole"
+    ):
+        decode_image(data[: starts[num_tiles]] + b"\xff\xd9", 16)
+
+
+def test_the_length_of_the_last_tile_may_be_left_open() -> None:
+    data = bytearray(codestream([1, 2, 3], [4, 5, 6]))
+    start = data.index(b"\xff\x90\0\x0a")
+    data[start + 6 : start + 10] = bytes(4)
+    assert colors(bytes(data)) == ((1, 2, 3), (4, 5, 6))
 
 
 def test_a_size_beyond_the_limits_is_refused_from_the_header() -> None:
