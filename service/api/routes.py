@@ -225,10 +225,11 @@ class InferenceRoutes:
 
 def _parser_for(request: Request) -> Callable[[bytearray, type[B], TextLimits], B]:
     """Return the parser of the body, which may run in a thread. Raises UnsupportedContentTypeError."""
-    content_type = ", ".join(request.headers.getlist("content-type")) or "application/json"
-    media_type = content_type.partition(";")[0].strip().lower()
+    content_types = request.headers.getlist("content-type")
+    media_types = [each.partition(";")[0].strip().lower() for each in content_types]
+    media_type = ", ".join(media_types) or "application/json"
     if media_type == "multipart/form-data":
-        return partial(parse_form, content_type)
+        return partial(parse_form, content_types[0])
     if media_type == "application/json" or media_type.endswith("+json"):
         return parse_json
     raise UnsupportedContentTypeError(

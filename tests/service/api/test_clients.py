@@ -1,0 +1,90 @@
+"""Requests in forms, gzip and headers as HTTP clients send them, over the whole application."""
+
+import gzip
+import json
+import zlib
+
+import pytest
+
+from tests.service.fakes import png, png_base64
+from tests.service.running import assert_problem, metric, site
+
+BODY = json.dumps({"image": png_base64(100)}).encode()
+
+
+@pytest.mark.parametrize("name", ["images", "images[]", "candidates", "candidates[images][]"])
+async def test_candidate_images_are_ranked_whether_in_base64_or_as_files(name: str) -> None:
+    async with site() as running:
+        levels = (10, 200, 90)
+        sent = {"image": png_base64(100), "candidates": {"images": [png_base64(level) for level in levels]}}
+        expected = (await running.client.post("/retrieve", json=sent)).json()
+        files = [("image", ("q.png", png(100))), *((name, (f"{level}.png", png(level))) for level in levels)]
+        answer = (await running.client.post("/retrieve", files=files)).json()
+        assert len(expected["results"]) == 3
+        assert answer["results"] == expected["results"]
+
+
+async def test_a_damaged_candidate_file_is_named_by_its_place() -> None:
+    async with site() as running:
+        files = [("images", ("a.png", png(1))), ("images", ("b.png", png(2)[:40]))]
+        response = await running.client.post("/retrieve", files=files, data={"text": "a"})
+        problem = assert_problem(response, 422, "invalid_image")
+        assert [at["field"] for at in problem["errors"]] == ["candidates.images.1"]
+
+
+async def test_an_empty_image_file_is_told_as_such() -> None:
+    async with site() as running:
+        response = await running.client.post("/caption", files={"image": ("a.png", b"")})
+        assert "image: " in assert_problem(response, 422, "invalid_image")["detail"]
+
+
+async def test_a_body_in_gzip_has_the_answer_of_the_same_body() -> None:
+    async with site() as running:
+        headers = {"content-type": "application/json", "content-encoding": "gzip"}
+        answer = await running.client.post("/caption", content=gzip.compress(BODY), headers=headers)
+        plain = await running.client.post("/caption", json=json.loads(BODY))
+        assert answer.json()["captions"] == plain.json()["captions"]
+        assert await metric(running, "blip2_upload_bytes") == 0
+        response = await running.client.post("/caption", content=BODY, headers=headers)
+        assert_problem(response, 400, "unreadable_body")
+        assert await metric(running, "blip2_upload_bytes") == 0
+
+
+@pytest.mark.parametrize("encoding", ["deflate", "br", "gzip, gzip"])
+async def test_another_encoding_is_answered_with_the_one_that_is_read(encoding: str) -> None:
+    async with site() as running:
+        headers = {"content-type": "application/json", "content-encoding": encoding}
+        response = await running.client.post("/caption", content=zlib.compress(BODY), headers=headers)
+        assert repr(encoding) in assert_problem(response, 415, "unsupported_content_type")["detail"]
+        assert response.headers["accept-encoding"] == "gzip"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("content-type", "application/json"), ("content-type", "text/plain")],
+        [("content-type", "multipart/form-data; boundary=X"), ("content-type", "application/json")],
+        [("content-type", "text/plain")],
+    ],
+)
+async def test_a_header_that_is_sent_twice_is_not_read_as_its_first(headers: list[tuple[str, str]]) -> None:
+    async with site() as running:
+        response = await running.client.post("/caption", content=BODY, headers=headers)
+        assert_problem(response, 415, "unsupported_content_type")
+        assert "accept-encoding" not in response.headers
+        twice = [
+            ("content-type", "application/json"),
+            ("content-encoding", "gzip"),
+            ("content-encoding", "br"),
+        ]
+        response = await running.client.post("/caption", content=gzip.compress(BODY), headers=twice)
+        assert "'gzip, br'" in assert_problem(response, 415, "unsupported_content_type")["detail"]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"])
+@pytest.mark.parametrize("path", ["/caption", "/vqa", "/retrieve"])
+async def test_another_method_is_405_with_the_one_that_is_allowed(method: str, path: str) -> None:
+    async with site() as running:
+        response = await running.client.request(method, path)
+        assert response.status_code == 405
+        assert response.headers["allow"] == "POST"
