@@ -18,7 +18,7 @@ from model.errors import NonFiniteError, TaskUnavailableError
 from model.generation import DecodeRequest, Generation, GenerationParams, run_requests
 from model.language import LanguageModel
 from model.matching import Matcher
-from model.packing import pack_linears
+from model.packing import copy_weights, pack_linears
 from model.qformer import QFormer, QFormerLayer
 
 
@@ -103,7 +103,10 @@ class Blip2(nn.Module):
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
             self.vision_model.use_cpu_attention()
         qformers = [module for module in self.modules() if isinstance(module, QFormer)]
-        return sum(pack_linears(qformer, qformer_dtype) for qformer in qformers) + pack_linears(self)
+        count = sum(pack_linears(qformer, qformer_dtype) for qformer in qformers) + pack_linears(self)
+        if count:
+            copy_weights(self)
+        return count
 
     @cached_property
     def fingerprint(self) -> str:

@@ -36,7 +36,7 @@ class Blip2Backend:
         self.generating_model = blip2
         self.matching_model = matching or blip2
         self._limits = limits or DecoderLimits()
-        self.fingerprint = blip2.fingerprint
+        self.fingerprint = blip2.fingerprint  # reads the weight files in order; packing reads them in pieces
         if self.matching_model is not blip2:
             self.fingerprint = _sha256(f"{blip2.fingerprint} {self.matching_model.fingerprint}")
         is_shared = blip2.share_vision_model(self.matching_model)
