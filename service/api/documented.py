@@ -150,7 +150,7 @@ def retrieve_rules(schema: Schema) -> None:
     """Add the rules across the fields of /retrieve: the matching head compares an image with a text."""
     across = [
         {
-            "required": [query],
+            "required": [query, "candidates"],
             "properties": {query: _GIVEN, "candidates": {"properties": {other: _GIVEN}, "required": [other]}},
         }
         for query, other in (("text", "images"), ("image", "texts"))

@@ -230,10 +230,11 @@ def _parser_for(request: Request) -> Callable[[bytearray, type[B], TextLimits], 
         raise UnsupportedContentTypeError(
             f"the Content-Encoding is {echo_value(encoding)}; send the body uncompressed"
         )
-    content_type = ", ".join(request.headers.getlist("content-type")) or "application/json"
-    media_type = content_type.partition(";")[0].strip().lower()
+    content_types = request.headers.getlist("content-type")
+    media_types = [each.partition(";")[0].strip().lower() for each in content_types]
+    media_type = ", ".join(media_types) or "application/json"
     if media_type == "multipart/form-data":
-        return partial(parse_form, content_type)
+        return partial(parse_form, content_types[0])
     if media_type == "application/json" or media_type.endswith("+json"):
         return parse_json
     raise UnsupportedContentTypeError(
