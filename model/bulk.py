@@ -4,6 +4,7 @@ An interrupted run can be continued.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,13 +19,18 @@ from model.blip2 import Blip2
 from model.errors import ModelError
 from model.generation import DecodeRequest, Generation, GenerationParams, run_requests
 from model.images.decoding import decode_image
+from model.images.header import find_warnings, sniff_format
 
-SUFFIXES = frozenset(
-    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".dib"}
-)
+SUFFIXES = frozenset({
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".webp", ".gif", ".tif", ".tiff",
+    ".bmp", ".dib", ".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif",
+    ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jph", ".jhc",
+})  # fmt: skip
 _MAX_REQUESTS = 32  # decoded together
 _MAX_PAIRS = 32  # of image and text, matched together
 _RECORD_START = b'{"image": '
+_SIGNATURE_BYTES = 64
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -43,7 +49,8 @@ class BulkTask:
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """Return the given files, and the images below given directories in order of name.
 
-    Raises ModelError where a path is absent, or a directory holds no images.
+    Hidden files and those in hidden directories are no images there. A file without a suffix is one by its
+    first bytes. Raises ModelError where a path is absent, or a directory holds no images.
     """
     images: list[Path] = []
     for path in paths:
@@ -52,13 +59,31 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             images.append(path)
             continue
-        found = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES)
+        found: list[Path] = []
+        others: list[Path] = []
+        for each in sorted(path.rglob("*")):
+            is_hidden = any(part.startswith(".") for part in each.relative_to(path).parts)
+            if not (is_hidden or each.is_dir()):
+                (found if _is_image(each) else others).append(each)
         if not found:
             raise ModelError(
                 f"{path} holds no images ({', '.join(sorted(SUFFIXES))}); name another directory"
             )
+        if others:
+            _log.warning("%s: left out %d files that are no images, as %s", path, len(others), others[0].name)
         images += found
     return list(dict.fromkeys(images))
+
+
+def _is_image(path: Path) -> bool:
+    if path.suffix or not path.is_file():
+        return path.suffix.lower() in SUFFIXES
+    with path.open("rb") as file:
+        try:
+            sniff_format(file.read(_SIGNATURE_BYTES))
+        except ModelError:
+            return False
+    return True
 
 
 def build_captioning(blip2: Blip2, prompt: str | None, params: GenerationParams) -> BulkTask:
@@ -135,7 +160,8 @@ def run_bulk(
 
     Returns the number of written records, and the number of all records with an error.
 
-    A record is {"image": path} with the query and the results, or with "error" where the file is unreadable.
+    A record is {"image": path} with the query and the results, or with "error" where the file is unreadable;
+    "warnings" tell of a file that is damaged, but read.
     A batch is written as a whole and flushed, so that an interrupted run can be continued; an incomplete last
     line is cut off first. Raises ModelError where the records in `out` belong to another query.
     """
@@ -154,16 +180,23 @@ def run_bulk(
 
 @torch.inference_mode()
 def _run_batch(blip2: Blip2, paths: Sequence[Path], task: BulkTask) -> list[dict[str, Any]]:
-    pixels: dict[Path, Tensor] = {}
-    errors: dict[Path, str] = {}
+    pixels: list[Tensor] = []
+    notes: dict[Path, dict[str, Any]] = {}  # an error, or warnings
     for path in paths:
         try:
-            pixels[path] = blip2.preprocess(decode_image(path.read_bytes(), blip2.preprocess.image_size))
+            data = path.read_bytes()
+            pixels.append(blip2.preprocess(decode_image(data, blip2.preprocess.image_size)))
+            notes[path] = {"warnings": warnings} if (warnings := list(find_warnings(data))) else {}
         except (ModelError, OSError, MemoryError) as error:
-            errors[path] = str(error)
-    results = iter(task.run(blip2.encode_images(torch.stack(list(pixels.values())))) if pixels else ())
+            notes[path] = {"error": str(error)}
+    results = iter(task.run(blip2.encode_images(torch.stack(pixels))) if pixels else ())
     return [
-        {"image": str(path), **task.query, **({"error": errors[path]} if path in errors else next(results))}
+        {
+            "image": str(path),
+            **task.query,
+            **({} if "error" in notes[path] else next(results)),
+            **notes[path],
+        }
         for path in paths
     ]
 

@@ -67,7 +67,7 @@ def test_what_is_imported_undeclared_is_a_dependency_of_a_declared_one(
 
 
 def test_the_core_declares_what_it_imports() -> None:
-    optional = declared(NAME, "spread") | declared(NAME, "quantize")
+    optional = declared(NAME, "spread") | declared(NAME, "quantize") | declared(NAME, "heic")
     assert imported(["model", "service"]) - CORE - optional - BROUGHT_BY.keys() == set()
 
 
@@ -81,7 +81,7 @@ def test_training_declares_what_it_imports() -> None:
 
 
 def test_no_extra_repeats_the_core() -> None:
-    for extra in ("bench", "quantize", "spread", "train", "dev"):
+    for extra in ("bench", "heic", "quantize", "spread", "train", "dev"):
         assert declared(NAME, extra) & CORE == set()
 
 

@@ -64,7 +64,7 @@ def _bound_as(name: str) -> Change:
 IMAGE: Final[Schema] = {
     "type": "string",
     "format": "image",
-    "description": "a JPEG, PNG, WebP, GIF, TIFF or BMP file, in base64 or as a data: URI",
+    "description": "a JPEG, PNG, WebP, GIF, TIFF, BMP, JPEG 2000, AVIF or HEIC file, as base64 or data: URI",
 }
 QUESTIONS: Final[Schema] = {
     "anyOf": [

@@ -52,6 +52,7 @@ class ResponseBuilder:
             ],
             image_cached=served.answer.image_cached,
             timings_ms=GenerateTimings(**self._timings(served, "decode", context)),
+            warnings=list(served.warnings) or None,
         )
 
     def captions(
@@ -88,6 +89,7 @@ class ResponseBuilder:
             ],
             image_cached=served.answer.image_cached,
             timings_ms=GenerateTimings(**self._timings(served, "decode", context)),
+            warnings=list(served.warnings) or None,
         )
 
     def retrieve(
@@ -107,6 +109,7 @@ class ResponseBuilder:
                 for rank, match in enumerate(served.answer.value, start=1)
             ],
             timings_ms=MatchTimings(**self._timings(served, "match", context)),
+            warnings=list(served.warnings) or None,
         )
 
     def _timings(self, served: ServedAnswer[Any], work: str, context: RequestContext) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The schemas of responses. Times are milliseconds; scores are natural logarithms unless said."""
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -65,6 +65,15 @@ def problem_response(
     )
 
 
+Warnings = Annotated[
+    list[str] | None,
+    Field(
+        description="what the caller should know of input that was used all the same; absent if nothing",
+        examples=[["image: the JPEG has no end marker and may be cut off; no pixels are missing"]],
+    ),
+]
+
+
 class GenerateTimings(ResponseModel):
     """Milliseconds in each stage. Work that was shared with other requests counts in full."""
 
@@ -112,6 +121,7 @@ class CaptionResponse(ResponseModel):
     captions: list[Caption]
     image_cached: bool
     timings_ms: GenerateTimings
+    warnings: Warnings = None
 
 
 class FailedImage(ResponseModel):
@@ -154,6 +164,7 @@ class VqaResponse(ResponseModel):
     answers: list[VqaAnswer]
     image_cached: bool
     timings_ms: GenerateTimings
+    warnings: Warnings = None
 
 
 class RetrieveResult(ResponseModel):
@@ -178,6 +189,7 @@ class RetrieveResponse(ResponseModel):
     mode: Mode
     results: list[RetrieveResult]
     timings_ms: MatchTimings
+    warnings: Warnings = None
 
 
 class ProbeResponse(ResponseModel):

@@ -24,7 +24,7 @@ from model.errors import InvalidParamsError as ModelParamsError
 from service.api import documented
 from service.engine.request import Mode
 from service.errors import MAX_ECHOED, InvalidParamsError, InvalidRequestError, TooManyItemsError, echo_value
-from service.inference import Upload
+from service.image_decoding import Upload
 from service.runtime.settings import Settings
 
 _NOT_BLANK: Final = re.compile(documented.NOT_BLANK)

@@ -14,7 +14,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from benchmarks.process_memory import resident_bytes
 from model import Blip2, GenerationParams, TaskUnavailableError
 from model.__main__ import main
-from model.bulk import build_captioning
+from model.bulk import build_captioning, find_images
+from model.errors import ModelError
 from model.vision import VisionEncoder
 from tests.builders import random_picture
 
@@ -34,6 +35,39 @@ def pictures(tmp_path: Path) -> Path:
     (folder / "2.png").write_bytes(damaged[: len(damaged) // 2])
     (folder / "notes.txt").write_text("no image")
     return folder
+
+
+def test_images_of_a_directory_are_found_whatever_their_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "more.png"
+    folder.mkdir()
+    visible = [
+        *("a.png", "b.APNG", "c.jpg", "d.jpeg", "e.JPE", "f.jfif", "g.bmp", "h.dib", "i.webp", "j.gif"),
+        *("k.tif", "l.tiff", "m.avif", "n.heic", "o.heif", "p.jp2", "q.j2k", "more.png/r.jpg"),
+    ]
+    for name in visible:
+        (tmp_path / name).write_bytes(b"of its suffix alone")
+    random_picture(0).save(tmp_path / "without_suffix", "JPEG")
+    (tmp_path / "README").write_text("no image")
+    (tmp_path / "table.csv").write_text("no image")
+    invisible = ["._a.png", ".b.jpg", ".thumbnails/c.png", "more.png/._r.jpg", ".DS_Store"]
+    for name in invisible:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = find_images([tmp_path])
+    assert found == sorted(tmp_path / name for name in [*visible, "without_suffix"])
+    assert caplog.messages == [f"{tmp_path}: left out 2 files that are no images, as README"]
+    assert find_images([tmp_path / ".b.jpg", tmp_path / "README"]) == [
+        tmp_path / ".b.jpg",
+        tmp_path / "README",
+    ]
+
+
+def test_a_directory_without_visible_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "._a.png").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"holds no images \(\.apng, .*; name another directory"):
+        find_images([tmp_path])
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -175,6 +209,18 @@ def test_a_checkpoint_without_the_component_is_refused(random_checkpoint: Path) 
     blip2 = Blip2.from_pretrained(str(random_checkpoint.parent / "stage1"))
     with pytest.raises(TaskUnavailableError, match="has no language model"):
         build_captioning(blip2, None, GenerationParams())
+
+
+def test_a_damaged_file_that_is_read_has_warnings(random_checkpoint: Path, tmp_path: Path) -> None:
+    random_picture(0).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-2])
+    out = tmp_path / "captions.jsonl"
+    assert main(["caption", str(tmp_path), "--model", str(random_checkpoint), "--out", str(out)]) == 0
+    cut, whole = lines(out)
+    (warning,) = cut.pop("warnings")
+    assert "the JPEG has no end marker" in warning
+    assert cut["captions"][0]["text"] == whole["captions"][0]["text"]
+    assert "warnings" not in whole
 
 
 def test_no_file_is_opened_by_the_plugin_of_another_format(random_checkpoint: Path, tmp_path: Path) -> None:

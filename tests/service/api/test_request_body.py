@@ -23,7 +23,7 @@ from service.errors import (
     UnreadableBodyError,
     UnsupportedContentTypeError,
 )
-from service.inference import Upload
+from service.image_decoding import Upload
 from service.runtime.readiness import Uploads
 from service.runtime.settings import Settings
 

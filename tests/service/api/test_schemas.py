@@ -5,7 +5,7 @@ import pytest
 from service.api.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
 from service.engine.request import Mode
 from service.errors import InvalidParamsError, InvalidRequestError, ServiceError, TooManyItemsError
-from service.inference import Upload
+from service.image_decoding import Upload
 from service.runtime.settings import Settings
 
 SETTINGS = Settings(max_images=2, max_questions=2, max_candidates=3, max_text_chars=20)
