@@ -16,6 +16,7 @@ from model.errors import TaskUnavailableError
 from model.qformer import QFormer, QueryStates, build_query_tokens, init_weights
 from model.qformer.layer import KeysValues
 from model.qformer.text import TextEmbeddings, tokenize_texts
+from model.text_encoder import TextEncoder
 
 INITIAL_TEMPERATURE = 0.07
 MAX_TEXT_TOKENS = 32
@@ -70,6 +71,7 @@ class Matcher(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
+        self._text_encoder = TextEncoder(tokenizer)
         self.max_text_tokens = max_text_tokens
         self.ln_vision = nn.LayerNorm(config.encoder_hidden_size, eps=vision_layer_norm_eps)
         self.query_tokens = build_query_tokens(config)
@@ -91,7 +93,7 @@ class Matcher(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the input_ids and attention_mask, [M, T] each; see `tokenize_texts`."""
-        return tokenize_texts(self.tokenizer, texts, max_text_tokens=self.max_text_tokens)
+        return tokenize_texts(self._text_encoder, texts, max_text_tokens=self.max_text_tokens)
 
     def encode_image_queries(self, image_features: Tensor) -> QueryStates:
         """Attend with the queries to [B, P, V] image features, as the vision encoder returns them."""

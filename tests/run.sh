@@ -3,6 +3,7 @@
 # command that enables it.
 #   BIN           directory of the environment's programs (.venv/bin)
 #   PYTEST_ARGS   further arguments of pytest, split at spaces: make test PYTEST_ARGS='-x tests/service'
+#   TEST_PUBLIC   directory with configurations and tokenizers of published checkpoints. Default: none
 #   TEST_INSTALL  no: install nothing. Default: install missing Debian packages (as root only), and torchao with pip
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -60,6 +61,8 @@ install_packages
 has redis-server || leave_out redis "no redis-server" "apt-get install redis-server"
 has_kustomize || leave_out kubectl "no kubectl with kustomize 5" "kubectl 1.27 or newer, from kubernetes.io"
 has promtool || leave_out promtool "no promtool" "apt-get install prometheus"
+[ -n "${TEST_PUBLIC:-}" ] || leave_out public "TEST_PUBLIC names no published files" \
+  "TEST_PUBLIC=DIR make test, see CONTRIBUTING.md"
 nvidia-smi -L >/dev/null 2>&1 || leave_out gpu "no CUDA device" "$BIN/python -m pytest -m gpu, on a machine with one"
 
 # One process per core, with one torch thread each. Tests of time limits follow, alone on the machine.

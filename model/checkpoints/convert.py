@@ -5,7 +5,7 @@ from typing import Literal
 
 from model.checkpoints.adapter import save_generation_adapter, save_retrieval_adapter
 from model.checkpoints.hub import DROPPED, save_hub
-from model.checkpoints.lavis import save_lavis
+from model.checkpoints.lavis import differing_fields, save_lavis
 from model.components import Blip2Components
 from model.errors import CheckpointError
 from model.matching import MAX_TEXT_TOKENS
@@ -72,6 +72,12 @@ def _left_out(components: Blip2Components, target_format: Format) -> list[str]:
         if components.matcher is not None:
             lines.append("the retrieval model (text branch, heads): convert its own checkpoint")
         lines.append(f"the prompts {components.prompts.caption!r} and {components.prompts.question!r}")
+        if target_format == "lavis":
+            differing = differing_fields(components.language_model)
+            lines += [
+                f"{name} {value!r}: it is in the .json, which LAVIS does not read"
+                for name, value in differing.items()
+            ]
     elif components.matcher is not None:
         if target_format == "hub":
             dropped = [name for name in components.matcher.state_dict() if name.startswith(DROPPED)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
@@ -132,9 +133,16 @@ def _compare_retrieval(
 ) -> list[Difference]:
     image_embeds = matcher.embed_images(features)
     itc, itm = 0.0, 0.0
+    image_token, num_image_tokens = reference.config.image_token_index, reference.config.num_query_tokens
+    if image_token is None:  # as in old configurations: the reference expects the text alone
+        image_token, num_image_tokens = 0, 0
     for text in texts:
         input_ids, mask = (each.expand(len(features), -1) for each in matcher.tokenize([text]))
-        options = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": mask}
+        options = {
+            "pixel_values": pixel_values,
+            "input_ids": F.pad(input_ids, (num_image_tokens, 0), value=image_token),
+            "attention_mask": F.pad(mask, (num_image_tokens, 0), value=1),
+        }
         cosines = reference(**options, use_image_text_matching_head=False).logits_per_image
         logits = reference(**options, use_image_text_matching_head=True).logits_per_image
         ours = matcher.itc_scores(image_embeds, matcher.text_embeds(input_ids, mask))

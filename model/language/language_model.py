@@ -16,7 +16,6 @@ from model.language.per_beam_state import PerBeamState, per_beam_kv_bytes
 from model.language.prompt_tokenizer import (
     PromptTokenizer,
     find_eos_token_ids,
-    find_image_token_id,
     find_special_tokens,
 )
 from model.language.shared_prefix_state import (
@@ -24,6 +23,7 @@ from model.language.shared_prefix_state import (
     shared_prefix_kv_bytes,
     unsupported_reason,
 )
+from model.text_encoder import IMAGE_TOKEN
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,10 @@ class LanguageModel(nn.Module):
     model_family: prefill and decode steps of its kind. question_template: the prompt in which it answers
     questions best, with one `{}`. max_positions: the most tokens of one sequence, image tokens included.
     image_token_id: the id that stands for a soft token where ids are needed, for instance by repetition
-    penalties; the tokenizer's "<image>", else padding, else an end token, unless given.
-    Raises UnfitLanguageModelError where the start or the end of its answers is not configured.
+    penalties: the one given, else the tokenizer's "<image>", padding or an end token; the first that has an
+    embedding.
+    Raises UnfitLanguageModelError where the start or the end of its answers is not configured, and where
+    its tokenizer has tokens without an embedding.
     """
 
     def __init__(
@@ -53,16 +55,22 @@ class LanguageModel(nn.Module):
         self.tokenizer = tokenizer
         self.hidden_size: int = llm.config.hidden_size
         self.eos_token_ids = find_eos_token_ids(llm)
-        if image_token_id is None:
-            image_token_id = find_image_token_id(llm, tokenizer, self.eos_token_ids)
-        self.image_token_id = image_token_id
         special_tokens = find_special_tokens(llm, tokenizer)
         self._prompt_tokenizer = PromptTokenizer(tokenizer, special_tokens)
+        self._prompt_tokenizer.check_embeddings(self.num_embeddings, self.eos_token_ids)
+        stand_ins = (image_token_id, tokenizer.get_vocab().get(IMAGE_TOKEN), llm.config.pad_token_id)
+        embedded = (each for each in stand_ins if each is not None and each < self.num_embeddings)
+        self.image_token_id: int = next(embedded, self.eos_token_ids[0])
         build_family = EncoderDecoder if llm.config.is_encoder_decoder else DecoderOnly
         self.model_family: ModelFamily = build_family(llm, special_tokens)
         self.question_template = self.model_family.question_template
         self.max_positions = self.model_family.max_positions
         self._unsupported_reason = unsupported_reason(llm)
+
+    @property
+    def num_embeddings(self) -> int:
+        """The number of word embeddings; ids of tokens are below it."""
+        return len(self.llm.get_input_embeddings().weight)
 
     @property
     def dtype(self) -> torch.dtype:

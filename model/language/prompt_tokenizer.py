@@ -6,30 +6,46 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from model.errors import InvalidPromptError, UnfitLanguageModelError
 from model.language.model_family import SpecialTokenTemplate
-
-IMAGE_TOKEN = "<image>"
+from model.text_encoder import TextEncoder
 
 
 class PromptTokenizer:
     """Tokenizes prompts with their special tokens. May be called from several threads.
 
     tokenizer: the language model's own. special_tokens: the template around a prompt, whatever the tokenizer
-    adds by itself.
+    adds by itself. A prompt itself becomes no special token, see `TextEncoder`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, special_tokens: SpecialTokenTemplate) -> None:
         self._tokenizer = tokenizer
+        self._encoder = TextEncoder(tokenizer)
         self._special_tokens = special_tokens
 
     def tokenize(self, prompt: str, *, max_tokens: int) -> tuple[int, ...]:
         """Return the ids of a prompt. Raises InvalidPromptError where they exceed `max_tokens`."""
         prefix_ids, suffix_ids = self._special_tokens
-        token_ids = (*prefix_ids, *self._tokenizer.encode(prompt, add_special_tokens=False), *suffix_ids)
+        token_ids = (*prefix_ids, *self._encoder.encode(prompt), *suffix_ids)
         if len(token_ids) > max_tokens:
             raise InvalidPromptError(
                 f"the prompt has {len(token_ids)} tokens, the limit is {max_tokens}; shorten it"
             )
         return token_ids
+
+    def check_embeddings(self, num_embeddings: int, eos_token_ids: Sequence[int]) -> None:
+        """Raise UnfitLanguageModelError where a prompt or an end token may be past the embeddings."""
+        if (unembedded := self._encoder.find_unembedded(num_embeddings)) is not None:
+            token, token_id = unembedded
+            raise UnfitLanguageModelError(
+                f"has {num_embeddings} word embeddings, and its tokenizer the token {token!r} with the id "
+                f"{token_id}; use the tokenizer it was trained with, or add embeddings with transformers' "
+                "resize_token_embeddings"
+            )
+        special_ids = *self._special_tokens.prefix_ids, *self._special_tokens.suffix_ids, *eos_token_ids
+        if (largest := max(special_ids)) >= num_embeddings:
+            raise UnfitLanguageModelError(
+                f"has {num_embeddings} word embeddings, and its configuration the special token {largest}; "
+                "correct 'bos_token_id' and 'eos_token_id' there"
+            )
 
     def decode_tokens(self, token_ids: Sequence[int], *, eos_token_ids: Sequence[int]) -> str:
         """Return the text of an answer, without special and end tokens and without surrounding space."""
@@ -76,11 +92,3 @@ def find_eos_token_ids(llm: PreTrainedModel) -> tuple[int, ...]:
             f"says that an answer ends with {eos!r}; set 'eos_token_id' in its config.json to an id"
         )
     return tuple(token_ids)
-
-
-def find_image_token_id(
-    llm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, eos_token_ids: Sequence[int]
-) -> int:
-    """Return the id that stands for a soft token: "<image>", else padding, else an end token."""
-    token_id: int | None = tokenizer.get_vocab().get(IMAGE_TOKEN, llm.config.pad_token_id)
-    return eos_token_ids[0] if token_id is None else token_id

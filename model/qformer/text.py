@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from model.config import QFormerConfig
+from model.text_encoder import TextEncoder
 
 
 class TextEmbeddings(nn.Module):
@@ -35,25 +36,26 @@ class QuestionEmbedder(nn.Module):
         super().__init__()
         self.embeddings = TextEmbeddings(config)
         self.tokenizer = tokenizer
+        self._encoder = TextEncoder(tokenizer)
         self.max_text_tokens = max_text_tokens
 
     def forward(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the [B, T, D] embeddings of B questions, and their [B, T] attention mask."""
         device = self.embeddings.word_embeddings.weight.device
-        input_ids, mask = tokenize_texts(self.tokenizer, questions, max_text_tokens=self.max_text_tokens)
+        input_ids, mask = tokenize_texts(self._encoder, questions, max_text_tokens=self.max_text_tokens)
         return self.embeddings(input_ids.to(device)), mask.to(device)
 
 
 def tokenize_texts(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, max_text_tokens: int
+    encoder: TextEncoder, texts: Sequence[str], *, max_text_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Return the input_ids and attention_mask, [M, T] each, of texts as [CLS] … [SEP].
 
     A text longer than `max_text_tokens` is cut at its end but keeps its [SEP]. Padded on the right to the
     longest. On the CPU. Thread-safe.
     """
-    # Without the tokenizer's own truncation and padding, which are state shared by all its callers.
-    rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    tokenizer = encoder.tokenizer
+    rows = [encoder.encode(text) for text in texts]
     rows = [[tokenizer.cls_token_id, *row[: max_text_tokens - 2], tokenizer.sep_token_id] for row in rows]
     length = max((len(row) for row in rows), default=2)
     input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import OPTForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from model.language import find_eos_token_ids
 from training.data.batches import QaTurn
 from training.data.packing import PackedBatch, WeightedText, pack_texts, packed_attention_mask
 
@@ -22,23 +23,39 @@ class DecoderOnlyObjective:
 
     def loss(self, prefix: Tensor, qa_turns: Sequence[Sequence[QaTurn]]) -> Tensor:
         """Compute the mean loss of the answer tokens of each image's QA turns, prefix [B, Q, L]."""
-        texts = [[tokenize_qa_turn(turn, self.tokenizer) for turn in turns] for turns in qa_turns]
+        end_token_id = find_eos_token_ids(self.llm)[0]
+        texts = [
+            [tokenize_qa_turn(turn, self.tokenizer, end_token_id) for turn in turns] for turns in qa_turns
+        ]
         batch = pack_texts(texts, prefix.shape[1], self.tokenizer.pad_token_id).to(prefix.device)
         return packed_lm_loss(self.llm, run_packed(self.llm, prefix, batch).last_hidden_state, batch)
 
 
 def tokenize_qa_turn(
-    turn: QaTurn, tokenizer: PreTrainedTokenizerFast, prompt_weight: float = 0.0
+    turn: QaTurn, tokenizer: PreTrainedTokenizerFast, end_token_id: int, prompt_weight: float = 0.0
 ) -> WeightedText:
     """Tokenise a QA turn as one text from begin to end token.
 
+    The ids of the prompt are those it has alone, as when the model is asked. The answer follows behind a
+    space: " red" and "red" are different tokens of OPT, and an answer is generated with the former.
     Answer and end token have the turn's loss weight, the prompt has `prompt_weight`. The first word of a
     prompt is never a target: without a prompt, a caption follows the begin token.
     """
     prompt = tokenizer(turn.prompt).input_ids
-    answer = [*tokenizer(turn.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    answer = [*_tokenize_answer(turn, tokenizer), end_token_id]
     prompt_weights = [0.0, 0.0, *[prompt_weight] * len(prompt)][: len(prompt)]
     return WeightedText((*prompt, *answer), (*prompt_weights, *[turn.weight] * len(answer)))
+
+
+def _tokenize_answer(turn: QaTurn, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    has_no_gap = not turn.prompt or not turn.answer or turn.prompt[-1].isspace()
+    answer = turn.answer if has_no_gap else f" {turn.answer}"
+    prompt, whole, alone = (
+        tokenizer(text, add_special_tokens=False).input_ids
+        for text in (turn.prompt, turn.prompt + answer, answer)
+    )
+    is_continued = whole[: len(prompt)] == prompt  # else prompt and answer share a token
+    return whole[len(prompt) :] if is_continued else alone
 
 
 def run_packed(

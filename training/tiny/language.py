@@ -79,7 +79,10 @@ def pretrain_language_model(
     def step(rng: np.random.Generator) -> Losses:
         batch_scenes = [scenes[int(i)] for i in rng.integers(len(scenes), size=optimization.batch_size)]
         qa_turns = [sample_qa_turns(scene, rng, config.num_questions) for scene in batch_scenes]
-        texts = [[tokenize_qa_turn(turn, tokenizer, _PROMPT_WEIGHT) for turn in turns] for turns in qa_turns]
+        end = tokenizer.eos_token_id
+        texts = [
+            [tokenize_qa_turn(turn, tokenizer, end, _PROMPT_WEIGHT) for turn in turns] for turns in qa_turns
+        ]
         batch = pack_texts(texts, length, tokenizer.pad_token_id).to(run.device)
         prefix = embed_descriptions(llm, tokenizer, batch_scenes, length)
         output = run_packed(llm, prefix, batch, output_hidden_states=True, output_attentions=True)

@@ -83,7 +83,7 @@ def _load_generation(
 def _build_question_embedder(directory: Path, config: AdapterConfig) -> QuestionEmbedder | None:
     if not config.question_conditioned:
         return None
-    tokenizer = load_text_tokenizer(directory)
+    tokenizer = load_text_tokenizer(directory, config.qformer.vocab_size)
     with torch.device("meta"):
         return QuestionEmbedder(config.qformer, tokenizer, max_text_tokens=config.max_text_tokens)
 
@@ -122,7 +122,7 @@ def _load_named_matcher(
 def _load_matcher(
     directory: Path, config: AdapterConfig, vision_model: VisionEncoder, options: LoadOptions
 ) -> Matcher:
-    tokenizer = load_text_tokenizer(directory)
+    tokenizer = load_text_tokenizer(directory, config.qformer.vocab_size)
     with torch.device("meta"):
         matcher = Matcher(
             config.qformer,

@@ -1,9 +1,10 @@
 """Loads a frozen language model with its tokenizer, from a directory as `save_pretrained` writes it."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import Blip2Config, PreTrainedModel
+from transformers import Blip2Config, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from model.checkpoints.frozen.llm import find_llm_config, load_llm
 from model.checkpoints.frozen.placement import place_llm
@@ -19,11 +20,16 @@ LANGUAGE_PREFIX = "language_model."
 
 
 def load_language_model(
-    directory: Path, options: LoadOptions = IN_FLOAT32, *, tensors: TensorSource | None = None
+    directory: Path,
+    options: LoadOptions = IN_FLOAT32,
+    *,
+    tensors: TensorSource | None = None,
+    trained_fields: Callable[[PreTrainedConfig, PreTrainedTokenizerFast], Mapping[str, Any]] | None = None,
 ) -> LanguageModel:
     """Load a language model and its tokenizer, frozen; or that of a whole BLIP-2 in the directory.
 
-    tensors: its weights, as "language_model.*", unless they are in the directory.
+    tensors: its weights, as "language_model.*", unless they are in the directory. trained_fields: returns the
+    fields of the configuration that a checkpoint was trained with, where the directory has others.
     Raises CheckpointError where a file is absent, damaged or of another model, and for a T5 in float16.
     """
     path = directory / "config.json"
@@ -37,6 +43,10 @@ def load_language_model(
         fields = fields.get("text_config") or {}
     else:
         config = build_config(find_llm_config(fields.get("model_type"), path), path, fields)
+    tokenizer = load_tokenizer(directory)
+    changed = {} if trained_fields is None else trained_fields(config, tokenizer)
+    for name, value in changed.items():
+        setattr(config, name, value)
     llm = load_llm(
         config,
         tensors or TensorFiles(directory),
@@ -45,8 +55,7 @@ def load_language_model(
         prefix=LANGUAGE_PREFIX if is_inside_blip2 or tensors is not None else "",
         has_own_head=fields.get("tie_word_embeddings") is False,
     )
-    tokenizer = load_tokenizer(directory)
-    if not is_inside_blip2:  # transformers' BLIP-2 ignores the file
+    if not is_inside_blip2 and "eos_token_id" not in changed:  # transformers' BLIP-2 ignores the file
         _read_eos_token_ids(llm, directory / "generation_config.json")
     try:
         return LanguageModel(place_llm(freeze(llm), options), tokenizer, image_token_id=image_token_id).eval()

@@ -74,11 +74,10 @@ def _load_generation(config: Blip2Config, files: TensorFiles, options: LoadOptio
 
 def _load_retrieval(config: Blip2Config, files: TensorFiles, options: LoadOptions) -> Blip2Components:
     vision_model = load_vision_model(files.directory, options)
-    tokenizer = load_text_tokenizer(files.directory)
+    qformer_config = _qformer_config(config, files.path)
+    tokenizer = load_text_tokenizer(files.directory, qformer_config.vocab_size)
     with torch.device("meta"):
-        matcher = Matcher(
-            _qformer_config(config, files.path), tokenizer, vision_layer_norm_eps=vision_model.layer_norm_eps
-        )
+        matcher = Matcher(qformer_config, tokenizer, vision_layer_norm_eps=vision_model.layer_norm_eps)
     matcher.text_head = None
     temperature = torch.tensor(INITIAL_TEMPERATURE, device=options.device)
     load_strictly(

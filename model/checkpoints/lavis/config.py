@@ -8,6 +8,8 @@ It says what the .pth file alone does not:
     language_model  the directory of an OPT or T5 with its tokenizer; its weights unless the .pth holds them
     tokenizer       the directory of BERT's tokenizer with "[DEC]" as its bos token; of "blip2"
     num_attention_heads  of the Q-Former; BERT's heads, 64 wide, unless given
+    eos_token_ids   those that end an answer of an OPT; LAVIS' own, the newline, unless given
+    dense_act_fn    the activation of a T5; LAVIS' own, "gelu", unless given
 
 Directories are relative to the .json. A directory may be a whole checkpoint in the Hub's format, of which the
 needed model is read.
@@ -53,6 +55,8 @@ class LavisConfig:
     language_model: str | None = None
     tokenizer: str | None = None
     num_attention_heads: int | None = None
+    eos_token_ids: tuple[int, ...] | None = None
+    dense_act_fn: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> "LavisConfig":

@@ -29,6 +29,7 @@ from model.checkpoints.frozen import (
 )
 from model.checkpoints.hashing import hash_file
 from model.checkpoints.lavis.config import ENCODERS, LavisConfig
+from model.checkpoints.lavis.language_model import trained_fields
 from model.checkpoints.lavis.tensor_names import find_language_family, from_lavis
 from model.checkpoints.load_options import IN_FLOAT32, LoadOptions
 from model.checkpoints.loaded_checkpoint import LoadedCheckpoint, Source
@@ -134,6 +135,7 @@ def _build_generation(
         tensors.path.parent / config.language_model,
         options,
         tensors=tensors if tensors.has(LANGUAGE_PREFIX) else None,
+        trained_fields=partial(trained_fields, config),
     )
     if (found := language_model.llm.config.model_type) != config.arch.removeprefix("blip2_"):
         raise CheckpointError(
@@ -156,12 +158,10 @@ def _build_retrieval(
 ) -> Blip2Components:
     assert config.tokenizer is not None, "the configuration was checked when it was read"
     trained = tensors.read(skip=(VISION_PREFIX,), dtype=torch.float32, device=options.device)
+    qformer_config = _qformer_config(config, trained, vision_model, tensors.path)
+    tokenizer = load_text_tokenizer(tensors.path.parent / config.tokenizer, qformer_config.vocab_size)
     with torch.device("meta"):
-        matcher = Matcher(
-            _qformer_config(config, trained, vision_model, tensors.path),
-            load_text_tokenizer(tensors.path.parent / config.tokenizer),
-            vision_layer_norm_eps=vision_model.layer_norm_eps,
-        )
+        matcher = Matcher(qformer_config, tokenizer, vision_layer_norm_eps=vision_model.layer_norm_eps)
     if not any(name.startswith("text_head.") for name in trained):  # converted from the Hub's format
         matcher.text_head = None
     head = trained.pop(TIED_HEAD, None)

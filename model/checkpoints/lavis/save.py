@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model.checkpoints.adapter import TIED_HEAD
 from model.checkpoints.frozen import VISION_PREFIX
+from model.checkpoints.lavis.language_model import differing_fields
 from model.checkpoints.lavis.tensor_names import Encoder, to_lavis
 from model.checkpoints.qformer_branch import qformer_branch_tensors
 from model.components import Blip2Components
@@ -21,7 +22,7 @@ def save_lavis(path: Path, components: Blip2Components) -> None:
 
     Also <name>.json, <name>.vision_model with the encoder's configuration, and <name>.language_model or
     <name>.tokenizer. The matcher of a generation model is left out: LAVIS keeps it in a file of its own.
-    Raises CheckpointError where LAVIS does not have the image encoder.
+    Raises CheckpointError where LAVIS does not have the image encoder or the language model.
     """
     _check_supported(components)
     encoder = _ENCODERS[components.vision_model.vit.config.model_type]
@@ -41,6 +42,7 @@ def save_lavis(path: Path, components: Blip2Components) -> None:
     }
     if components.language_model is not None:
         fields |= {"arch": f"blip2_{language_family}", "language_model": directories["language_model"].name}
+        fields |= differing_fields(components.language_model)
         components.language_model.llm.save_pretrained(directories["language_model"])
         components.language_model.tokenizer.save_pretrained(directories["language_model"])
     else:
@@ -52,12 +54,17 @@ def save_lavis(path: Path, components: Blip2Components) -> None:
 
 
 def _check_supported(components: Blip2Components) -> None:
-    """Raise CheckpointError where LAVIS does not have such an image encoder or Q-Former."""
+    """Raise CheckpointError where LAVIS does not have such an image encoder, Q-Former or language model."""
     model_type = components.vision_model.vit.config.model_type
     if model_type not in _ENCODERS:
         raise CheckpointError(
             f"the image encoder is of type {model_type!r}, and LAVIS has those of {sorted(_ENCODERS)}; "
             "save an adapter instead"
+        )
+    language_model = components.language_model
+    if language_model is not None and (found := language_model.llm.config.model_type) not in ("opt", "t5"):
+        raise CheckpointError(
+            f"the language model is of type {found!r}, and LAVIS has 'opt' and 't5'; save an adapter instead"
         )
     sizes = components.qformer.config
     if (sizes.cross_attention_frequency, sizes.layer_norm_eps) != (2, 1e-12):
