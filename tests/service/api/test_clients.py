@@ -6,7 +6,7 @@ import zlib
 import pytest
 
 from tests.service.fakes import png, png_base64
-from tests.service.running import assert_problem, metric, site
+from tests.service.running import assert_problem, site
 
 BODY = json.dumps({"image": png_base64(100)}).encode()
 
