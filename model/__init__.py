@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         InvalidParamsError,
         InvalidPromptError,
         ModelError,
+        NonFiniteError,
         TaskUnavailableError,
     )
     from model.generation import (
@@ -40,6 +41,7 @@ __all__ = [
     "LanguageModel",
     "MemoryRequirement",
     "ModelError",
+    "NonFiniteError",
     "TaskUnavailableError",
     "check_fits",
     "memory_requirement",
@@ -52,6 +54,7 @@ _MODULES: Final = {
         "InvalidParamsError",
         "InvalidPromptError",
         "ModelError",
+        "NonFiniteError",
         "TaskUnavailableError",
     ),
     "generation": (

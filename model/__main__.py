@@ -17,7 +17,7 @@ from model.generation import GenerationParams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0; 1 where an image is unreadable; 2 for an error, printed in one line."""
+    """Return the exit status: 0; 1 where a record holds an error; 2 for an error, printed in one line."""
     arguments = _parse(argv)
     try:
         images = find_images(arguments.images)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped; run the same command again to continue {arguments.out}", file=sys.stderr)
         return 130
     print(
-        f"{arguments.out}: {written} images written, {len(images) - written} were there, {failed} unreadable",
+        f"{arguments.out}: {written} images written, {len(images) - written} were there, {failed} failed",
         file=sys.stderr,
     )
     return 1 if failed else 0

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from model.checkpoints import IN_FLOAT32, LoadOptions, load_blip2
 from model.components import Blip2Components
-from model.errors import TaskUnavailableError
+from model.errors import NonFiniteError, TaskUnavailableError
 from model.generation import DecodeRequest, Generation, GenerationParams, run_requests
 from model.language import LanguageModel
 from model.matching import Matcher
-from model.packing import pack_linears
+from model.packing import copy_weights, pack_linears
 from model.qformer import QFormer, QFormerLayer
 
 
@@ -103,7 +103,10 @@ class Blip2(nn.Module):
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
             self.vision_model.use_cpu_attention()
         qformers = [module for module in self.modules() if isinstance(module, QFormer)]
-        return sum(pack_linears(qformer, qformer_dtype) for qformer in qformers) + pack_linears(self)
+        count = sum(pack_linears(qformer, qformer_dtype) for qformer in qformers) + pack_linears(self)
+        if count:
+            copy_weights(self)
+        return count
 
     @cached_property
     def fingerprint(self) -> str:
@@ -247,15 +250,19 @@ class Blip2(nn.Module):
     ) -> list[tuple[Generation, ...]]:
         """Answer B images, [B, Q, L] soft tokens, each with its own prompt; the best answer first.
 
-        Raises TaskUnavailableError in a retrieval-only model, InvalidPromptError where a prompt is too long
-        and InvalidParamsError where a parameter is out of its bounds.
+        Raises TaskUnavailableError in a retrieval-only model, InvalidPromptError where a prompt is too long,
+        InvalidParamsError where a parameter is out of its bounds, and NonFiniteError.
         """
         language_model = self.require_language_model()
         requests = [
             DecodeRequest(soft_tokens, language_model.tokenize(prompt), params)
             for soft_tokens, prompt in zip(language_model_inputs, prompts, strict=True)
         ]
-        return run_requests(language_model, requests)
+        answers = run_requests(language_model, requests)
+        for index, generations in enumerate(answers):
+            if not all(generation.is_finite for generation in generations):
+                raise NonFiniteError(f"image {index}")
+        return answers
 
 
 def _no_language_model(name: str) -> TaskUnavailableError:

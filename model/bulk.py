@@ -4,6 +4,7 @@ An interrupted run can be continued.
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,16 +16,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.blip2 import Blip2
-from model.errors import ModelError
+from model.errors import ModelError, NonFiniteError
 from model.generation import DecodeRequest, Generation, GenerationParams, run_requests
 from model.images.decoding import decode_image
+from model.images.header import find_warnings, sniff_format
 
-SUFFIXES = frozenset(
-    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".dib"}
-)
+SUFFIXES = frozenset({
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".webp", ".gif", ".tif", ".tiff",
+    ".bmp", ".dib", ".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif",
+    ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jph", ".jhc",
+})  # fmt: skip
 _MAX_REQUESTS = 32  # decoded together
 _MAX_PAIRS = 32  # of image and text, matched together
 _RECORD_START = b'{"image": '
+_SIGNATURE_BYTES = 64
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -43,7 +49,8 @@ class BulkTask:
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """Return the given files, and the images below given directories in order of name.
 
-    Raises ModelError where a path is absent, or a directory holds no images.
+    Hidden files and those in hidden directories are no images there. A file without a suffix is one by its
+    first bytes. Raises ModelError where a path is absent, or a directory holds no images.
     """
     images: list[Path] = []
     for path in paths:
@@ -52,13 +59,31 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             images.append(path)
             continue
-        found = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES)
+        found: list[Path] = []
+        others: list[Path] = []
+        for each in sorted(path.rglob("*")):
+            is_hidden = any(part.startswith(".") for part in each.relative_to(path).parts)
+            if not (is_hidden or each.is_dir()):
+                (found if _is_image(each) else others).append(each)
         if not found:
             raise ModelError(
                 f"{path} holds no images ({', '.join(sorted(SUFFIXES))}); name another directory"
             )
+        if others:
+            _log.warning("%s: left out %d files that are no images, as %s", path, len(others), others[0].name)
         images += found
     return list(dict.fromkeys(images))
+
+
+def _is_image(path: Path) -> bool:
+    if path.suffix or not path.is_file():
+        return path.suffix.lower() in SUFFIXES
+    with path.open("rb") as file:
+        try:
+            sniff_format(file.read(_SIGNATURE_BYTES))
+        except ModelError:
+            return False
+    return True
 
 
 def build_captioning(blip2: Blip2, prompt: str | None, params: GenerationParams) -> BulkTask:
@@ -135,37 +160,62 @@ def run_bulk(
 
     Returns the number of written records, and the number of all records with an error.
 
-    A record is {"image": path} with the query and the results, or with "error" where the file is unreadable.
-    A batch is written as a whole and flushed, so that an interrupted run can be continued; an incomplete last
-    line is cut off first. Raises ModelError where the records in `out` belong to another query.
+    A record is {"image": path} with the query and the results, or with "error" where the file is unreadable
+    or a score is not finite; "warnings" tell of a file that is damaged, but read. A batch is written as a
+    whole and flushed, so that an interrupted run can be continued; an incomplete last line is cut off first.
+    Raises ModelError where the records in `out` belong to another query, and NonFiniteError for a score that
+    is not finite before any image has its results.
     """
     has_error = _read_finished(out, task.query)
     pending = [path for path in images if str(path) not in has_error]
     num_errors = sum(has_error.values())
+    has_worked = num_errors < len(has_error)
     with out.open("a", encoding="utf-8") as file, tqdm(total=len(pending), unit="image") as progress:
         for paths in _batches(pending, batch_size):
-            records = _run_batch(blip2, paths, task)
-            num_errors += sum("error" in record for record in records)
-            file.writelines(json.dumps(record) + "\n" for record in records)
+            records, not_finite = _run_batch(blip2, paths, task)
+            num_batch_errors = sum("error" in record for record in records)
+            has_worked = has_worked or num_batch_errors < len(records)
+            if not_finite is not None and not has_worked:  # the weights, not an image
+                raise not_finite
+            num_errors += num_batch_errors
+            file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
             file.flush()
             progress.update(len(paths))
     return len(pending), num_errors
 
 
 @torch.inference_mode()
-def _run_batch(blip2: Blip2, paths: Sequence[Path], task: BulkTask) -> list[dict[str, Any]]:
+def _run_batch(
+    blip2: Blip2, paths: Sequence[Path], task: BulkTask
+) -> tuple[list[dict[str, Any]], NonFiniteError | None]:
+    """Return the record of each image, and the error of the last one whose scores are not finite."""
     pixels: dict[Path, Tensor] = {}
-    errors: dict[Path, str] = {}
+    outcomes: dict[Path, dict[str, Any]] = {}  # results and warnings, or an error
     for path in paths:
         try:
-            pixels[path] = blip2.preprocess(decode_image(path.read_bytes(), blip2.preprocess.image_size))
+            data = path.read_bytes()
+            pixels[path] = blip2.preprocess(decode_image(data, blip2.preprocess.image_size))
+            outcomes[path] = {"warnings": warnings} if (warnings := list(find_warnings(data))) else {}
         except (ModelError, OSError, MemoryError) as error:
-            errors[path] = str(error)
-    results = iter(task.run(blip2.encode_images(torch.stack(list(pixels.values())))) if pixels else ())
-    return [
-        {"image": str(path), **task.query, **({"error": errors[path]} if path in errors else next(results))}
-        for path in paths
-    ]
+            outcomes[path] = {"error": str(error)}
+    results = task.run(blip2.encode_images(torch.stack(list(pixels.values())))) if pixels else []
+    not_finite = None
+    for path, result in zip(pixels, results, strict=True):
+        if _is_finite(result):
+            outcomes[path] = result | outcomes[path]
+        else:
+            not_finite = NonFiniteError(str(path))
+            outcomes[path] = {"error": str(not_finite)}
+    records = [{"image": str(path), **task.query, **outcomes[path]} for path in paths]
+    return records, not_finite
+
+
+def _is_finite(result: dict[str, Any]) -> bool:
+    try:
+        json.dumps(result, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_finished(out: Path, query: dict[str, Any]) -> dict[str, bool]:

@@ -37,5 +37,14 @@ class InvalidParamsError(ModelError):
     """A generation parameter is out of its bounds, or contradicts another one."""
 
 
+class NonFiniteError(ModelError):
+    """The model computed a score that is no finite number."""
+
+    def __init__(self, subject: str) -> None:
+        super().__init__(
+            f"{subject}: the model gave a score that is not finite; check the weights, or use float32"
+        )
+
+
 class TaskUnavailableError(ModelError):
     """The loaded checkpoint lacks the component that a task needs."""

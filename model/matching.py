@@ -15,7 +15,7 @@ from model.config import QFormerConfig
 from model.errors import TaskUnavailableError
 from model.qformer import QFormer, QueryStates, build_query_tokens, init_weights
 from model.qformer.layer import KeysValues
-from model.qformer.text import TextEmbeddings, tokenize_texts
+from model.qformer.text import TextEmbeddings, is_cut, tokenize_texts
 from model.text_encoder import TextEncoder
 
 INITIAL_TEMPERATURE = 0.07
@@ -94,6 +94,10 @@ class Matcher(nn.Module):
     def tokenize(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the input_ids and attention_mask, [M, T] each; see `tokenize_texts`."""
         return tokenize_texts(self._text_encoder, texts, max_text_tokens=self.max_text_tokens)
+
+    def is_cut(self, text: str) -> bool:
+        """Whether `tokenize` cuts a text."""
+        return is_cut(self._text_encoder, text, max_text_tokens=self.max_text_tokens)
 
     def encode_image_queries(self, image_features: Tensor) -> QueryStates:
         """Attend with the queries to [B, P, V] image features, as the vision encoder returns them."""

@@ -4,6 +4,8 @@ A product with few rows is bound by reading its weights, and the layout of a che
 packed layer is for inference only: it is neither trained nor moved.
 """
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach().to(dtype).contiguous()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+        # A copy: no view may keep the memory map of a whole weight file.
+        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype, copy=True)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map [.., in] to [.., out]."""
@@ -48,7 +51,8 @@ def can_pack(dtype: torch.dtype) -> bool:
 def pack_linears(module: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Pack all linear layers of a module that lie on a CPU in float32 or bfloat16; return their number.
 
-    One weight after the other, so that at most one is there twice. Weights shared with an embedding stay.
+    One weight after the other on each thread, so that few are there twice. Weights shared with an embedding
+    stay.
     dtype: of the products, None for that of each weight.
     """
     found = [
@@ -57,9 +61,26 @@ def pack_linears(module: nn.Module, dtype: torch.dtype | None = None) -> int:
         for name, child in parent.named_children()
         if type(child) is nn.Linear and _is_packable(child.weight, dtype)
     ]
-    for parent, name in found:  # by name: each layer is freed when it is replaced
+
+    def pack(place: tuple[nn.Module, str]) -> None:  # by name: each layer is freed when it is replaced
+        parent, name = place
         setattr(parent, name, PackedLinear(getattr(parent, name), dtype))
+
+    # Threads of one product would wait for each other at each page that is read from a file.
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(pack, found))
     return len(found)
+
+
+def copy_weights(module: nn.Module) -> None:
+    """Copy all weights of a module that are not packed, one after the other.
+
+    They may be views of the memory map of a weight file. Once nothing views it, its pages leave the memory of
+    the process, in which the packed weights are there too.
+    """
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if type(tensor.data) is Tensor:
+            tensor.data = tensor.data.clone()
 
 
 def _is_packable(weight: Tensor, dtype: torch.dtype | None) -> bool:

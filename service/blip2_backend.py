@@ -36,7 +36,7 @@ class Blip2Backend:
         self.generating_model = blip2
         self.matching_model = matching or blip2
         self._limits = limits or DecoderLimits()
-        self.fingerprint = blip2.fingerprint
+        self.fingerprint = blip2.fingerprint  # reads the weight files in order; packing reads them in pieces
         if self.matching_model is not blip2:
             self.fingerprint = _sha256(f"{blip2.fingerprint} {self.matching_model.fingerprint}")
         is_shared = blip2.share_vision_model(self.matching_model)
@@ -98,6 +98,13 @@ class Blip2Backend:
     @property
     def max_text_tokens(self) -> int:
         return 0 if self.matching_model.matcher is None else self.matching_model.matcher.max_text_tokens
+
+    def is_text_cut(self, text: str) -> bool:
+        return self._matcher.is_cut(text)
+
+    def is_question_cut(self, question: str) -> bool:
+        embedder = self.generating_model.question_embedder
+        return embedder is not None and embedder.is_cut(question)
 
     def caption_prompt(self) -> str:
         return self.generating_model.prompts.caption_prompt()

@@ -1,7 +1,8 @@
 """Image decoding: bytes to a file to its pixels, in processes that are killed where they take too long.
 
-Formats: JPEG, PNG, WebP, GIF and TIFF (their first frame), BMP. Samples of more than 8 bits are scaled to
-8 bits; the orientation in EXIF is applied; transparency turns white. Bad input fails here.
+Formats: JPEG, PNG, WebP, GIF, TIFF, BMP, JPEG 2000, AVIF, HEIC; of several images the first one. Samples of
+more than 8 bits are scaled to 8 bits; the orientation is applied; transparency turns white. Bad input fails
+here.
 """
 
 import asyncio
@@ -12,8 +13,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from functools import partial
 from typing import Any, Final, TypeVar
+from urllib.parse import unquote
 
 import torch
 from anyio import BrokenWorkerProcess, CapacityLimiter, open_process, to_process
@@ -21,31 +24,71 @@ from anyio.abc import Process
 from torch import Tensor
 
 from model.errors import ModelError
-from model.images.header import ImageHeader, check_size, memory_of, read_header, sniff_format
+from model.images.header import ImageHeader, check_size, find_warnings, memory_of, read_header
 from model.images.limits import decode_within_limits, prepare_process
 from service.engine.fair_queueing import FairSemaphore
 from service.errors import ImageTooLargeError, InvalidImageError, NotReadyError, for_caller
 
 # To be increased when the same file would be decoded into other pixels than before.
-PREPROCESS_VERSION: Final = "2"
+PREPROCESS_VERSION: Final = "3"
 SMALL_DECODE_BYTES: Final = 32 * 2**20  # a photo of 3 Mpx
 
 _SMALL_CPU_S: Final = 0.5
 _WALL_FACTOR: Final = 20  # of CPU time: a large image waits for whatever else the machine does
 _SMALL_FILE_BYTES: Final = 2**18  # a larger one is hashed in a thread, which takes a millisecond and more
 _RETRY_S: Final = 5
-_DATA_URI: Final = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]+)*?;base64,", re.ASCII)
+# Its parameters may be anything, such as a file name with commas: base64 itself has no semicolon.
+_DATA_URI: Final = re.compile(r"data:.{0,4096}?;\s*base64\s*,", re.IGNORECASE | re.DOTALL)
+_URI: Final = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+_TO_STANDARD: Final = bytes.maketrans(b"-_", b"+/")  # from the url-safe alphabet
+_WHITESPACE: Final = b" \t\r\n\f\v"
 _STARTED: Final = ContextVar[list[Process]]("started")  # the processes that a call has started
 T = TypeVar("T")
 S = TypeVar("S", str, bytes, str | bytes)
 
 
+@dataclass(slots=True)
+class Upload:
+    """An image as received, which is taken once, so that nothing holds it longer than its decoding.
+
+    source: base64, a data: URI, or the file itself; None once taken. field: its name in errors. caller: see
+    `Request`. release: called with the size of the source when it and the file are dropped. warnings: see
+    `ImageFile`.
+    """
+
+    source: str | bytes | None
+    field: str = "image"
+    caller: str = ""
+    release: Callable[[int], None] | None = dataclass_field(default=None, compare=False)
+    num_bytes: int = dataclass_field(init=False, compare=False)
+    warnings: tuple[str, ...] = dataclass_field(default=(), init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.num_bytes = len(self.source or b"")
+
+    def take(self) -> str | bytes:
+        """Return the source, and drop it here."""
+        source, self.source = self.source, None
+        assert source is not None
+        return source
+
+    def drop(self) -> None:
+        """Drop the source, and report that the file is dropped too."""
+        self.source = None
+        if self.release is not None:
+            self.release(self.num_bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image file as it was received; digest: the SHA-256 of its bytes, in hex."""
+    """An image file as it was received.
+
+    digest: the SHA-256 of its bytes, in hex. warnings: what its sender should know of a file that is read.
+    """
 
     data: bytes
     digest: str
+    warnings: tuple[str, ...] = ()
 
 
 class ImageDecoder:
@@ -95,24 +138,31 @@ class ImageDecoder:
             source = self._decode_base64(source)
         self._check_size(len(source))
         try:
-            sniff_format(source)
+            warnings = find_warnings(source)
         except ModelError as exc:
             raise for_caller(exc) from exc
-        return ImageFile(source, hashlib.sha256(source).hexdigest())
+        return ImageFile(source, hashlib.sha256(source).hexdigest(), warnings)
 
     def _decode_base64(self, source: str) -> bytes:
+        """Decode base64 of either alphabet, with or without padding and line breaks, or a data: URI."""
+        source = source.strip()
         if match := _DATA_URI.match(source):
             source = source[match.end() :]
-        elif source.startswith("data:"):
-            raise InvalidImageError("the data: URI is not base64; write it as data:image/png;base64,…")
-        elif source.startswith(("http://", "https://")):
-            raise InvalidImageError("image URLs are not fetched here; send the file itself, in base64")
-        self._check_size(len(source) * 3 // 4 - source[-2:].count("="))
+            source = unquote(source) if "%" in source else source
+        elif match := _URI.match(source):
+            raise InvalidImageError(
+                "the data: URI is not base64; write it as data:image/png;base64,…"
+                if match[0].lower() == "data:"
+                else "image URLs are not fetched here; send the file itself, in base64"
+            )
         try:
-            return binascii.a2b_base64(source, strict_mode=True)
+            text = source.encode("ascii").translate(_TO_STANDARD, _WHITESPACE)
+            text += b"=" * (-len(text) % 4)
+            self._check_size(len(text) * 3 // 4 - text[-2:].count(b"="))
+            return binascii.a2b_base64(text, strict_mode=True)
         except (binascii.Error, ValueError) as exc:
             raise InvalidImageError(
-                f"the image is not base64 ({exc}); use the standard alphabet with padding and no line breaks"
+                f"the image is not base64 ({exc}); use the standard or the url-safe alphabet"
             ) from exc
 
     def _check_size(self, num_bytes: int) -> None:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from dataclasses import field as dataclass_field
 from typing import Any, Final, Generic, TypeVar
 
 from model import EmbeddingKind, GenerationParams
@@ -29,7 +28,7 @@ from service.engine.request import (
 )
 from service.engine.request_queue import RequestQueue, Reservation
 from service.errors import FieldError, InferenceFailedError, RequestError, ServiceError
-from service.image_decoding import ImageDecoder, ImageFile
+from service.image_decoding import ImageDecoder, ImageFile, Upload
 from service.model_backend import Backend, EncoderId
 
 _MAX_INLINE_CHARS: Final = 2**13  # of all prompts, which take a millisecond; more are tokenized in a thread
@@ -38,42 +37,16 @@ _MAX_DECODED_AT_ONCE: Final = 4  # images of one request, so that those of other
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class Upload:
-    """An image as received, which is taken once, so that nothing holds it longer than its decoding.
-
-    source: base64, a data: URI, or the file itself; None once taken. field: its name in errors. caller: see
-    `Request`. release: called with the size of the source when it and the file are dropped.
-    """
-
-    source: str | bytes | None
-    field: str = "image"
-    caller: str = ""
-    release: Callable[[int], None] | None = dataclass_field(default=None, compare=False)
-    num_bytes: int = dataclass_field(init=False, compare=False)
-
-    def __post_init__(self) -> None:
-        self.num_bytes = len(self.source or b"")
-
-    def take(self) -> str | bytes:
-        """Return the source, and drop it here."""
-        source, self.source = self.source, None
-        assert source is not None
-        return source
-
-    def drop(self) -> None:
-        """Drop the source, and report that the file is dropped too."""
-        self.source = None
-        if self.release is not None:
-            self.release(self.num_bytes)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class ServedAnswer(Generic[T]):
-    """An answer, and the seconds its images took before they were queued."""
+    """An answer, and the seconds its images took before they were queued.
+
+    warnings: what the caller should know of input that was used all the same.
+    """
 
     answer: Answer[T]
     preprocess_s: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +152,8 @@ class Inference:
             images = iter(await self._load_images(uploads, required_to_match(mode), encoder, is_bulk=is_bulk))
             resolved = [side if isinstance(side, str) else next(images) for side in sides]
             inputs = MatchInput(resolved[0], tuple(resolved[1:]), mode, rerank_k, top_k)
-            return await self._submit(reservation, Request(inputs, deadline, caller=caller), started)
+            request: Request[Matches] = Request(inputs, deadline, caller=caller)
+            return await self._submit(reservation, request, started, uploads)
 
     def _image_bytes(self, encoder: EncoderId) -> int:
         """Return the number of bytes of one decoded image: 8 bits for each of three channels."""
@@ -209,9 +183,12 @@ class Inference:
             required = required_to_generate(is_question_conditioned=bool(tokenized.questions))
             (image_input,) = await self._load_images([image], required, EncoderId.MAIN)
             inputs = GenerateInput(image_input, tokenized.prompt_ids, tokenized.params, tokenized.questions)
-            return await self._submit(reservation, Request(inputs, deadline, caller=caller), started)
+            request: Request[Generations] = Request(inputs, deadline, caller=caller)
+            return await self._submit(reservation, request, started, [image])
 
-    async def _submit(self, reservation: Reservation, request: Request[T], started: float) -> ServedAnswer[T]:
+    async def _submit(
+        self, reservation: Reservation, request: Request[T], started: float, images: Sequence[Upload]
+    ) -> ServedAnswer[T]:
         reservation.submit(request)
         preprocess_s = time.monotonic() - started
         try:
@@ -221,7 +198,8 @@ class Inference:
             raise
         self._observe_queue_s(answer.times.queue_s)
         self._cache.store(answer.computed)
-        return ServedAnswer(answer, preprocess_s)
+        warnings = tuple(f"{image.field}: {warning}" for image in images for warning in image.warnings)
+        return ServedAnswer(answer, preprocess_s, warnings)
 
     async def _load_images(
         self,
@@ -234,6 +212,8 @@ class Inference:
         files = await _gather_or_cancel(
             _with_field_name(image.field, self._image_decoder.read(image.take())) for image in images
         )
+        for image, file in zip(images, files, strict=True):
+            image.warnings = file.warnings
         digests = [_digest_for(file, encoder) for file in files]
         known = await self._cache.lookup(digests, required, encoder, is_bulk=is_bulk)
         turns = asyncio.Semaphore(_MAX_DECODED_AT_ONCE)

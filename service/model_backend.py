@@ -85,6 +85,12 @@ class Backend(Protocol):
     def max_text_tokens(self) -> int:
         """Most tokens of a text that is matched, to which longer ones are cut; 0 where nothing is."""
 
+    def is_text_cut(self, text: str) -> bool:
+        """Whether a text that is matched has more than `max_text_tokens`, so that its end is not read."""
+
+    def is_question_cut(self, question: str) -> bool:
+        """Whether the Q-Former reads questions, and not the end of this one."""
+
     def caption_prompt(self) -> str: ...
 
     def question_prompt(

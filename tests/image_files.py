@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from tests.isobmff_files import picture_file
+
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
@@ -162,9 +164,14 @@ def bmp_of_short_rows(width: int, height: int) -> bytes:
 
 
 def one_of_each_type(width: int = 64, height: int = 48) -> dict[str, bytes]:
-    """Build the same picture in each type of file that is read."""
+    """Build the same picture in each type of file that is read; another one where tiles make a grid.
+
+    height: at most 64 px.
+    """
     rgb, rgba = noise(width, height), noise(width, height, channels=4)
     frames = [noise(width, height, seed=seed) for seed in (1, 2)]
+    num_columns = -(-width // 64)
+    tiles = [noise(64, 64, seed=seed) for seed in range(num_columns)]
     levels = (np.asarray(rgb.convert("L")).astype(np.uint16) * 257).astype(">u2")
     return {
         "jpeg": encode(rgb, "JPEG", quality=60),
@@ -185,4 +192,13 @@ def one_of_each_type(width: int = 64, height: int = 48) -> dict[str, bytes]:
         "tiled tiff": tiled_tiff(rgb),
         "jpeg tiff": encode(rgb, "TIFF", compression="jpeg"),
         "bmp": encode(rgb, "BMP"),
+        "mpo": encode(rgb, "MPO", save_all=True, append_images=frames),
+        "avif": encode(rgb, "AVIF", quality=60),
+        "transparent avif": encode(rgba, "AVIF", quality=60),
+        "animated avif": encode(rgb, "AVIF", save_all=True, append_images=frames),
+        "avif in a grid": picture_file("AVIF", tiles, num_columns=num_columns, size=(width, height)),
+        "heic in a grid": picture_file("HEIC", tiles, num_columns=num_columns, size=(width, height)),
+        "jpeg 2000": encode(rgba, "JPEG2000"),
+        "lossy jpeg 2000": encode(rgb, "JPEG2000", irreversible=True, quality_layers=[20]),
+        "codestream of jpeg 2000": encode(rgb, "JPEG2000", no_jp2=True, tile_size=(32, 32)),
     }

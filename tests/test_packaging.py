@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 NAME = "blip2-server"
 OWN = {"model", "service", "training"}
 BROUGHT_BY = {"starlette": "fastapi", "pydantic-core": "pydantic", "markupsafe": "jinja2", "h11": "uvicorn"}
-NOT_IMPORTED = {"uvloop"}  # uvicorn runs on it where it is installed
+NOT_IMPORTED = {"uvloop", "fastapi-offline"}  # uvicorn runs on the one; only files of the other are used
 TYPES_ONLY = {"_typeshed"}  # known to type checkers alone
 
 
@@ -67,7 +67,7 @@ def test_what_is_imported_undeclared_is_a_dependency_of_a_declared_one(
 
 
 def test_the_core_declares_what_it_imports() -> None:
-    optional = set().union(*(declared(NAME, extra) for extra in ("peft", "quantize", "spread")))
+    optional = set().union(*(declared(NAME, extra) for extra in ("heic", "peft", "quantize", "spread")))
     assert imported(["model", "service"]) - CORE - optional - BROUGHT_BY.keys() == set()
 
 
@@ -81,7 +81,7 @@ def test_training_declares_what_it_imports() -> None:
 
 
 def test_no_extra_repeats_the_core() -> None:
-    for extra in ("bench", "peft", "quantize", "spread", "train", "dev"):
+    for extra in ("bench", "heic", "peft", "quantize", "spread", "train", "dev"):
         assert declared(NAME, extra) & CORE == set()
 
 

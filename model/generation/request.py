@@ -1,5 +1,6 @@
 """A request to the decoder, its result, and the sequence that is scheduled for it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -41,6 +42,11 @@ class Generation:
     num_tokens: int
     finish_reason: Literal["stop", "length"]
     log_probs: tuple[float, ...] = ()
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all its numbers are finite. Damaged weights, or an overflow, give others."""
+        return all(map(math.isfinite, (self.score, *self.log_probs)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

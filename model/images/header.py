@@ -3,13 +3,17 @@
 Read from the bytes without a decoder, so that nothing is allocated before the limits are checked.
 """
 
+import importlib.util
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from model.errors import InvalidImageFileError, UnknownImageFormatError
-from model.images.jpeg import read_jpeg
+from model.images.isobmff import read_isobmff, sniff_isobmff
+from model.images.jpeg import lacks_end, read_jpeg
+from model.images.jpeg2000 import CODESTREAM, read_jpeg2000
+from model.images.png import damaged_chunks, has_transparency
 from model.images.resize import is_tall
 from model.images.tiff import read_tiff
 
@@ -19,11 +23,17 @@ SIGNATURES: Final = {
     "PNG": (b"\x89PNG\r\n\x1a\n",),
     "WEBP": (b"RIFF",),
     "GIF": (b"GIF87a", b"GIF89a"),
-    "TIFF": (b"II*\x00", b"MM\x00*"),
+    "TIFF": (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+"),  # the last two: BigTIFF
     "BMP": (b"BM",),
+    "JPEG2000": (CODESTREAM, b"\0\0\0\x0cjP  \r\n\x87\n"),
+}
+_OPTIONAL: Final = {  # the module that each needs, and where that comes from
+    "AVIF": ("PIL._avif", "where Pillow is built with AVIF, as its wheels are"),
+    "HEIC": ("pillow_heif", "where the extra heic is installed (pip install pillow-heif)"),
 }
 _BAND_BYTES: Final = 16 * 2**20  # of `resize`, with room for what allocators round up
 _PNG_CHANNELS: Final = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+_IGNORED: Final = {"tRNS": "the transparency", "eXIf": "the orientation"}
 _BMP_RLE: Final = (1, 2)
 
 
@@ -57,22 +67,45 @@ def read_header(data: bytes) -> ImageHeader:
         raise damaged_header(name) from exc
 
 
+def find_warnings(data: bytes) -> tuple[str, ...]:
+    """Return what the caller should know about a file that is damaged, but read.
+
+    Raises UnknownImageFormatError for a format that is not read, InvalidImageFileError for too many chunks.
+    """
+    name = sniff_format(data)
+    if name == "JPEG" and lacks_end(data):
+        return ("the JPEG has no end marker and may be cut off; no pixels are missing",)
+    kinds = damaged_chunks(data) if name == "PNG" else ()
+    return tuple(
+        f"the PNG's chunk {kind} has a wrong checksum; {_IGNORED[kind]} was ignored" for kind in kinds
+    )
+
+
 def sniff_format(data: bytes) -> str:
     """Return the format that the first bytes announce, or raise UnknownImageFormatError."""
     if not data:
         raise InvalidImageFileError("the image is empty; send the bytes of a file")
     name = next((name for name, starts in SIGNATURES.items() if data.startswith(starts)), None)
+    name = name or sniff_isobmff(data)
     is_other_riff = name == "WEBP" and data[8:12] != b"WEBP"  # sound, video
     is_text = name == "BMP" and data[6:10] != bytes(4)  # two letters are a weak signature
     if name is None or is_other_riff or is_text:
         raise UnknownImageFormatError(
-            f"the file is none of {', '.join(SIGNATURES)}; convert it to one of them"
+            f"the file is none of {', '.join([*SIGNATURES, *_OPTIONAL])}; convert it to one of them"
+        )
+    module, where = _OPTIONAL.get(name, ("", ""))
+    if module and importlib.util.find_spec(module) is None:
+        raise UnknownImageFormatError(
+            f"the file is {name}, which is read {where}; or convert it to JPEG or PNG"
         )
     return name
 
 
 def damaged_header(name: str) -> InvalidImageFileError:
-    return InvalidImageFileError(f"the file begins as {name}, but its header is damaged; send it whole")
+    return InvalidImageFileError(
+        f"the file begins as {name}, but its header is damaged or of a kind that is not read; "
+        "send it whole, or save it as another PNG or JPEG"
+    )
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -105,7 +138,9 @@ def _read_png(data: bytes) -> ImageHeader:
     width, height, depth, color_type, _, _, _ = struct.unpack_from(">2I5B", data, 16)
     channels = _PNG_CHANNELS[color_type]
     pixel_bytes = (2 if depth == 16 else 1) if channels == 1 else 4  # in Pillow
-    return ImageHeader("PNG", width, height, width * height * pixel_bytes, depth=depth)
+    # Beside the upper bytes of the samples: the lower ones, and which pixels are not transparent.
+    buffer_bytes = 8 * width * height if channels == 3 and depth == 16 and has_transparency(data) else 0
+    return ImageHeader("PNG", width, height, width * height * pixel_bytes, buffer_bytes, depth)
 
 
 def _read_gif(data: bytes) -> ImageHeader:
@@ -146,6 +181,20 @@ def _read_tiff(data: bytes) -> ImageHeader:
     return ImageHeader("TIFF", *read_tiff(data))
 
 
+def _read_jpeg2000(data: bytes) -> ImageHeader:
+    return ImageHeader("JPEG2000", *read_jpeg2000(data))
+
+
+def _read_avif(data: bytes) -> ImageHeader:
+    return ImageHeader("AVIF", *read_isobmff(data))
+
+
+def _read_heic(data: bytes) -> ImageHeader:
+    return ImageHeader(
+        "HEIC", *read_isobmff(data), depth=16
+    )  # to which pillow-heif scales grey of 10 and 12 bits
+
+
 _READERS: Final[dict[str, Callable[[bytes], ImageHeader]]] = {
     "JPEG": _read_jpeg,
     "PNG": _read_png,
@@ -153,4 +202,7 @@ _READERS: Final[dict[str, Callable[[bytes], ImageHeader]]] = {
     "GIF": _read_gif,
     "TIFF": _read_tiff,
     "BMP": _read_bmp,
+    "JPEG2000": _read_jpeg2000,
+    "AVIF": _read_avif,
+    "HEIC": _read_heic,
 }

@@ -8,11 +8,13 @@ from model.errors import InvalidImageFileError
 
 MAX_SCANS: Final = 100  # encoders write 10 or so
 MAX_SEGMENTS: Final = 10_000
+_END: Final = b"\xff\xd9"
+_FIRST_RESTART: Final = 0xD0  # of eight markers in turns
+_COMPONENTS: Final = (1, 3, 4)
 _NO_LENGTH: Final = frozenset({0x01, *range(0xD0, 0xD9)})
 _SIZES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame
 _PROGRESSIVE: Final = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _START_OF_SCAN: Final = 0xDA
-_END: Final = 0xD9
 _MARKER: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # not the padding and restarts of a scan
 
 
@@ -22,6 +24,53 @@ def read_jpeg(data: bytes) -> tuple[int, int, int, int]:
     Raises InvalidImageFileError for too many scans or segments, struct.error or LookupError for a damaged
     header.
     """
+    header, kind, position = _read_segments(data)
+    _check_scans(data, position)
+    depth, height, width, num_components = struct.unpack_from(">BHHB", header)
+    if depth != 8:
+        raise InvalidImageFileError(
+            f"the JPEG has {depth} bits per sample, and 8 are read; convert it to 8 bits"
+        )
+    if num_components not in _COMPONENTS:
+        raise InvalidImageFileError(
+            f"the JPEG has {num_components} components, and 1, 3 or 4 are read; convert it to RGB"
+        )
+    is_buffered = kind in _PROGRESSIVE or data[position + 2] < num_components  # several scans
+    num_samples = _samples_per_pixel(header[6:], num_components) * width * height if is_buffered else 0
+    return width, height, width * height * (1 if num_components == 1 else 4), int(2 * num_samples)
+
+
+def lacks_end(data: bytes) -> bool:
+    """Return whether no end marker follows the pixels. A damaged header lacks more than that: False."""
+    if data.endswith(_END):
+        return False
+    try:
+        _, _, first_scan = _read_segments(data)
+    except (struct.error, LookupError, InvalidImageFileError):
+        return False
+    return data.find(_END, first_scan) < 0
+
+
+def ends_for(data: bytes) -> tuple[bytes, bytes]:
+    """Return two ends for a file that is cut off, whose bits differ from the first one on.
+
+    Where pixels are missing, they are decoded from these bits, or from those behind the next restart marker,
+    and so into different ones.
+    """
+    last = max(range(8), key=lambda number: data.rfind(bytes([0xFF, _FIRST_RESTART + number])))
+    restarts = [_FIRST_RESTART + (last + turn) % 8 for turn in range(1, 9)]
+    first, second = (
+        b"".join(
+            bytes([bits, *((factor * index + 31 * index**2) % 255 for index in range(1024)), 0xFF, marker])
+            for marker in (*restarts, _END[1])
+        )
+        for bits, factor in ((0x2A, 73), (0xD5, 179))
+    )
+    return first, second
+
+
+def _read_segments(data: bytes) -> tuple[bytes, int, int]:
+    """Return the start of frame, its marker, and the position behind the first marker of a scan."""
     header, kind, position = b"", 0, 2
     for _ in range(MAX_SEGMENTS):
         marker, position = _next_marker(data, position)
@@ -29,19 +78,13 @@ def read_jpeg(data: bytes) -> tuple[int, int, int, int]:
             continue
         (length,) = struct.unpack_from(">H", data, position)
         if marker == _START_OF_SCAN:
-            break
+            return header, kind, position
         if marker in _SIZES:
             header, kind = data[position + 2 : position + length], marker
         position += length
-    else:
-        raise InvalidImageFileError(
-            f"the JPEG has more than {MAX_SEGMENTS} segments in its header; save it again without metadata"
-        )
-    _check_scans(data, position)
-    _, height, width, num_components = struct.unpack_from(">BHHB", header)
-    is_buffered = kind in _PROGRESSIVE or data[position + 2] < num_components  # several scans
-    num_samples = _samples_per_pixel(header[6:], num_components) * width * height if is_buffered else 0
-    return width, height, width * height * (1 if num_components == 1 else 4), int(2 * num_samples)
+    raise InvalidImageFileError(
+        f"the JPEG has more than {MAX_SEGMENTS} segments in its header; save it again without metadata"
+    )
 
 
 def _next_marker(data: bytes, position: int) -> tuple[int, int]:
@@ -71,7 +114,7 @@ def _check_scans(data: bytes, position: int) -> None:
         if marker not in _NO_LENGTH:
             position += struct.unpack_from(">H", data, position)[0]
         found = _MARKER.search(data, position)
-        if found is None or data[found.end() - 1] == _END:
+        if found is None or found[0] == _END:
             return
         marker, position = data[found.end() - 1], found.end()
     raise InvalidImageFileError(f"the JPEG has more than {MAX_SCANS} scans; save it again as a baseline JPEG")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from model.errors import InvalidImageFileError
-from model.images.decoding import decode_image
+from model.images.decoding import decode_image, prepare_decoder
+from model.images.header import sniff_format
 
 _M_MMAP_THRESHOLD: Final = -3
 _M_TRIM_THRESHOLD: Final = -1
@@ -55,6 +56,7 @@ def decode_within_limits(
     the process dies.
     """
     prepare_process()
+    prepare_decoder(sniff_format(data))  # which takes memory that is not the file's
     with _limits(max_bytes, max_cpu_s):
         try:
             return decode_image(data, side, max_pixels=max_pixels).tobytes()

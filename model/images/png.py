@@ -8,7 +8,8 @@ from typing import Final
 from model.errors import InvalidImageFileError
 
 MAX_CHUNKS: Final = 100_000
-_KEPT: Final = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"})
+_CRITICAL: Final = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
+_ANCILLARY: Final = frozenset({b"tRNS", b"eXIf"})  # transparency and orientation
 _TEXTS: Final = frozenset({b"tEXt", b"zTXt", b"iTXt"})
 # Their values may hold the orientation.
 _KEYWORDS: Final = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
@@ -16,15 +17,34 @@ _MAX_TEXT_BYTES: Final = 2**20  # unpacked; Pillow refuses the image beyond it
 
 
 def without_metadata(data: bytes) -> bytes:
-    """Return the same picture without metadata and without further frames of an animation.
+    """Return the same picture without metadata, damaged ancillary chunks, and further frames of an animation.
 
     Raises InvalidImageFileError for too many chunks. A damaged end is kept, for the decoder to refuse.
     """
     view = memoryview(data)
     kept = [
-        view[start:end] for kind, start, end in _chunks(data) if _is_kept(kind, view[start + 8 : end - 4])
+        view[start:end]
+        for kind, start, end in _chunks(data)
+        if _is_read(kind, view[start + 8 : end - 4])
+        and (kind in _CRITICAL or _is_whole(view[start + 4 : end]))
     ]
     return b"".join([view[:8], *kept])
+
+
+def has_transparency(data: bytes) -> bool:
+    """Return whether there is a chunk of transparency. Raises InvalidImageFileError for too many chunks."""
+    return any(kind == b"tRNS" for kind, _, _ in _chunks(data))
+
+
+def damaged_chunks(data: bytes) -> list[str]:
+    """Return the kinds of the chunks of transparency and orientation that have a wrong checksum."""
+    view = memoryview(data)
+    kinds = [
+        kind.decode()
+        for kind, start, end in _chunks(data)
+        if kind in _ANCILLARY and not _is_whole(view[start + 4 : end])
+    ]
+    return list(dict.fromkeys(kinds))
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -42,14 +62,20 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     raise InvalidImageFileError(f"the PNG has more than {MAX_CHUNKS} chunks; save it again without metadata")
 
 
-def _is_kept(kind: bytes, content: memoryview) -> bool:
+def _is_read(kind: bytes, content: memoryview) -> bool:
+    """Return whether pixels may depend on a chunk."""
     if kind not in _TEXTS:
-        return kind in _KEPT
+        return kind in _CRITICAL or kind in _ANCILLARY
     text = bytes(content[: _MAX_TEXT_BYTES + 1])
     if len(text) > _MAX_TEXT_BYTES or not text.startswith(_KEYWORDS):
         return False
     compressed = text.find(b"x", text.index(b"\0"))  # where a zlib stream begins, if there is one
     return compressed < 0 or _is_small(text[compressed:])
+
+
+def _is_whole(chunk: memoryview) -> bool:
+    """Return whether a checksum fits. chunk: kind, content and checksum."""
+    return zlib.crc32(chunk[:-4]) == int.from_bytes(chunk[-4:])
 
 
 def _is_small(compressed: bytes) -> bool:

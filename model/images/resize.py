@@ -55,6 +55,8 @@ def is_tall(width: int, height: int, side: int) -> bool:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB, on white where it is transparent."""
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert(image.mode.upper())
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     image = image.convert("RGBA")

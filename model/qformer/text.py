@@ -39,6 +39,10 @@ class QuestionEmbedder(nn.Module):
         self._encoder = TextEncoder(tokenizer)
         self.max_text_tokens = max_text_tokens
 
+    def is_cut(self, question: str) -> bool:
+        """Whether the end of a question is not read."""
+        return is_cut(self._encoder, question, max_text_tokens=self.max_text_tokens)
+
     def forward(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the [B, T, D] embeddings of B questions, and their [B, T] attention mask."""
         device = self.embeddings.word_embeddings.weight.device
@@ -64,3 +68,8 @@ def tokenize_texts(
         input_ids[index, : len(row)] = torch.tensor(row)
         attention_mask[index, : len(row)] = 1
     return input_ids, attention_mask
+
+
+def is_cut(encoder: TextEncoder, text: str, *, max_text_tokens: int) -> bool:
+    """Whether `tokenize_texts` cuts a text. Thread-safe."""
+    return len(encoder.encode(text)) > max_text_tokens - 2

@@ -1,15 +1,17 @@
 """The application: routes, middleware and error handlers."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
-from fastapi.responses import RedirectResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from service.api import errors_http, openapi
+from service.api.docs_page import DocsRoutes
 from service.api.health import DISTRIBUTION, HealthRoutes
-from service.api.middleware import ContextMiddleware
+from service.api.middleware import EXPOSED_HEADERS, ContextMiddleware, RefusalMiddleware
 from service.api.routes import InferenceRoutes
 from service.model_backend import Backend
 from service.runtime.lifecycle import FatalError, Lifecycle, Loader
@@ -51,18 +53,36 @@ def create_app(
         version=version(DISTRIBUTION),
         description=_DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # the address in a redirect would be the caller's Host
     )
     app.state.lifecycle = lifecycle
     app.include_router(InferenceRoutes(settings, lifecycle.readiness, uploads, metrics).router())
     app.include_router(HealthRoutes(lifecycle.readiness, metrics).router())
-    app.add_api_route("/", _home, include_in_schema=False)
-    app.add_middleware(ContextMiddleware, metrics=metrics, traffic=traffic, readiness=lifecycle.readiness)
+    app.include_router(DocsRoutes(app.title).router())
     errors_http.install(app, metrics)
     openapi.install(app, settings)
+    # Not by add_middleware: an unforeseen error would be answered outside of all these.
+    stack: ASGIApp = RefusalMiddleware(app.build_middleware_stack(), metrics=metrics)
+    if settings.allowed_origins:
+        stack = _with_cors(stack, settings.allowed_origins)
+    app.middleware_stack = ContextMiddleware(
+        stack,
+        metrics=metrics,
+        traffic=traffic,
+        readiness=lifecycle.readiness,
+        root_path=settings.root_path or "",
+    )
     return app
 
 
-async def _home() -> RedirectResponse:
-    return RedirectResponse("/docs")
+def _with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Allow pages of these origins to send requests, and to read the answers and our headers."""
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=("GET", "HEAD", "POST"),
+        allow_headers=("*",),
+        expose_headers=EXPOSED_HEADERS,
+    )

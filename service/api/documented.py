@@ -20,6 +20,7 @@ NOT_BLANK: Final = r"[^\s\x1c-\x1f\x85\ufeff]"
 # Exactly one {} somewhere: before and after it, no { is followed by }.
 _ONE_PLACE: Final = r"^(?:[^{]|\{+[^{}])*\{+\}(?:[^{]|\{+[^{}])*\{*$"
 _DEFAULT_BEAMS: Final = 5
+SAMPLING_DEFAULTS: Final[dict[str, Any]] = {"temperature": 1.0, "top_p": 0.9, "top_k": 0, "seed": None}
 _CHARS: Final[Schema] = {"maxLength": "max_text_chars"}
 _TEXT: Final[Schema] = {**_CHARS, "minLength": 1, "pattern": NOT_BLANK}
 
@@ -64,7 +65,7 @@ def _bound_as(name: str) -> Change:
 IMAGE: Final[Schema] = {
     "type": "string",
     "format": "image",
-    "description": "a JPEG, PNG, WebP, GIF, TIFF or BMP file, in base64 or as a data: URI",
+    "description": "a JPEG, PNG, WebP, GIF, TIFF, BMP, JPEG 2000, AVIF or HEIC file, as base64 or data: URI",
 }
 QUESTIONS: Final[Schema] = {
     "anyOf": [
@@ -132,12 +133,12 @@ Logprobs = Annotated[bool, Field(description="return each token with its log-pro
 
 def caption_rules(schema: Schema) -> None:
     """Add the rules across the fields of /caption."""
-    schema["allOf"] = [_exactly_one("image", "images"), _enough_beams("num_captions")]
+    schema["allOf"] = [_exactly_one("image", "images"), _enough_beams("num_captions"), _SAMPLING_FIELDS]
 
 
 def vqa_rules(schema: Schema) -> None:
     """Add the rules across the fields of /vqa."""
-    schema["allOf"] = [_enough_beams("num_answers")]
+    schema["allOf"] = [_enough_beams("num_answers"), _SAMPLING_FIELDS]
 
 
 def candidates_rules(schema: Schema) -> None:
@@ -149,7 +150,7 @@ def retrieve_rules(schema: Schema) -> None:
     """Add the rules across the fields of /retrieve: the matching head compares an image with a text."""
     across = [
         {
-            "required": [query],
+            "required": [query, "candidates"],
             "properties": {query: _GIVEN, "candidates": {"properties": {other: _GIVEN}, "required": [other]}},
         }
         for query, other in (("text", "images"), ("image", "texts"))
@@ -160,6 +161,18 @@ def retrieve_rules(schema: Schema) -> None:
 
 _GIVEN: Final[Schema] = {"type": ["string", "array"]}
 _ABSENT: Final[Schema] = {"type": "null"}
+# Only samples depend on these fields.
+_SAMPLING_FIELDS: Final[Schema] = {
+    "anyOf": [
+        {"required": ["do_sample"], "properties": {"do_sample": {"const": True}}},
+        {
+            "properties": {
+                name: _ABSENT if default is None else {"enum": [default, None]}
+                for name, default in SAMPLING_DEFAULTS.items()
+            }
+        },
+    ]
+}
 
 
 def without_null(rule: Any) -> Any:
@@ -188,14 +201,17 @@ def _enough_beams(count: str) -> Schema:
     """Return the rule that there are as many beams as answers, or one beam and samples."""
     sampling = {
         "required": ["do_sample"],
-        "properties": {"do_sample": {"const": True}, "num_beams": {"const": 1}},
+        "properties": {"do_sample": {"const": True}, "num_beams": {"enum": [1, None]}},
     }
     searches = [
         {
             "required": ["num_beams"] if num_beams > _DEFAULT_BEAMS else [],
             "properties": {
-                "do_sample": {"const": False},
-                "num_beams": {"minimum": num_beams},
+                "do_sample": {"enum": [False, None]},
+                "num_beams": {
+                    "minimum": num_beams,
+                    **({"type": "integer"} if num_beams > _DEFAULT_BEAMS else {}),
+                },
                 count: {"maximum": num_beams},
             },
         }

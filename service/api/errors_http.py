@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from model import ModelError
-from service.api.middleware import CONTENT_TYPE_OPTIONS, REQUEST_ID_HEADER, context_of
+from service.api.middleware import context_of, path_of
 from service.api.responses import problem_response
 from service.errors import (
     ClientGoneError,
@@ -54,7 +54,7 @@ def _to_service_error(request: Request, exc: Exception) -> ServiceError:
 def _from_http(request: Request, exc: HTTPException) -> ServiceError:
     if exc.status_code == HTTPStatus.NOT_FOUND:
         return UnknownPathError(
-            f"{echo_value(request.scope['path'])} is not a path of this service; see /docs"
+            f"{echo_value(path_of(request.scope))} is not a path of this service; see /docs"
         )
     if exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         return MethodNotAllowedError(
@@ -66,18 +66,12 @@ def _from_http(request: Request, exc: HTTPException) -> ServiceError:
 def _allowed_methods(request: Request, exc: HTTPException) -> str:
     allowed = (exc.headers or {}).get("Allow", "")
     return (
-        "GET, HEAD" if request.scope["path"] in PROBES else allowed
+        "GET, HEAD" if path_of(request.scope) in PROBES else allowed
     )  # two routes; Starlette names the first
 
 
 def _problem(request: Request, error: ServiceError, exc: Exception) -> Response:
-    context = context_of(request)
-    headers = {
-        # An unforeseen error is answered outside the middleware that would add these.
-        REQUEST_ID_HEADER: context.request_id,
-        "Server-Timing": context.server_timing(),
-        **CONTENT_TYPE_OPTIONS,
-    }
+    headers = {}
     if isinstance(exc, HTTPException) and isinstance(error, MethodNotAllowedError):
         headers["Allow"] = _allowed_methods(request, exc)
-    return problem_response(error, context.request_id, headers)
+    return problem_response(error, context_of(request).request_id, headers)

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER: Final = "X-Request-ID"
 _WELL_FORMED_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+/=@-]{0,127}", re.ASCII)
+EXPOSED_HEADERS: Final = (REQUEST_ID_HEADER, "Server-Timing", "Retry-After")
 CONTENT_TYPE_OPTIONS: Final = {"X-Content-Type-Options": "nosniff"}
 _STATE_KEY: Final = "context"
 _MAX_HEADERS, _MAX_HEADER_BYTES = 100, 32 * 1024
@@ -78,8 +79,11 @@ class ContextMiddleware:
     While the service drains, answers ask clients to close their connections.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, traffic: Traffic, readiness: Readiness) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, traffic: Traffic, readiness: Readiness, root_path: str
+    ) -> None:
         self._app = app
+        self._root_path = root_path
         self._metrics = metrics
         self._traffic = traffic
         self._readiness = readiness
@@ -88,6 +92,7 @@ class ContextMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        _set_root_path(scope, self._root_path)
         context = RequestContext(_request_id(Headers(scope=scope)))
         REQUEST_IDS.set((context.request_id,))  # in the context of this request's task, and its children's
         scope.setdefault("state", {})[_STATE_KEY] = context
@@ -102,11 +107,7 @@ class ContextMiddleware:
 
         self._traffic.enter()
         try:
-            refusal = _refusal(scope)
-            app = self._app if refusal is None else problem_response(refusal, context.request_id)
-            if isinstance(refusal, ShedError):
-                self._metrics.shed.labels(refusal.code).inc()
-            await app(scope, receive, send_with_headers)
+            await self._app(scope, receive, send_with_headers)
         finally:
             self._traffic.leave()
             if context.lease is not None:
@@ -122,14 +123,16 @@ class ContextMiddleware:
             headers["Connection"] = "close"
 
     def _record(self, scope: Scope, status: int, context: RequestContext) -> None:
-        route = scope["path"] if scope["path"] in ROUTES else OTHER_ROUTE
+        path = path_of(scope)
+        is_preflight = scope["method"] == "OPTIONS"
+        route = path if path in ROUTES and not is_preflight else OTHER_ROUTE
         total_ms = context.total_ms()
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.request_seconds.labels(route).observe(total_ms / 1000)
         fields = {
             "request_id": context.request_id,
             "method": scope["method"][:MAX_ECHOED],
-            "path": scope["path"][:MAX_ECHOED],
+            "path": path[:MAX_ECHOED],
             "status": status,
             "timings_ms": {**context.timings_ms, "total": total_ms},
             "rows": context.rows,
@@ -137,6 +140,37 @@ class ContextMiddleware:
         # Probes and scrapes come every few seconds.
         level = logging.INFO if route in ROUTES else logging.DEBUG
         logger.log(level, "request", extra={FIELDS: fields})
+
+
+class RefusalMiddleware:
+    """Answers requests that go no further, by their headers and their connection alone."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = _refusal(scope) if scope["type"] == "http" else None
+        if isinstance(refusal, ShedError):
+            self._metrics.shed.labels(refusal.code).inc()
+        app = (
+            self._app if refusal is None else problem_response(refusal, context_of(Request(scope)).request_id)
+        )
+        await app(scope, receive, send)
+
+
+def _set_root_path(scope: Scope, root_path: str) -> None:
+    """Note the prefix that a proxy puts before all paths, whether it leaves it in the path or not."""
+    scope["root_path"] = root_path or scope.get("root_path", "")
+    if scope["path"] == scope["root_path"]:
+        scope["path"] += "/"
+
+
+def path_of(scope: Scope) -> str:
+    """Return the path of a request without the prefix of the proxy."""
+    path: str = scope["path"]
+    prefix: str = scope["root_path"]
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 def _request_id(headers: Headers) -> str:
@@ -158,10 +192,11 @@ def _refusal(scope: Scope) -> ServiceError | None:
             "the request has a Transfer-Encoding and a Content-Length; send one of them"
         )
     access = scope["state"].get(ACCESS, Access.FULL)
-    if access is Access.FULL or scope["path"] in PROBES:
+    path = path_of(scope)
+    if access is Access.FULL or path in PROBES:
         return None
     if access is Access.PROBE_PORT:
-        return UnknownPathError(f"{echo_value(scope['path'])} is not served on this port, for probes only")
+        return UnknownPathError(f"{echo_value(path)} is not served on this port, for probes only")
     return TooManyConnectionsError(
         "too many connections are open, and all are busy; send it again after the time in Retry-After",
         retry_after_s=_RETRY_S,

@@ -10,7 +10,8 @@ from pydantic.json_schema import models_json_schema
 from service.api.disconnect import MAX_TIMEOUT_MS, TIMEOUT_HEADER
 from service.api.documented import without_null
 from service.api.responses import Problem
-from service.api.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
+from service.api.retrieve_schema import Candidates, RetrieveRequest
+from service.api.schemas import Body, CaptionRequest, VqaRequest
 from service.errors import ServiceError
 from service.runtime.settings import Settings
 
@@ -29,6 +30,7 @@ PARAMETERS: Final = [
 ]
 _SETTINGS_IN: Final = ("maxItems", "maxLength", "maximum")  # where `documented` may name a setting
 _REF: Final = "#/components/schemas/{model}"
+_FILE: Final = {"type": "string", "format": "binary", "description": "an image file"}
 _REQUESTS: Final[tuple[type[Body], ...]] = (CaptionRequest, VqaRequest, RetrieveRequest)
 
 
@@ -77,7 +79,16 @@ def _definitions() -> dict[str, Any]:
     models = [*((request, "validation") for request in _REQUESTS), (Problem, "validation")]
     _, schema = models_json_schema(models, ref_template=_REF)  # type: ignore[arg-type]
     definitions: dict[str, Any] = schema["$defs"]
+    for request in _REQUESTS:
+        _allow_nulls(definitions[request.__name__])
     return definitions
+
+
+def _allow_nulls(schema: dict[str, Any]) -> None:
+    """Allow null for each field that is not required: it is as good as absent."""
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()) and "type" in field:  # others have an anyOf with null
+            field["type"] = [field["type"], "null"]
 
 
 def _with_settings(schema: Any, settings: Settings) -> Any:
@@ -97,15 +108,29 @@ def _form_schema(schema: type[Body]) -> dict[str, Any]:
     form = schema.model_json_schema(ref_template=_REF)
     form.pop("$defs", None)
     properties = form["properties"]
-    file = {"type": "string", "format": "binary", "description": "an image file"}
     images = properties.pop("images", None)
-    properties["image"] = {**_not_null(images), "items": file} if images else file
+    properties["image"] = {**_not_null(images), "items": _FILE} if images else _FILE
     form["properties"] = {name: _not_null(value) for name, value in properties.items()}
     if images:
         form["required"] = ["image"]
         form["allOf"] = form["allOf"][1:]
     form["allOf"] = without_null(form["allOf"])
+    if schema is RetrieveRequest:
+        _add_candidate_parts(form)
     return form
+
+
+def _add_candidate_parts(form: dict[str, Any]) -> None:
+    """Add the candidates of /retrieve as parts of their own, in place of their object."""
+    members = Candidates.model_json_schema()["properties"]
+    form["properties"] |= {
+        "images": {**_not_null(members["images"]), "items": _FILE},
+        "texts": _not_null(members["texts"]),
+    }
+    form.pop("required")
+    form["allOf"].append({"oneOf": [{"required": [name]} for name in ("candidates", "images", "texts")]})
+    (modes,) = (rule["anyOf"] for rule in form["allOf"] if "anyOf" in rule)
+    modes += [{"required": ["text", "images"]}, {"required": ["image", "texts"]}]
 
 
 def _not_null(schema: dict[str, Any]) -> dict[str, Any]:

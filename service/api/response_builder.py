@@ -28,14 +28,22 @@ from service.runtime.metrics import Metrics
 
 
 class ResponseBuilder:
-    """Builds the responses of one model. logprobs, below: whether they list each token."""
+    """Builds the responses of one model.
+
+    logprobs, below: whether they list each token. warnings: see `Warnings`.
+    """
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
         self._backend = backend
         self._metrics = metrics
 
     def caption(
-        self, served: ServedAnswer[Generations], context: RequestContext, *, logprobs: bool
+        self,
+        served: ServedAnswer[Generations],
+        context: RequestContext,
+        *,
+        logprobs: bool,
+        warnings: Sequence[str] = (),
     ) -> CaptionResponse:
         self._count_tokens(served)
         return CaptionResponse(
@@ -52,6 +60,7 @@ class ResponseBuilder:
             ],
             image_cached=served.answer.image_cached,
             timings_ms=GenerateTimings(**self._timings(served, "decode", context)),
+            warnings=[*served.warnings, *warnings] or None,
         )
 
     def captions(
@@ -60,11 +69,12 @@ class ResponseBuilder:
         context: RequestContext,
         *,
         logprobs: bool,
+        warnings: Sequence[str] = (),
     ) -> CaptionsResponse:
         return CaptionsResponse(
             model=self._backend.name,
             results=[
-                self.caption(outcome, context, logprobs=logprobs)
+                self.caption(outcome, context, logprobs=logprobs, warnings=warnings)
                 if isinstance(outcome, ServedAnswer)
                 else FailedImage(error=Problem.of(outcome, context.request_id))
                 for outcome in outcomes
@@ -78,6 +88,7 @@ class ResponseBuilder:
         context: RequestContext,
         *,
         logprobs: bool,
+        warnings: Sequence[str] = (),
     ) -> VqaResponse:
         self._count_tokens(served)
         return VqaResponse(
@@ -88,10 +99,16 @@ class ResponseBuilder:
             ],
             image_cached=served.answer.image_cached,
             timings_ms=GenerateTimings(**self._timings(served, "decode", context)),
+            warnings=[*served.warnings, *warnings] or None,
         )
 
     def retrieve(
-        self, mode: Mode, served: ServedAnswer[Matches], context: RequestContext
+        self,
+        mode: Mode,
+        served: ServedAnswer[Matches],
+        context: RequestContext,
+        *,
+        warnings: Sequence[str] = (),
     ) -> RetrieveResponse:
         return RetrieveResponse(
             model=self._backend.matching_name,
@@ -107,6 +124,7 @@ class ResponseBuilder:
                 for rank, match in enumerate(served.answer.value, start=1)
             ],
             timings_ms=MatchTimings(**self._timings(served, "match", context)),
+            warnings=[*served.warnings, *warnings] or None,
         )
 
     def _timings(self, served: ServedAnswer[Any], work: str, context: RequestContext) -> dict[str, float]:

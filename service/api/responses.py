@@ -1,7 +1,7 @@
 """The schemas of responses. Times are milliseconds; scores are natural logarithms unless said."""
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,7 +13,7 @@ from service.errors import ServiceError
 class ResponseModel(BaseModel):
     """Base of all schemas here."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
 class FieldProblem(ResponseModel):
@@ -65,6 +65,16 @@ def problem_response(
     )
 
 
+# Of any answer, the last field. Left out where there is nothing to say.
+Warnings = Annotated[
+    list[str] | None,
+    Field(
+        description="what the answer left out of the request, or assumed, for people; absent where nothing",
+        examples=[["image: the JPEG has no end marker and may be cut off; no pixels are missing"]],
+    ),
+]
+
+
 class GenerateTimings(ResponseModel):
     """Milliseconds in each stage. Work that was shared with other requests counts in full."""
 
@@ -112,6 +122,7 @@ class CaptionResponse(ResponseModel):
     captions: list[Caption]
     image_cached: bool
     timings_ms: GenerateTimings
+    warnings: Warnings = None
 
 
 class FailedImage(ResponseModel):
@@ -154,6 +165,7 @@ class VqaResponse(ResponseModel):
     answers: list[VqaAnswer]
     image_cached: bool
     timings_ms: GenerateTimings
+    warnings: Warnings = None
 
 
 class RetrieveResult(ResponseModel):
@@ -178,6 +190,7 @@ class RetrieveResponse(ResponseModel):
     mode: Mode
     results: list[RetrieveResult]
     timings_ms: MatchTimings
+    warnings: Warnings = None
 
 
 class ProbeResponse(ResponseModel):

@@ -134,7 +134,13 @@ class CandidateScores:
         self.request.fail(error)
 
     def set_cosines(self, itc: Sequence[float]) -> None:
-        """Store the cosine of each candidate, and choose those the matching head scores."""
+        """Store the cosine of each candidate, and choose those the matching head scores.
+
+        Fail where one is not finite: there would be no order.
+        """
+        if not all(map(math.isfinite, itc)):
+            self._fail_as_not_a_number()
+            return
         self.itc = list(itc)
         ranked = sorted(range(len(itc)), key=lambda index: -itc[index])
         num_reranked = {
@@ -155,7 +161,9 @@ class CandidateScores:
         self._unencoded = {image: None for image in images if self._requires(image)}
 
     def set_logits(self, index: int, no: float, yes: float) -> None:
-        """Store the logits of a pair, and drop the features of its image."""
+        """Store the logits of a pair, and drop the features of its image; fail where they are not finite."""
+        if not math.isfinite(no + yes):
+            self._fail_as_not_a_number()
         self.logits[index] = (no, yes)
         self.features.pop(index, None)
 
@@ -164,11 +172,11 @@ class CandidateScores:
         if not self.is_compared or len(self.logits) < len(self.reranked):
             return
         matches = self._rank_by_itc() if self.inputs.mode is Mode.ITC else self._rank_by_itm()
-        if all(math.isfinite(match.score) for match in matches):
-            matches.sort(key=lambda match: -match.score)
-            self.request.resolve(tuple(matches[: self.inputs.top_k]))
-        else:
-            self.fail(InferenceFailedError("the model gave a score that is not a number"))
+        matches.sort(key=lambda match: -match.score)
+        self.request.resolve(tuple(matches[: self.inputs.top_k]))
+
+    def _fail_as_not_a_number(self) -> None:
+        self.fail(InferenceFailedError("the model gave a score that is not a number"))
 
     def _rank_by_itc(self) -> list[Match]:
         return [Match(index, cosine, cosine, None) for index, cosine in enumerate(self.itc)]

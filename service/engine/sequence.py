@@ -1,6 +1,5 @@
 """One prompt on its way through the decoder, the group of its request, and the order in which they join."""
 
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -79,7 +78,7 @@ class Sequence:
         if not all(self.group.generations):
             return
         all_generations = tuple(self.group.generations)
-        if all(math.isfinite(one.score) for texts in all_generations for one in texts):
+        if all(one.is_finite for texts in all_generations for one in texts):
             self.request.resolve(all_generations)
         else:
             self.fail(InferenceFailedError("the model gave a score that is not a number"))

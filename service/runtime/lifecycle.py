@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Final
@@ -110,14 +111,16 @@ class Lifecycle:
         # Not a pool's thread: the interpreter would wait for it, and loading may take minutes.
         self._loader = threading.Thread(target=_load, args=(self._load, loading), name="loader", daemon=True)
         self._loader.start()
+        start_s = time.monotonic()
         backend = await asyncio.wrap_future(loading)
+        load_end_s = time.monotonic()
         readiness.not_ready_reason = "the model is being warmed up"
         service = readiness.service = assemble(self._settings, backend, self._metrics)
         await service.image_decoder.start()
         if service.redis is not None:
             await service.redis.ping()
         try:
-            await warm_up(backend, service.queue, service.engine.start, max_rows=self._settings.max_rows)
+            await warm_up(backend, service.queue, service.engine, self._settings)
         except SelfTestError as exc:
             logger.critical("not ready: %s", exc)
             readiness.not_ready_reason = str(exc)
@@ -128,6 +131,11 @@ class Lifecycle:
         self._watching = asyncio.create_task(self._await_loss(service.engine, timeout_s), name="watchdog")
         self._returning_memory = asyncio.create_task(return_memory_regularly())
         readiness.is_started = True
+        logger.info(
+            "ready: the weights were loaded in %.1f s and warmed up in %.1f s",
+            load_end_s - start_s,
+            time.monotonic() - load_end_s,
+        )
         self._on_ready(backend)
 
     async def _await_loss(self, engine: Engine, stall_timeout_s: float) -> None:

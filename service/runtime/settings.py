@@ -2,12 +2,15 @@
 
 import difflib
 import os
-from typing import Annotated, Literal, Self
+import re
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "BLIP2_"
+_ROOT_PATH: Final = re.compile(r"(/[A-Za-z0-9._~-]+)*", re.ASCII)
+_ORIGIN: Final = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#@*\s]+", re.ASCII)
 _CPU_KV_BYTES, _GPU_KV_BYTES = 256 * 2**20, 4 * 2**30
 
 
@@ -78,6 +81,14 @@ class Settings(BaseSettings):
     probe_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         default=None, description="a second port, for probes, /version and /metrics alone; unset: none"
     )
+    root_path: str | None = Field(
+        default=None, description="the prefix that a proxy puts before all paths, such as /blip2; unset: none"
+    )
+    cors_origins: str | None = Field(
+        default=None,
+        description="origins whose pages may call the service from a browser, such as https://a.example, "
+        "with commas between them; * for all; unset: none",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     redis_url: SecretStr | None = Field(default=None, description="unset: the in-process cache only")
@@ -141,6 +152,29 @@ class Settings(BaseSettings):
     def kv_bytes_on(self, device: str) -> int:
         """Return the limit of the KV cache on a device such as "cpu" or "cuda:0"."""
         return self.kv_bytes or (_CPU_KV_BYTES if device == "cpu" else _GPU_KV_BYTES)
+
+    @property
+    def allowed_origins(self) -> list[str]:
+        """The origins of `cors_origins`."""
+        return [origin.strip() for origin in (self.cors_origins or "").split(",") if origin.strip()]
+
+    @field_validator("root_path")
+    @classmethod
+    def _check_root_path(cls, path: str | None) -> str | None:
+        path = (path or "").rstrip("/")
+        if not _ROOT_PATH.fullmatch(path):
+            raise ValueError("a root path begins with / and has letters, digits, dots, dashes and _ only")
+        return path or None
+
+    @model_validator(mode="after")
+    def _check_origins(self) -> Self:
+        for origin in self.allowed_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{_variable('cors_origins')} holds {origin!r}, which is no origin; write "
+                    "https://host or https://host:port, without a path, or * for all"
+                )
+        return self
 
     @field_validator("redis_url")
     @classmethod

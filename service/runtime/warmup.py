@@ -2,10 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, Final
 
 from model import GenerationParams
+from service.engine.engine import Engine
 from service.engine.request import (
     Answer,
     AnyRequest,
@@ -19,47 +20,75 @@ from service.engine.request import (
 from service.engine.request_queue import RequestQueue
 from service.errors import LostRequestError, NotReadyError, ServiceError
 from service.model_backend import Backend, EncoderId
-from service.runtime.largest_steps import largest_pairs_request, largest_prompts_request, warmup_images
+from service.runtime.largest_steps import (
+    LARGEST,
+    REDUCED,
+    StepSizes,
+    largest_pairs_request,
+    largest_prompts_request,
+    warmup_images,
+)
+from service.runtime.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+_SLOW_STEP_S: Final = 1.0
+_NUM_TOKENS: Final = 8  # of each caption of the self-test
 
 
 class SelfTestError(Exception):
     """The model gave no finite score, or none at all; the service must not become ready."""
 
 
-async def warm_up(
-    backend: Backend, queue: RequestQueue, start_engine: Callable[[], None], *, max_rows: int
-) -> None:
-    """Run every task of the model on a full batch of images, then the largest steps the scheduler makes.
+async def warm_up(backend: Backend, queue: RequestQueue, engine: Engine, settings: Settings) -> None:
+    """Start the engine, run every task of the model on one image, then the largest steps the scheduler makes.
 
-    The results of the first are checked. Raises SelfTestError where the model fails, or gives a score that is
-    not finite.
+    Where a step on one image takes a CPU more than a second, the latter are reduced, so that they take
+    seconds. Raises SelfTestError where the model fails, or gives a score that is not finite.
     """
-    captions = _caption_requests(backend) if backend.can_generate else []
-    matches = [_match_request(backend)] if backend.can_match else []
+    first = _self_test(backend, queue, num_images=1)
+    engine.start()  # only now, so that all of them share their first step
+    await first
+    is_slow = backend.device == "cpu" and engine.longest_step_s > _SLOW_STEP_S
+    sizes = REDUCED if is_slow else LARGEST
+    if sizes.images_per_step > 1:
+        await _self_test(backend, queue, num_images=sizes.images_per_step)
+    await _run_largest_steps(backend, queue, sizes, settings)
+
+
+def _self_test(backend: Backend, queue: RequestQueue, *, num_images: int) -> Awaitable[None]:
+    """Submit every task of the model on so many images; return the check of their results."""
+    captions = _caption_requests(backend, num_images) if backend.can_generate else []
+    matches = [_match_request(backend, num_images)] if backend.can_match else []
     requests: list[AnyRequest] = [*captions, *matches]
     answers = [_submit(queue, request) for request in requests]
-    start_engine()  # only now, so that they share their first step
-    try:
-        await asyncio.gather(*answers)
-    except ServiceError as exc:
-        raise SelfTestError(f"the self-test failed: {exc}; check the weights and BLIP2_DTYPE") from exc
-    if any(not request.future.result().value[0][0].text for request in captions):
-        logger.warning("the self-test gave an empty caption")
-    await _run_largest_steps(backend, queue, max_rows)
+
+    async def check() -> None:
+        try:
+            await asyncio.gather(*answers)
+        except ServiceError as exc:
+            raise SelfTestError(f"the self-test failed: {exc}; check the weights and BLIP2_DTYPE") from exc
+        if any(not request.future.result().value[0][0].text for request in captions):
+            logger.warning("the self-test gave an empty caption")
+
+    return check()
 
 
-async def _run_largest_steps(backend: Backend, queue: RequestQueue, max_rows: int) -> None:
+async def _run_largest_steps(
+    backend: Backend, queue: RequestQueue, sizes: StepSizes, settings: Settings
+) -> None:
     """Run them one after the other; one that does not fit into the memory has taught its smaller size.
 
     Raises SelfTestError where the engine did not survive one.
     """
     requests: list[AnyRequest] = []
     if backend.can_match:
-        requests.append(largest_pairs_request(backend))
+        requests.append(largest_pairs_request(backend, sizes))
     if backend.can_generate:
-        requests.append(largest_prompts_request(backend, max_rows))
+        max_kv_bytes = settings.kv_bytes_on(backend.device)
+        requests.append(
+            largest_prompts_request(backend, sizes, max_rows=settings.max_rows, max_kv_bytes=max_kv_bytes)
+        )
     for request in requests:
         try:
             await _submit(queue, request)
@@ -75,16 +104,15 @@ def _submit(queue: RequestQueue, request: AnyRequest) -> asyncio.Future[Answer[A
     return asyncio.wrap_future(request.future)
 
 
-def _caption_requests(backend: Backend) -> list[Request[Generations]]:
-    params = GenerationParams()
+def _caption_requests(backend: Backend, num_images: int) -> list[Request[Generations]]:
+    params = GenerationParams(max_new_tokens=_NUM_TOKENS)
     prompt = backend.caption_prompt()
     prompts = (backend.tokenize_prompt(prompt, params),)
     questions = (prompt,) if backend.is_question_conditioned else ()
-    images = warmup_images(backend, EncoderId.MAIN)
+    images = warmup_images(backend, EncoderId.MAIN, num_images)
     return [Request(GenerateInput(image, prompts, params, questions)) for image in images]
 
 
-def _match_request(backend: Backend) -> Request[Matches]:
-    images = warmup_images(backend, backend.matching_encoder)
-    count = len(images)
-    return Request(MatchInput("a photo", images, Mode.RERANK, rerank_k=count, top_k=count))
+def _match_request(backend: Backend, num_images: int) -> Request[Matches]:
+    images = warmup_images(backend, backend.matching_encoder, num_images)
+    return Request(MatchInput("a photo", images, Mode.RERANK, rerank_k=num_images, top_k=num_images))

@@ -26,6 +26,7 @@ from tests.image_files import (
     tiff,
 )
 from tests.integration.processes import ServiceProcess, poll, service
+from tests.isobmff_files import picture_file
 
 pytestmark = pytest.mark.serial
 
@@ -34,6 +35,7 @@ MIB = 2**20
 MAX_GROWTH_BYTES = 800 * MIB
 MAX_KEPT_BYTES = 200 * MIB
 MAX_ATTACK_S = 60.0  # of two seconds of CPU time, on a busy machine
+KINDS = ["AVIF", "HEIC"]
 HUGE_TILE = [
     (259, 3, 1, b"\5\0\0\0"),
     (322, 4, 1, struct.pack("<I", 45_008)),
@@ -45,6 +47,11 @@ def gif_of_canvas(width: int, height: int) -> bytes:
     data = bytearray(encode(noise(8, 8).convert("P"), "GIF"))
     data[6:10] = struct.pack("<HH", width, height)
     return bytes(data)
+
+
+def jpeg2000_claiming(width: int, height: int) -> bytes:
+    data = encode(Image.new("RGB", (64, 64)), "JPEG2000", no_jp2=True)
+    return data[:8] + struct.pack(">8I", width, height, 0, 0, 512, 512, 0, 0) + data[40:]
 
 
 # Each: a function that makes the files which are sent at once, and the statuses that may answer them.
@@ -74,6 +81,31 @@ ATTACKS: dict[str, tuple[Callable[[], list[bytes]], set[int]]] = {
         {200},
     ),
     "bmps of short rows": (lambda: [bmp_of_short_rows(3000, side) for side in range(2000, 2004)], {200}),
+    "avifs and heics that are larger than they say": (
+        lambda: [picture_file(kind, [Image.new("RGB", (8000, 4990))], size=(64, 64)) for kind in KINDS],
+        {422},
+    ),
+    "avifs of 40 Mpx": (
+        lambda: [
+            encode(Image.new("RGB", (8000, side)), "AVIF", speed=10, subsampling="4:4:4")
+            for side in (4990, 4991)
+        ],
+        {200},
+    ),
+    "a grid of 3,000 tiles": (
+        lambda: [picture_file(kind, [Image.new("RGB", (64, 64))] * 3000, num_columns=60) for kind in KINDS],
+        {200, 422},
+    ),
+    "a jpeg 2000 of very many tiles": (
+        lambda: [
+            encode(Image.new("RGB", (1500, 1500)), "JPEG2000", tile_size=(tile, tile)) for tile in (8, 15)
+        ],
+        {200, 422},
+    ),
+    "jpeg 2000s that claim 40 Mpx": (
+        lambda: [jpeg2000_claiming(8000, side) for side in range(4990, 4994)],
+        {422},
+    ),
     "chunks and segments": (
         lambda: [
             png(8, 8, [bytes(24)] * 8, before=png_chunk(b"tEXt", b"") * 500_000),

@@ -27,7 +27,8 @@ HEADER_BYTES = 48  # in which the first sizes of every format lie, but TIFF's
 LIES = (b"\xff\xff\xff\xff", b"\x00\x00\x00\x00", b"\xff\x7f\xff\x7f")
 MAX_GROWTH_BYTES = 900 * 2**20
 MAX_KEPT_BYTES = 200 * 2**20
-ALIKE = {"palette png", "rgba png", "lzw tiff"}  # to other types, for what a broken file does
+# To other types, for what a broken file does.
+ALIKE = {"palette png", "rgba png", "lzw tiff", "mpo", "avif", "lossy jpeg 2000"}
 FILES = {name: data for name, data in one_of_each_type(40, 30).items() if name not in ALIKE}
 
 
@@ -61,6 +62,11 @@ def field_positions(data: bytes) -> range:
     if data.startswith(b"II*\0"):  # counts and values of the tags
         (start,) = struct.unpack_from("<I", data, 4)
         return range(start + 6, len(data) - 4, 4)
+    if b"\xff\x4f\xff\x51" in data:  # a codestream of JPEG 2000
+        start = data.index(b"\xff\x4f\xff\x51")
+        return range(start + 4, start + 60, 2)
+    if data[4:8] == b"ftyp":  # boxes, as far as the pixels
+        return range(8, data.index(b"mdat"), 4)
     if data.startswith(b"\xff\xd8"):
         sizes = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
         return range(sizes + 2, sizes + 20, 2)
@@ -98,13 +104,13 @@ def running(tmp_path_factory: pytest.TempPathFactory, random_checkpoint: Path) -
     directory = tmp_path_factory.mktemp("service")
     # A full cache is no lost memory, and a small model leaves the time to the decoders.
     with service(directory, model=random_checkpoint, cache_bytes=0) as started:
-        for _ in range(4):  # ordinary load, which fills the caches of torch
-            outcomes(started.url, list(FILES.values()) * 2)
+        for _ in range(8):  # ordinary load, which fills the caches of torch
+            outcomes(started.url, list(FILES.values()))
         yield started
 
 
 def test_broken_files_of_every_type_are_answered_or_refused(running: ServiceProcess) -> None:
-    assert len(FILES) >= 12
+    assert len(FILES) >= 18
     with ThreadPoolExecutor(NUM_CONNECTIONS) as threads, MemoryWatch(running) as memory:
         answered = list(threads.map(partial(outcomes, running.url), batches()))
     codes = Counter(code for batch in answered for code in batch)

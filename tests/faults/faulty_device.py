@@ -1,6 +1,6 @@
 """The real service and model on a device with injected faults.
 
-A request injects a fault by its `temperature`, which has no other effect without sampling. The test injects
+A request injects a fault by its `length_penalty`, which changes no more than scores. The test injects
 faults by files in the directory `FAULT_DIRECTORY`. While `hold` exists, the device computes nothing.
 `memory_rows` contains the number of images or beams above which it runs out of memory.
 """
@@ -25,10 +25,10 @@ from service.runtime.loading import load_backend
 from service.runtime.settings import load_settings
 from service.server import serve
 
-RAISE: Final = 91.0  # the request fails in any batch
-LOSE: Final = 92.0  # the device context is lost, which ends the engine's thread
+RAISE: Final = 4.91  # the request fails in any batch
+LOSE: Final = 4.92  # the device context is lost, which ends the engine's thread
 HOLD, MEMORY_ROWS = "hold", "memory_rows"  # files
-HANG: Final = 93.0  # the device never returns
+HANG: Final = 4.93  # the device never returns
 
 
 class FaultyDecoder:
@@ -48,12 +48,12 @@ class FaultyDecoder:
         self._decoder.cancel(job)
 
     def step(self) -> Sequence[tuple[DecodeRequest, tuple[Generation, ...]]]:
-        temperatures = {job.params.temperature for job in self._jobs}
-        if LOSE in temperatures:
+        length_penalties = {job.params.length_penalty for job in self._jobs}
+        if LOSE in length_penalties:
             raise torch.AcceleratorError("injected fault: the device is lost")
-        if HANG in temperatures:
+        if HANG in length_penalties:
             threading.Event().wait()
-        if RAISE in temperatures:
+        if RAISE in length_penalties:
             raise RuntimeError("injected fault: the request fails")
         self._device.compute(sum(job.params.num_rows for job in self._jobs))
         done = self._decoder.step()

@@ -32,7 +32,7 @@ async def test_a_request_that_raises_in_a_full_batch_fails_alone(
 ) -> None:
     with faulty_service(tmp_path, model=random_checkpoint, dtype="float32") as faulty:
         payloads = [request(seed) for seed in range(NUM_TOGETHER)]
-        payloads[5]["temperature"] = RAISE
+        payloads[5]["length_penalty"] = RAISE
         answers = await ask_together(faulty.url, payloads)
         assert answers[5].status_code == 500
         assert answers[5].json()["code"] == "inference_failed"
@@ -49,8 +49,8 @@ async def test_every_warning_and_traceback_carries_the_ids_of_its_requests(
     with faulty_service(tmp_path, model=random_checkpoint) as faulty:
         async with client_of(faulty.url) as client:
 
-            async def ask_as(request_id: str, temperature: float) -> int:
-                body = request(1, temperature=temperature)
+            async def ask_as(request_id: str, length_penalty: float) -> int:
+                body = request(1, length_penalty=length_penalty)
                 answer = await client.post("/caption", json=body, headers={"X-Request-ID": request_id})
                 return answer.status_code
 
@@ -131,7 +131,7 @@ async def lose(faulty: ServiceProcess, fault: float, red_within_s: float) -> Non
         running = [asyncio.create_task(ask(client, request(seed, **LONG))) for seed in range(8)]
         await poll_async(lambda: has(client, "blip2_running 8.0"), 60)
         start_s = time.monotonic()
-        fatal = asyncio.create_task(ask(client, request(99, temperature=fault)))
+        fatal = asyncio.create_task(ask(client, request(99, length_penalty=fault)))
         await poll_async(lambda: is_red(client), 60)
         # The image of the fatal request is encoded first.
         assert time.monotonic() - start_s < red_within_s + 1.0

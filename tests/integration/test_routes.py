@@ -223,6 +223,28 @@ def test_several_images_are_captioned_each_and_a_bad_one_fails_alone(client: htt
     assert results[1]["error"]["status"] == 415
 
 
+def test_a_damaged_image_that_is_read_is_told_of_in_the_answer(client: httpx.Client) -> None:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(picture(0))).convert("RGB").save(buffer, "JPEG")
+    whole, cut = buffer.getvalue(), buffer.getvalue()[:-2]
+    expected = post(client, "/caption", {"image": in_base64(whole)})
+    assert "warnings" not in expected
+    message = "the JPEG has no end marker and may be cut off; no pixels are missing"
+    for is_cached in (False, True):  # found in the file, so that a cached image has them too
+        answer = post(client, "/caption", {"image": in_base64(cut)})
+        assert answer["warnings"] == [f"image: {message}"]
+        assert answer["captions"] == expected["captions"]
+        assert answer["image_cached"] is is_cached
+    results = post(client, "/caption", {"images": [in_base64(whole), in_base64(cut)]})["results"]
+    assert "warnings" not in results[0]
+    assert results[1]["warnings"] == [f"images.1: {message}"]
+    answer = post(client, "/vqa", {"image": in_base64(cut), "question": "what color is the circle?"})
+    assert answer["warnings"] == [f"image: {message}"]
+    candidates = {"images": [in_base64(cut), in_base64(whole)]}
+    answer = post(client, "/retrieve", {"text": "a red circle", "candidates": candidates})
+    assert answer["warnings"] == [f"candidates.images.0: {message}"]
+
+
 def test_equal_seeds_give_equal_samples(client: httpx.Client) -> None:
     body = {"image": in_base64(PICTURES[0]), "do_sample": True, "num_captions": 4, "temperature": 2.0}
     first, second = (post(client, "/caption", {**body, "seed": 5})["captions"] for _ in range(2))

@@ -6,7 +6,14 @@ import pytest
 import torch
 from transformers import Blip2ForConditionalGeneration
 
-from model import Blip2, EmbeddingKind, GenerationParams, InvalidPromptError, TaskUnavailableError
+from model import (
+    Blip2,
+    EmbeddingKind,
+    GenerationParams,
+    InvalidPromptError,
+    NonFiniteError,
+    TaskUnavailableError,
+)
 from model.checkpoints import LoadOptions
 from tests.builders import IMAGE_SIZE, NUM_QUERY_TOKENS, build_components, random_pixels
 
@@ -54,6 +61,13 @@ def test_a_prompt_that_leaves_no_room_for_the_answer_is_refused(blip2: Blip2) ->
     soft_tokens = torch.zeros(1, NUM_QUERY_TOKENS, 32)
     with pytest.raises(InvalidPromptError, match="shorten the prompt or lower max_new_tokens"):
         blip2.generate(soft_tokens, ["red " * 80], GenerationParams(max_new_tokens=30))
+
+
+def test_a_score_that_is_not_finite_is_an_error(blip2: Blip2) -> None:
+    soft_tokens = torch.zeros(2, NUM_QUERY_TOKENS, 32)
+    soft_tokens[1] = torch.nan
+    with pytest.raises(NonFiniteError, match="image 1: the model gave a score that is not finite"):
+        blip2.generate(soft_tokens, ["", ""], PARAMS)
 
 
 def test_unequal_numbers_of_images_and_prompts_are_a_bug_of_the_caller(blip2: Blip2) -> None:

@@ -1,7 +1,10 @@
 """Bulk tasks without a server: correct records, and runs that can be continued."""
 
 import json
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from benchmarks.process_memory import resident_bytes
 from model import Blip2, GenerationParams, TaskUnavailableError
 from model.__main__ import main
-from model.bulk import build_captioning
+from model.bulk import build_captioning, find_images
+from model.errors import ModelError
 from model.vision import VisionEncoder
 from tests.builders import random_picture
 
@@ -34,6 +38,39 @@ def pictures(tmp_path: Path) -> Path:
     (folder / "2.png").write_bytes(damaged[: len(damaged) // 2])
     (folder / "notes.txt").write_text("no image")
     return folder
+
+
+def test_images_of_a_directory_are_found_whatever_their_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "more.png"
+    folder.mkdir()
+    visible = [
+        *("a.png", "b.APNG", "c.jpg", "d.jpeg", "e.JPE", "f.jfif", "g.bmp", "h.dib", "i.webp", "j.gif"),
+        *("k.tif", "l.tiff", "m.avif", "n.heic", "o.heif", "p.jp2", "q.j2k", "more.png/r.jpg"),
+    ]
+    for name in visible:
+        (tmp_path / name).write_bytes(b"of its suffix alone")
+    random_picture(0).save(tmp_path / "without_suffix", "JPEG")
+    (tmp_path / "README").write_text("no image")
+    (tmp_path / "table.csv").write_text("no image")
+    invisible = ["._a.png", ".b.jpg", ".thumbnails/c.png", "more.png/._r.jpg", ".DS_Store"]
+    for name in invisible:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = find_images([tmp_path])
+    assert found == sorted(tmp_path / name for name in [*visible, "without_suffix"])
+    assert caplog.messages == [f"{tmp_path}: left out 2 files that are no images, as README"]
+    assert find_images([tmp_path / ".b.jpg", tmp_path / "README"]) == [
+        tmp_path / ".b.jpg",
+        tmp_path / "README",
+    ]
+
+
+def test_a_directory_without_visible_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "._a.png").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"holds no images \(\.apng, .*; name another directory"):
+        find_images([tmp_path])
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -177,6 +214,18 @@ def test_a_checkpoint_without_the_component_is_refused(random_checkpoint: Path) 
         build_captioning(blip2, None, GenerationParams())
 
 
+def test_a_damaged_file_that_is_read_has_warnings(random_checkpoint: Path, tmp_path: Path) -> None:
+    random_picture(0).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-2])
+    out = tmp_path / "captions.jsonl"
+    assert main(["caption", str(tmp_path), "--model", str(random_checkpoint), "--out", str(out)]) == 0
+    cut, whole = lines(out)
+    (warning,) = cut.pop("warnings")
+    assert "the JPEG has no end marker" in warning
+    assert cut["captions"][0]["text"] == whole["captions"][0]["text"]
+    assert "warnings" not in whole
+
+
 def test_no_file_is_opened_by_the_plugin_of_another_format(random_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
@@ -190,6 +239,60 @@ def test_no_file_is_opened_by_the_plugin_of_another_format(random_checkpoint: Pa
     assert "error" not in found["photo.jfif"]
     for name in ("picture.png", "script.jpg"):
         assert "none of JPEG, PNG" in found[name]["error"]
+
+
+@contextmanager
+def broken_images(values: dict[int, float]) -> Iterator[None]:
+    """Have the image encoder return other numbers for the n-th image of the run."""
+    num_encoded = 0
+
+    def break_features(module: nn.Module, _: object, features: torch.Tensor) -> torch.Tensor:
+        nonlocal num_encoded
+        if isinstance(module, VisionEncoder):
+            for row in range(len(features)):
+                features[row] *= values.get(num_encoded, 1.0)
+                num_encoded += 1
+        return features
+
+    with register_module_forward_hook(break_features):  # type: ignore[arg-type] # torch's annotation is wrong
+        yield
+
+
+COMMANDS = [["caption"], ["ask", "--question", "how many stars"], ["match", "--text", "a red circle"]]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_model_whose_scores_are_not_finite_is_an_error_and_writes_nothing(
+    command: list[str],
+    value: float,
+    random_checkpoint: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out.jsonl"
+    options = ["--model", str(random_checkpoint), "--out", str(out), "--batch-size", "1"]
+    with broken_images(dict.fromkeys(range(9), value)):
+        assert main([*command, str(pictures), *options]) == 2
+    assert "0.png: the model gave a score that is not finite; check the weights" in capsys.readouterr().err
+    assert out.read_text() == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_one_image_whose_scores_are_not_finite_has_an_error_of_its_own(
+    command: list[str], random_checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "2.png").unlink()
+    out = tmp_path / "out.jsonl"
+    options = ["--model", str(random_checkpoint), "--out", str(out), "--batch-size", "3"]
+    with broken_images({1: math.nan}):
+        assert main([*command, str(pictures), *options]) == 1
+    found = {Path(line["image"]).stem: line for line in lines(out)}
+    assert list(found) == ["0", "1", "3", "4"]
+    assert "a score that is not finite" in found["1"]["error"]
+    assert not any("error" in found[name] for name in ("0", "3", "4"))
+    assert "NaN" not in out.read_text()
 
 
 def test_memory_of_large_images_is_given_back(random_checkpoint: Path, tmp_path: Path) -> None:

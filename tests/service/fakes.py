@@ -128,6 +128,12 @@ class FakeBackend:
     def image_size(self, encoder: EncoderId) -> int:
         return 2
 
+    def is_text_cut(self, text: str) -> bool:
+        return len(text.split()) > self.max_text_tokens
+
+    def is_question_cut(self, question: str) -> bool:
+        return self.is_question_conditioned and self.is_text_cut(question)
+
     def caption_prompt(self) -> str:
         return "a photo"
 

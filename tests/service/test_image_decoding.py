@@ -8,6 +8,8 @@ import random
 import struct
 import time
 import zlib
+from collections.abc import Callable
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -73,7 +75,7 @@ async def status_of(decoder: ImageDecoder, source: bytes) -> int:
     return 200
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"])
 async def test_each_promised_format_is_read(decoder: ImageDecoder, kind: str) -> None:
     assert (await pixels_of(decoder, encode(photo(), kind))).shape == (SIZE, SIZE, 3)
 
@@ -162,9 +164,12 @@ async def test_an_image_of_exactly_the_limit_is_let_in(decoder: ImageDecoder) ->
 
 async def test_a_file_over_the_byte_limit_is_refused_in_any_wrapping(decoder: ImageDecoder) -> None:
     data = bytes(100_001)
-    for source in (data, base64.b64encode(data).decode()):
+    wrapped = base64.encodebytes(data).decode()
+    for source in (data, base64.b64encode(data).decode(), wrapped, "data:;base64," + wrapped):
         with pytest.raises(ImageTooLargeError, match=r"100001 bytes, the limit is 100000; compress"):
             await decoder.read(source)
+    fitting = encode(photo()).ljust(100_000, b"\0")
+    assert (await decoder.read(base64.encodebytes(fitting).decode())).data == fitting
 
 
 @pytest.mark.parametrize(
@@ -176,7 +181,8 @@ async def test_a_file_over_the_byte_limit_is_refused_in_any_wrapping(decoder: Im
         b"<html></html>",
         b"RIFF\x10\0\0\0WAVEfmt ",
         b"%PDF-1.7",
-        b"\0\0\0\x18ftypheic\0\0\0\0",
+        b"\0\0\0\x18ftypmp42\0\0\0\0",
+        b"\0\0\0\x18ftypmif1\0\0\0\0mif1miaf",
     ],
 )
 async def test_what_is_no_image_is_an_unsupported_format(decoder: ImageDecoder, data: bytes) -> None:
@@ -190,7 +196,7 @@ async def test_an_empty_file_is_said_to_be_empty(decoder: ImageDecoder) -> None:
             await decoder.read(source)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"])
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
 async def test_a_truncated_file_is_refused(decoder: ImageDecoder, kind: str, part: float) -> None:
     data = encode(photo(60, 60), kind)
@@ -199,7 +205,7 @@ async def test_a_truncated_file_is_refused(decoder: ImageDecoder, kind: str, par
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own, about what it mended in a TIFF
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"])
 async def test_damaged_files_are_answered_or_refused_never_a_crash(decoder: ImageDecoder, kind: str) -> None:
     whole = encode(photo(30, 30), kind)
     chance = random.Random(0)
@@ -210,16 +216,67 @@ async def test_damaged_files_are_answered_or_refused_never_a_crash(decoder: Imag
         assert await status_of(decoder, bytes(damaged)) in (200, 415, 422)
 
 
+# 0xFBFF is "+/" in the standard alphabet; a file of 51 bytes needs no padding, of 49 two characters.
+ODD_FILES = [encode(photo(2, 2)) + b"\xfb\xff" * 30 + bytes(number) for number in range(3)]
+WRAPPINGS: dict[str, Callable[[bytes], bytes]] = {
+    "standard": base64.b64encode,
+    "url-safe": base64.urlsafe_b64encode,
+    "unpadded": lambda data: base64.b64encode(data).rstrip(b"="),
+    "url-safe, unpadded": lambda data: base64.urlsafe_b64encode(data).rstrip(b"="),
+    "lines of 76": base64.encodebytes,
+    "lines of CR and LF": lambda data: base64.encodebytes(data).replace(b"\n", b"\r\n"),
+    "unpadded lines": lambda data: base64.encodebytes(data).replace(b"=", b""),
+    "spaces around": lambda data: b" \t\n" + base64.b64encode(data) + b" \n",
+    "lines inside of the padding": lambda data: base64.b64encode(data).replace(b"=", b"\n="),
+}
+DATA_URIS = [
+    "data:image/png;base64,",
+    "DATA:IMAGE/PNG;BASE64,",
+    "data:;base64,",
+    "data:application/octet-stream;base64,",
+    "data:image/svg+xml;charset=utf-8;base64,",
+    "data:image/png;name=a.png;base64,",
+    "data:image/png;name=my%20photo.png;base64,",
+    "data:image/png;name=IMG(1).png;base64,",
+    "data:image/png;name=it's.png;base64,",
+    'data:image/png;name="a, b;c.png";base64,',
+    "data:image/png;name=été.png;charset=utf-8;base64,",
+    "data:image/png; name=a.png; base64, ",
+    "\n data:image/png;base64,\n",
+]
+
+
+@pytest.mark.parametrize("prefix", ["", *DATA_URIS])
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+async def test_base64_of_any_kind_is_the_same_file(decoder: ImageDecoder, wrapping: str, prefix: str) -> None:
+    for data in ODD_FILES:
+        file = await decoder.read(prefix + WRAPPINGS[wrapping](data).decode())
+        assert file.data == data
+
+
+async def test_a_data_uri_may_be_percent_encoded(decoder: ImageDecoder) -> None:
+    for data in ODD_FILES:
+        text = quote(base64.b64encode(data), safe="")
+        assert (await decoder.read("data:image/png;base64," + text)).data == data
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("!!!!", "not base64"),
-        ("iVBORw0KGgo", "not base64"),  # no padding
-        ("iVBO\nRw0K", "line breaks"),
-        ("iVBO_w-K", "standard alphabet"),
+        ("iVBORw0KGgo*", "use the standard or the url-safe alphabet"),
+        ("iVBORw0KGgoAA", "cannot be 1 more than a multiple of 4"),
+        ("iVBO=w0K", "not base64"),
+        ("=", "not base64"),
         ("größe", "not base64"),
+        ("data:image/png;base64,größe", "not base64"),
         ("data:image/png,%89PNG", "write it as data:image/png;base64"),
+        ("data:image/png;base64;name=a", "write it as data:image/png;base64"),
+        ("data:", "write it as data:image/png;base64"),
         ("https://example.org/cat.png", "URLs are not fetched"),
+        ("HTTP://example.org/cat.png", "URLs are not fetched"),
+        ("file:///home/cat.png", "URLs are not fetched"),
+        ("blob:https://example.org/9f", "URLs are not fetched"),
     ],
 )
 async def test_bad_base64_is_informed_apart(decoder: ImageDecoder, source: str, message: str) -> None:

@@ -102,8 +102,8 @@ def _merge(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]  # torch names each tensor on a line of its own
         raise CheckpointError(
-            f"the PEFT adapter in {directory} cannot be merged into its base model ({reason}); merge it where "
-            "it was trained, with model.merge_and_unload(), and save the result"
+            f"the PEFT adapter in {directory} cannot be merged into its base model ({reason}); merge it "
+            "where it was trained, with model.merge_and_unload(), and save the result"
         ) from error
     if differing := sorted(saved ^ wanted):
         raise CheckpointError(

@@ -1,18 +1,22 @@
 """Decoding: true files of odd kinds are read, and what is damaged is refused with a cure."""
 
+import contextlib
 import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from model.errors import InvalidImageFileError, UnknownImageFormatError
 from model.images.decoding import decode_image
+from model.images.header import find_warnings
 from model.images.png import MAX_CHUNKS
 from tests.image_files import encode, noise, one_of_each_type, png, png_chunk, png_of_zeros, tiff
+from tests.isobmff_files import encode_heic
 
 FILES = one_of_each_type()
 RGB_ROWS = [row.tobytes() for row in np.asarray(noise(32, 32))]
@@ -72,6 +76,166 @@ def test_chunks_of_a_png_are_limited() -> None:
     assert pixels(png(32, 32, RGB_ROWS, before=chunk * (MAX_CHUNKS - 3))).shape == (32, 32, 3)
     with pytest.raises(InvalidImageFileError, match="more than 100000 chunks"):
         decode_image(png(32, 32, RGB_ROWS, before=chunk * (MAX_CHUNKS - 2)), 32)
+
+
+def with_bad_checksum(kind: bytes, content: bytes) -> bytes:
+    chunk = bytearray(png_chunk(kind, content))
+    chunk[-1] ^= 1
+    return bytes(chunk)
+
+
+ANCILLARY: dict[str, tuple[bytes, str]] = {
+    "tRNS": (bytes(6), "the PNG's chunk tRNS has a wrong checksum; the transparency was ignored"),
+    "eXIf": (b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0", "the orientation was ignored"),
+    "iTXt": (b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>', ""),
+    "zTXt": (b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n 0\n"), ""),
+    "tEXt": (b"a\0b", ""),
+    "gAMA": (bytes(4), ""),
+    "iCCP": (b"profile\0\0" + zlib.compress(bytes(99)), ""),
+    "pHYs": (b"\1", ""),
+}
+
+
+@pytest.mark.parametrize("kind", ANCILLARY)
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_wrong_checksum_in_an_ancillary_chunk_costs_the_chunk_alone(kind: str, where: str) -> None:
+    content, warning = ANCILLARY[kind]
+    chunk = with_bad_checksum(kind.encode(), content)
+    data = png(32, 32, RGB_ROWS, **{where: chunk})  # type: ignore[arg-type]
+    assert np.array_equal(pixels(data), pixels(png(32, 32, RGB_ROWS)))
+    assert [warning in found for found in find_warnings(data)] == ([True] if warning else [])
+
+
+def test_a_wrong_checksum_in_a_critical_chunk_is_damage() -> None:
+    data = png(32, 32, [bytes(32)] * 32, color_type=3, before=with_bad_checksum(b"PLTE", bytes(6)))
+    with pytest.raises(InvalidImageFileError, match="begins as PNG, but its header is damaged"):
+        decode_image(data, 32)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_whole_file_has_no_warnings(name: str) -> None:
+    assert find_warnings(FILES[name]) == ()
+    assert find_warnings(FILES[name] + bytes(9)) == ()
+
+
+END_MISSING = ("the JPEG has no end marker and may be cut off; no pixels are missing",)
+PHOTOS = {
+    "noise": noise(200, 120),
+    "one colour": Image.new("RGB", (200, 120), (9, 99, 200)),
+    "grey": Image.linear_gradient("L"),
+    "cmyk": noise(64, 64).convert("CMYK"),
+}
+JPEGS: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "full colour": {"subsampling": 0},
+    "restarts": {"restart_marker_rows": 1},
+    "restarts after each block": {"restart_marker_blocks": 1},
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("photo", PHOTOS)
+def test_a_jpeg_without_its_end_marker_is_read(photo: str, kind: str) -> None:
+    whole = encode(PHOTOS[photo], "JPEG", **JPEGS[kind])
+    for cut in (whole[:-2], whole[:-1], whole[:-2] + bytes(100)):
+        assert np.array_equal(pixels(cut), pixels(whole))
+        assert find_warnings(cut) == END_MISSING
+    assert np.array_equal(pixels(whole + bytes(9)), pixels(whole))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in JPEGS if kind != "progressive"])
+@pytest.mark.parametrize("photo", PHOTOS)
+def test_a_jpeg_that_lacks_pixels_is_refused(photo: str, kind: str) -> None:
+    whole = encode(PHOTOS[photo], "JPEG", **JPEGS[kind])
+    expected, first = np.asarray(decode_image(whole, 200)), whole.index(b"\xff\xda") + 20
+    for end in (*range(len(whole) - 80, len(whole) - 2), *range(first, len(whole) - 80, len(whole) // 30)):
+        with contextlib.suppress(InvalidImageFileError):  # the last bits of a file may be padding
+            assert np.array_equal(np.asarray(decode_image(whole[:end], 200)), expected)
+            assert end >= len(whole) - 5
+
+
+@pytest.mark.parametrize("photo", PHOTOS)
+def test_half_a_jpeg_is_refused(photo: str) -> None:
+    for options in JPEGS.values():
+        whole = encode(PHOTOS[photo], "JPEG", **options)
+        with pytest.raises(InvalidImageFileError, match=r"send .* whole"):
+            decode_image(whole[: len(whole) * 9 // 20], 32)
+
+
+def test_a_thumbnail_has_an_end_marker_of_its_own() -> None:
+    thumbnail = encode(noise(16, 16), "JPEG")
+    data = encode(noise(64, 64), "JPEG", exif=b"Exif\0\0" + thumbnail)
+    assert find_warnings(data) == ()
+    assert find_warnings(data[:-2]) == END_MISSING
+    assert find_warnings(data + b"\xff\xda" + bytes(9)) == ()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [(4, 12, "12 bits per sample, and 8 are read"), (9, 2, "2 components, and 1, 3 or 4 are read")],
+)
+def test_a_jpeg_of_an_unread_kind_is_refused_by_name(place: int, value: int, message: str) -> None:
+    data = bytearray(FILES["jpeg"])
+    data[data.index(b"\xff\xc0") + place] = value
+    with pytest.raises(InvalidImageFileError, match=f"the JPEG has {message}; convert it"):
+        decode_image(bytes(data), 32)
+
+
+FIRST, SECOND = noise(32, 32, seed=8), noise(32, 32, seed=9)
+SEVERAL: dict[str, dict[str, Any]] = {
+    "PNG": {"default_image": False},
+    "GIF": {},
+    "WEBP": {"lossless": True},
+    "TIFF": {"compression": "tiff_lzw"},
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_the_first_of_several_images_is_read(kind: str) -> None:
+    data = encode(FIRST, kind, save_all=True, append_images=[SECOND], **SEVERAL[kind])
+    expected = pixels(encode(FIRST, kind, **({"lossless": True} if kind == "WEBP" else {})))
+    assert np.array_equal(pixels(data), expected)
+
+
+def test_the_first_photo_of_an_mpo_is_read() -> None:
+    data = encode(FIRST, "MPO", save_all=True, append_images=[SECOND], quality=75)
+    assert data.count(b"\xff\xd8\xff") == 2
+    assert np.array_equal(pixels(data), pixels(encode(FIRST, "JPEG", quality=75)))
+
+
+def test_an_animated_png_with_a_picture_of_its_own_shows_that() -> None:
+    data = encode(FIRST, "PNG", save_all=True, append_images=[SECOND], default_image=True)
+    assert np.array_equal(pixels(data), pixels(encode(FIRST, "PNG")))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF", "MPO"])
+def test_the_orientation_is_applied_in_each_format(kind: str, orientation: int) -> None:
+    encode_heic()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    picture.paste("red", (0, 0, 16, 64))
+    data = encode(picture, kind, quality=95, exif=exif.tobytes())
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(encode(picture, "PNG", exif=exif))))
+    assert np.abs(np.asarray(decode_image(data, 64)).astype(int) - np.asarray(upright)).mean() < 3
+
+
+def cmyk_jpeg(ink: tuple[int, int, int, int], transform: int) -> bytes:
+    """Build a JPEG of one colour as Adobe's programs do: inverted. transform: 0 for CMYK, 2 for YCCK."""
+    data = bytearray(encode(Image.new("CMYK", (32, 32), ink), "JPEG", quality=100))
+    marker = data.index(b"\xff\xee")
+    assert data[marker + 4 : marker + 9] == b"Adobe"
+    data[marker + 15] = transform
+    return bytes(data)
+
+
+def test_the_inks_of_a_jpeg_are_inverted() -> None:
+    assert np.abs(pixels(cmyk_jpeg((255, 0, 55, 0), 0)) - (0, 255, 200)).max() <= 2
+    assert pixels(cmyk_jpeg((0, 0, 0, 255), 0)).max() <= 2
+    # Stored: Y, Cb and Cr of 155, 128 and 128 for 155 of cyan, magenta and yellow.
+    assert np.abs(pixels(cmyk_jpeg((100, 127, 127, 0), 2)) - 100).max() <= 2
 
 
 def bit_rows(levels: np.ndarray, depth: int) -> list[bytes]:

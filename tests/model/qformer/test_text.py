@@ -135,3 +135,17 @@ def test_the_service_and_bulk_work_show_each_question_to_the_q_former(adapter: P
     in_bulk = build_answering(blip2, QUESTIONS, PARAMS).run(features)
     assert served == expected
     assert [[answer["answer"] for answer in line["answers"]] for line in in_bulk] == expected
+
+
+@pytest.mark.parametrize("num_words", [0, 1, 6, 7, 8, 20])
+def test_a_text_is_cut_exactly_where_tokens_of_it_are_left_out(num_words: int) -> None:
+    """Nine tokens with [CLS] and [SEP]: seven of the text."""
+    text = "red " * num_words
+    tokenizer = build_text_tokenizer()
+    embedder = QuestionEmbedder(build_qformer_config(), tokenizer, max_text_tokens=9)
+    matcher = build_matcher()
+    matcher.max_text_tokens = 9
+    num_tokens = len(tokenizer.encode(text, add_special_tokens=False))
+    assert num_tokens == num_words
+    is_cut = matcher.tokenize([text])[0].shape[1] < num_tokens + 2
+    assert embedder.is_cut(text) == matcher.is_cut(text) == is_cut == (num_words > 7)

@@ -382,3 +382,13 @@ async def test_every_reference_in_the_openapi_document_leads_somewhere() -> None
     assert references
     assert references <= document["components"]["schemas"].keys()
     assert document["components"]["schemas"]["CaptionRequest"]["properties"]["num_beams"]["maximum"] == 16
+
+
+async def test_the_openapi_document_allows_null_for_each_field_that_is_optional() -> None:
+    async with site() as running:
+        schemas = (await running.client.get("/openapi.json")).json()["components"]["schemas"]
+    for name in ("CaptionRequest", "VqaRequest", "RetrieveRequest", "Candidates", "Turn"):
+        for field, schema in schemas[name]["properties"].items():
+            options = [schema.get("type"), *(option.get("type") for option in schema.get("anyOf", ()))]
+            allows_null = "null" in str(options)
+            assert allows_null == (field not in schemas[name].get("required", ())), (name, field)

@@ -1,11 +1,15 @@
 """Checks of request bodies that types cannot express, and the parameters built from them."""
 
-import pytest
+import json
 
-from service.api.schemas import Body, CaptionRequest, RetrieveRequest, VqaRequest
+import pytest
+from pydantic import ValidationError
+
+from service.api.retrieve_schema import RetrieveRequest
+from service.api.schemas import Body, CaptionRequest, VqaRequest
 from service.engine.request import Mode
 from service.errors import InvalidParamsError, InvalidRequestError, ServiceError, TooManyItemsError
-from service.inference import Upload
+from service.image_decoding import Upload
 from service.runtime.settings import Settings
 
 SETTINGS = Settings(max_images=2, max_questions=2, max_candidates=3, max_text_chars=20)
@@ -176,3 +180,78 @@ def test_top_k_beyond_rerank_k_is_refused_only_where_it_was_asked_for() -> None:
     body = RetrieveRequest.model_validate({"text": "a", "candidates": IMAGES, "rerank_k": 5})
     body.check(SETTINGS)
     assert body.num_results == 5
+
+
+SAMPLING = {"temperature": 0.7, "top_p": 0.5, "top_k": 3, "seed": 1}
+
+
+@pytest.mark.parametrize("schema", [CaptionRequest, VqaRequest])
+@pytest.mark.parametrize("search", [{}, {"num_beams": 1}, {"num_beams": 3}, {"do_sample": False}])
+@pytest.mark.parametrize("name", SAMPLING)
+def test_a_sampling_field_without_sampling_is_refused(
+    schema: type[Body], search: dict[str, object], name: str
+) -> None:
+    question = {"question": "q"} if schema is VqaRequest else {}
+    fields = {"image": "x", **question, name: SAMPLING[name]}
+    refused = refusal(schema, **fields, **search)
+    assert isinstance(refused, InvalidParamsError)
+    assert refused.detail.startswith(f"{name}: is {SAMPLING[name]}, which has no effect without sampling")
+    assert [at.field for at in refused.fields] == [name]
+    schema.model_validate({**fields, "do_sample": True}).check(SETTINGS)
+
+
+def test_a_sampling_field_with_the_value_that_it_has_anyway_is_harmless() -> None:
+    fields = {"image": "x", "temperature": 1, "top_p": 0.9, "top_k": 0, "seed": None}
+    CaptionRequest.model_validate(fields).check(SETTINGS)
+
+
+def optional_fields(schema: type[Body]) -> list[str]:
+    return [name for name, field in schema.model_fields.items() if not field.is_required()]
+
+
+WHOLE: dict[type[Body], dict[str, object]] = {
+    CaptionRequest: {"image": "x"},
+    VqaRequest: {"image": "x", "question": "q"},
+    RetrieveRequest: {"text": "a", "candidates": {"texts": ["b"], "images": None}},
+}
+
+
+@pytest.mark.parametrize("schema", WHOLE)
+def test_null_is_as_good_as_absent(schema: type[Body]) -> None:
+    fields = WHOLE[schema]
+    absent = schema.model_validate_json(json.dumps(fields), strict=True)
+    nulls = {name: None for name in optional_fields(schema) if name not in fields}
+    assert len(nulls) > 3
+    with_nulls = schema.model_validate_json(json.dumps({**fields, **nulls}), strict=True)
+    assert with_nulls == absent
+    assert with_nulls.model_fields_set == absent.model_fields_set
+    with_nulls.check(SETTINGS)
+
+
+def test_a_null_number_of_beams_leaves_sampling_its_one_beam() -> None:
+    body = CaptionRequest.model_validate({"image": "x", "do_sample": True, "num_beams": None})
+    assert body.generation_params("num_captions").num_beams == 1
+    ranked = RetrieveRequest.model_validate({"text": "a", "candidates": IMAGES, "rerank_k": 5, "top_k": None})
+    ranked.check(SETTINGS)
+    assert ranked.num_results == 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "kind"),
+    [
+        ({"image": None}, "image", "missing"),
+        ({"image": "x", "question": None}, "question", "missing"),
+        ({"image": "x", "question": ["q", None]}, "question", "string_type"),
+        ({"image": "x", "question": "q", "nothing": None}, "nothing", "extra_forbidden"),
+        ({"image": "x", "question": "q", "history": [None]}, "history", "model_type"),
+        (
+            {"image": "x", "question": "q", "history": [{"question": None, "answer": "a"}]},
+            "history",
+            "missing",
+        ),
+    ],
+)
+def test_null_is_no_value_where_one_is_required(fields: dict[str, object], field: str, kind: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        VqaRequest.model_validate_json(json.dumps(fields), strict=True)
+    assert (field, kind) in [(error["loc"][0], error["type"]) for error in refused.value.errors()]

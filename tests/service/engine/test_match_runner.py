@@ -1,13 +1,15 @@
 """Scoring of candidates, over a fake model whose cosines and matching head rank in different orders."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
+from torch import Tensor
 
 from model import EmbeddingKind
 from service.engine.request import Matches, Mode, Request
 from service.errors import InferenceFailedError
-from tests.service.fakes import TIMEOUT_S
+from tests.service.fakes import TIMEOUT_S, FakeBackend
 from tests.service.running import running_engine, until
 
 
@@ -141,3 +143,32 @@ def test_image_features_are_kept_only_where_the_matching_head_needs_them() -> No
 def test_a_score_that_is_not_a_number_is_no_answer() -> None:
     with running_engine() as harness, pytest.raises(InferenceFailedError):
         matches_of(harness.match("nan", harness.image(90)))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("broken", ["a logit of no match", "a logit of a match", "one cosine of many"])
+@pytest.mark.parametrize("mode", list(Mode))
+def test_no_answer_holds_a_number_that_is_not_finite(mode: Mode, broken: str, number: float) -> None:
+    """One value of one candidate; of cosines, that of a candidate that the matching head would not score."""
+
+    class Broken(FakeBackend):
+        def similarities(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+            cosines = super().similarities(image_embeds, text_embeds)
+            if broken == "one cosine of many" and len(cosines) == 4:
+                cosines[2] = number
+            return cosines
+
+        def match_logits(self, image_features: Tensor, texts: Sequence[str]) -> Tensor:
+            logits = super().match_logits(image_features, texts)
+            if "logit" in broken:
+                logits[0, 0 if broken == "a logit of no match" else 1] = number
+            return logits
+
+    with running_engine(Broken()) as harness:
+        images = [harness.image(red) for red in (90, 100, 110, 120)]
+        request = harness.match("100", *images, mode=mode, rerank_k=2, top_k=2)
+        if mode is Mode.ITC and "logit" in broken:
+            assert len(matches_of(request)) == 2
+        else:
+            assert isinstance(request.future.exception(TIMEOUT_S), InferenceFailedError)
+        assert len(matches_of(harness.match("100", harness.image(90), mode=Mode.ITC))) == 1

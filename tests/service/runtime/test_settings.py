@@ -68,6 +68,10 @@ def test_a_variable_that_kubernetes_would_inject_is_an_error_too(environment: En
         ("BLIP2_MAX_WAITING", "0"),
         ("BLIP2_STALL_TIMEOUT_MS", "99"),
         ("BLIP2_LOG_LEVEL", "LOUD"),
+        ("BLIP2_ROOT_PATH", "blip2"),
+        ("BLIP2_ROOT_PATH", "https://a.example/blip2"),
+        ("BLIP2_ROOT_PATH", "/a b"),
+        ("BLIP2_ROOT_PATH", "/a//b"),
     ],
 )
 def test_a_value_out_of_bounds_is_named_with_its_variable(
@@ -143,6 +147,24 @@ def test_a_redis_url_that_can_be_used_is_taken_as_it_is(environment: Environment
     redis_url = load_settings().redis_url
     assert redis_url is not None
     assert redis_url.get_secret_value() == url
+
+
+@pytest.mark.parametrize(
+    ("value", "root_path"), [("/blip2", "/blip2"), ("/a/b-c.d/", "/a/b-c.d"), ("/", None), ("", None)]
+)
+def test_a_root_path_may_end_with_a_slash(
+    environment: Environment, value: str, root_path: str | None
+) -> None:
+    environment.setenv("BLIP2_ROOT_PATH", value)
+    assert load_settings().root_path == root_path
+
+
+@pytest.mark.parametrize(
+    "wrong", ["a.example", "https://a.example/", "https://a.example/page", "null", "https://", "https://*"]
+)
+def test_an_origin_that_no_browser_sends_is_refused(environment: Environment, wrong: str) -> None:
+    environment.setenv("BLIP2_CORS_ORIGINS", f"https://b.example:8443, {wrong}")
+    assert refusal().startswith(f"BLIP2_CORS_ORIGINS holds {wrong!r}, which is no origin")
 
 
 _AT_ONCE = {"BLIP2_MAX_IMAGES", "BLIP2_MAX_QUESTIONS", "BLIP2_MAX_CANDIDATES"}

@@ -1,13 +1,15 @@
 """The warm-up runs the largest steps that the scheduler makes, and survives those that do not fit."""
 
+import time
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from model import DecodeRequest
+from model import DecodeRequest, MemoryRequirement
 from service.engine.scheduler import MAX_TEXTS_PER_STEP
+from service.model_backend import EncoderId
 from service.runtime.settings import Settings
 from tests.service.fakes import MAX_PROMPT_WORDS, FakeBackend, FakeDecoder, out_of_memory
 from tests.service.running import answers, site, until_async
@@ -46,6 +48,29 @@ async def test_the_warm_up_runs_full_batches_of_the_largest_items() -> None:
         assert max(map(len, backend.vision_batches)) == 8
         assert max(backend.text_batches) == MAX_TEXTS_PER_STEP
         assert max(backend.match_batches) == 32
+
+
+async def test_a_device_that_takes_seconds_for_an_image_is_given_smaller_steps() -> None:
+    class Slow(Recorder):
+        def encode_images(self, pixels: Tensor, encoder: EncoderId) -> Tensor:
+            time.sleep(1.01)  # which is how long it takes
+            return super().encode_images(pixels, encoder)
+
+    backend = Slow()
+    async with site(backend, Settings(max_rows=96)):
+        assert max(map(len, backend.vision_batches)) == 1
+        assert backend.num_added == 2  # a caption, and one prompt of all rows
+        assert max(backend.text_batches) == 4
+
+
+async def test_the_longest_prompt_is_one_whose_keys_and_values_have_room() -> None:
+    class Large(Recorder):
+        def kv_bytes(self, requirements: Sequence[MemoryRequirement]) -> int:
+            return sum(one.num_prefix_tokens for one in requirements) * 2**20
+
+    backend = Large()
+    async with site(backend, Settings(kv_bytes=MAX_PROMPT_WORDS // 2 * 2**20)):
+        assert MAX_PROMPT_WORDS // 2 * 0.8 < backend.longest_prompt <= MAX_PROMPT_WORDS // 2
 
 
 @pytest.mark.parametrize("memory_rows", [8, 40])

@@ -6,7 +6,8 @@ from typing import Final
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from service.api.schemas import Body, Candidates, Turn
+from service.api.retrieve_schema import Candidates
+from service.api.schemas import Body, Turn
 from service.errors import FieldError, InvalidRequestError, UnreadableBodyError, echo, echo_value
 
 _MAX_FIELD_ERRORS: Final = 10
@@ -32,7 +33,9 @@ def explain(exc: ValidationError, schema: type[Body]) -> InvalidRequestError | U
     """Return the error for the caller: all fields at fault, up to ten; of a list, its first wrong item."""
     details = exc.errors(include_url=False)
     if details[0]["type"] == "json_invalid":
-        return UnreadableBodyError(f"the body is not JSON: {details[0]['msg']}; check its syntax")
+        return UnreadableBodyError(
+            f"the body is not JSON: {details[0]['msg']}; check its syntax, and that it is in utf-8"
+        )
     if not details[0]["loc"]:
         return UnreadableBodyError("the body is not a JSON object; put the fields between { and }")
     fields = tuple(_field_error(detail, schema) for detail in details[:_MAX_FIELD_ERRORS])
