@@ -112,11 +112,16 @@ def make_checkpoint(directory: Path) -> None:
     BlipImageProcessor(size={"height": 224, "width": 224}).save_pretrained(directory)
 
 
-def _run_in_process(side: str, directory: Path) -> Measured:
-    """Run one side in a separate process, after dropping the checkpoint from the file cache."""
+def empty_file_cache(directory: Path) -> None:
+    """Drop a checkpoint from the file cache, so that it is read from the disk."""
     for path in directory.glob("*.safetensors"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _run_in_process(side: str, directory: Path) -> Measured:
+    """Run one side in a separate process, after dropping the checkpoint from the file cache."""
+    empty_file_cache(directory)
     command = [sys.executable, "-m", "benchmarks.loading", "--side", side, "--directory", str(directory)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return Measured(**json.loads(done.stdout.splitlines()[-1]))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 def resident_bytes(pid: int) -> int:
     """Return the resident memory of a process and its descendants; each shared page counts once."""
-    return sum(_proportional_bytes(each) for each in [pid, *descendants(pid)])
+    return sum(own_bytes(each) for each in [pid, *descendants(pid)])
 
 
 def descendants(pid: int) -> list[int]:
@@ -16,7 +16,8 @@ def descendants(pid: int) -> list[int]:
     return [found for child in children for found in (child, *descendants(child))]
 
 
-def _proportional_bytes(pid: int) -> int:
+def own_bytes(pid: int) -> int:
+    """Return the resident memory of a process without its descendants; of a shared page, its share."""
     lines = _read(Path(f"/proc/{pid}/smaps_rollup")).splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 

@@ -30,7 +30,7 @@ import httpx
 import torch
 from PIL import Image
 
-from benchmarks.loading import IMAGE_TOKEN, NUM_QUERY_TOKENS, make_checkpoint
+from benchmarks.loading import IMAGE_TOKEN, NUM_QUERY_TOKENS, empty_file_cache, make_checkpoint
 from benchmarks.server_process import ServerProcess, free_port, stopped_on_exit
 
 NUM_TOKENS: Final = 30
@@ -64,7 +64,7 @@ def main() -> None:
             make_checkpoint(checkpoint)
         starts = []
         for repeat in range(arguments.repeats):
-            _empty_file_cache(checkpoint)
+            empty_file_cache(checkpoint)
             begin_s = time.perf_counter()
             server = stack.enter_context(stopped_on_exit(_start_service(checkpoint, folder)))
             server.wait_ready()
@@ -96,12 +96,6 @@ def _measure_start(server: ServerProcess, ready_s: float) -> Start:
     status = Path(f"/proc/{server.process.pid}/status").read_text().splitlines()
     sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in status if line.startswith("Rss")}
     return Start(ready_s, load_s, warmup_s, sizes["RssAnon"], sizes["RssFile"])
-
-
-def _empty_file_cache(checkpoint: Path) -> None:
-    for path in checkpoint.glob("*.safetensors"):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _compare(server: ServerProcess, checkpoint: Path, repeats: int) -> dict[int, list[tuple[float, float]]]:

@@ -190,9 +190,8 @@ def _read_avif(data: bytes) -> ImageHeader:
 
 
 def _read_heic(data: bytes) -> ImageHeader:
-    return ImageHeader(
-        "HEIC", *read_isobmff(data), depth=16
-    )  # to which pillow-heif scales grey of 10 and 12 bits
+    # pillow-heif scales grey of 10 and 12 bits to 16.
+    return ImageHeader("HEIC", *read_isobmff(data), depth=16)
 
 
 _READERS: Final[dict[str, Callable[[bytes], ImageHeader]]] = {

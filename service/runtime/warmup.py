@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Sequence
 from typing import Any, Final
 
 from model import GenerationParams
@@ -46,32 +46,34 @@ async def warm_up(backend: Backend, queue: RequestQueue, engine: Engine, setting
     Where a step on one image takes a CPU more than a second, the latter are reduced, so that they take
     seconds. Raises SelfTestError where the model fails, or gives a score that is not finite.
     """
-    first = _self_test(backend, queue, num_images=1)
-    engine.start()  # only now, so that all of them share their first step
-    await first
+    requests = _self_test_requests(backend, 1)
+    answers = [_submit(queue, request) for request in requests]
+    engine.start()  # only now, so that they share their first step
+    await _check(requests, answers)
     is_slow = backend.device == "cpu" and engine.longest_step_s > _SLOW_STEP_S
     sizes = REDUCED if is_slow else LARGEST
     if sizes.images_per_step > 1:
-        await _self_test(backend, queue, num_images=sizes.images_per_step)
+        requests = _self_test_requests(backend, sizes.images_per_step)
+        await _check(requests, [_submit(queue, request) for request in requests])
     await _run_largest_steps(backend, queue, sizes, settings)
 
 
-def _self_test(backend: Backend, queue: RequestQueue, *, num_images: int) -> Awaitable[None]:
-    """Submit every task of the model on so many images; return the check of their results."""
+def _self_test_requests(backend: Backend, num_images: int) -> list[AnyRequest]:
+    """Build requests for every task of the model on so many images."""
     captions = _caption_requests(backend, num_images) if backend.can_generate else []
     matches = [_match_request(backend, num_images)] if backend.can_match else []
-    requests: list[AnyRequest] = [*captions, *matches]
-    answers = [_submit(queue, request) for request in requests]
+    return [*captions, *matches]
 
-    async def check() -> None:
-        try:
-            await asyncio.gather(*answers)
-        except ServiceError as exc:
-            raise SelfTestError(f"the self-test failed: {exc}; check the weights and BLIP2_DTYPE") from exc
-        if any(not request.future.result().value[0][0].text for request in captions):
+
+async def _check(requests: Sequence[AnyRequest], answers: Sequence[asyncio.Future[Answer[Any]]]) -> None:
+    """Await the answers; warn of an empty caption. Raises SelfTestError where one fails."""
+    try:
+        await asyncio.gather(*answers)
+    except ServiceError as exc:
+        raise SelfTestError(f"the self-test failed: {exc}; check the weights and BLIP2_DTYPE") from exc
+    for request, answer in zip(requests, answers, strict=True):
+        if isinstance(request.inputs, GenerateInput) and not answer.result().value[0][0].text:
             logger.warning("the self-test gave an empty caption")
-
-    return check()
 
 
 async def _run_largest_steps(

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from benchmarks.process_memory import resident_bytes
+from benchmarks.process_memory import own_bytes
 from tests.attacks.harness import MemoryWatch, bystander
 from tests.attacks.raw_http import connected, head, read_all, read_status
 from tests.faults.clients import faulty_service
@@ -108,11 +108,14 @@ def test_an_upload_that_trickles_ends_in_time(
 
 
 def test_a_request_that_waits_for_the_device_holds_no_file(tmp_path: Path) -> None:
-    """Thirty files of 6 MB are 240 MB of base64, and far less in pixels: much follows the end of each."""
+    """Thirty files of 6 MB are 240 MB of base64, and far less in pixels: much follows the end of each.
+
+    Processes that decode come and go, and keep memory of their own: it does not count.
+    """
     num_requests, padding = 30, bytes(6 * MEGABYTE)
     with faulty_service(tmp_path, model="tiny", stall_timeout_ms=120_000, max_upload_bytes=2**30) as held:
         (tmp_path / HOLD).touch()
-        before_bytes = resident_bytes(held.process.pid)
+        before_bytes = own_bytes(held.process.pid)
         with ExitStack() as stack:
             for index in range(num_requests):
                 body = b'{"image": "%s"}' % in_base64(picture(index) + padding).encode()
@@ -122,7 +125,7 @@ def test_a_request_that_waits_for_the_device_holds_no_file(tmp_path: Path) -> No
             poll(lambda: held.metric(UPLOAD_GAUGE) == 0, 60, "the files to be dropped")
 
             def growth_bytes() -> int:
-                return resident_bytes(held.process.pid) - before_bytes
+                return own_bytes(held.process.pid) - before_bytes
 
             # Free memory goes back to the system every 15 s.
             poll(lambda: growth_bytes() < 100 * MEGABYTE, 30, "memory without the files")

@@ -49,13 +49,13 @@ def test_each_group_that_cannot_run_is_named_with_its_cure(bare_machine: Path) -
     assert done.returncode == 0, done.stderr
     parallel, serial, *not_run = done.stdout.splitlines()
     left_out = " and ".join(
-        f"not {group}" for group in ("docker", "int8", "redis", "kubectl", "promtool", "gpu")
+        f"not {group}" for group in ("docker", "int8", "redis", "kubectl", "promtool", "public", "gpu")
     )
     assert parallel == f"ran: -m pytest -m {left_out} and not serial {PARALLEL}"
     assert serial == f"ran: -m pytest -m {left_out} and serial"
     named = [line.partition(",")[0] for line in not_run]
     assert named == [
-        f"not run: {group}" for group in ("redis", "kubectl", "promtool", "gpu", "int8", "docker")
+        f"not run: {group}" for group in ("redis", "kubectl", "promtool", "public", "gpu", "int8", "docker")
     ]
     assert all("; enable with: " in line for line in not_run)
 
@@ -96,11 +96,11 @@ def add_kubectl(programs: Path, kustomize: str) -> None:
     add_script(programs, "kubectl", f"echo 'Kustomize Version: {kustomize}'")
 
 
-def test_a_group_runs_where_its_program_is_there(bare_machine: Path) -> None:
+def test_a_group_runs_where_its_program_or_its_files_are_there(bare_machine: Path) -> None:
     for name in ("redis-server", "promtool", "nvidia-smi", "docker", "pip"):
         add_program(bare_machine, name)
     add_kubectl(bare_machine, "v5.5.0")
-    done = run_suite(bare_machine)
+    done = run_suite(bare_machine, TEST_PUBLIC="published")
     anywhere = "not docker and not int8"
     groups = [f"{anywhere} and not serial {PARALLEL}", f"{anywhere} and serial", "int8", "docker"]
     assert lines_of(done, "ran: ") == [f"ran: -m pytest -m {group}" for group in groups]

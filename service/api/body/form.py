@@ -32,6 +32,7 @@ _SUBSCRIPT: Final = re.compile(r"\[([^\[\]]*)\]")
 _EXTENDED_FILENAME: Final = re.compile(rb";\s*filename\*", re.IGNORECASE)  # which the parser leaves out
 _PRINTABLE: Final = bytes([*b"\t\r\n", *range(32, 127)])
 _NUM_SNIFFED: Final = 64
+_MAX_PARAMETERS: Final = 32  # of a header: the parser's time grows with the square of their number
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -60,8 +61,8 @@ class _Part:
     def read_headers(self) -> None:
         """Read name, kind and encoding. Raises UnreadableBodyError."""
         header = self.headers.get(b"content-disposition", b"")
-        _, disposition = parse_options_header(header)
-        media_type, parameters = parse_options_header(self.headers.get(b"content-type"))
+        _, disposition = _parse_header(header)
+        media_type, parameters = _parse_header(self.headers.get(b"content-type", b""))
         if b"name" not in disposition:
             raise UnreadableBodyError("a part of the form has no name; send one in its Content-Disposition")
         self.sent_name = _decode(disposition[b"name"], self.encoding, "the name of a part")
@@ -248,6 +249,16 @@ class _Form:
 
     def _close(self) -> None:
         self._is_closed = True
+
+
+def _parse_header(header: bytes) -> tuple[bytes, dict[bytes, bytes]]:
+    """Return the value of a part's header and its parameters. Raises UnreadableBodyError for too many."""
+    if (count := header.count(b";")) > _MAX_PARAMETERS:
+        raise UnreadableBodyError(
+            f"a header of the form has {count} semicolons, the limit is {_MAX_PARAMETERS}; "
+            "send fewer parameters"
+        )
+    return parse_options_header(header)
 
 
 def _encoding(parameters: dict[bytes, bytes], default: str) -> str:

@@ -384,3 +384,19 @@ async def test_a_form_may_have_line_breaks_around_it(content: bytes) -> None:
 async def test_the_content_type_of_a_form_may_be_written_in_other_ways(kind: str) -> None:
     content = part("image", PNG) + FORM_END
     assert (await read(CaptionRequest, content, {"content-type": kind})).image == Upload(PNG)
+
+
+@pytest.mark.parametrize("name", ["Content-Disposition: form-data", "Content-Type: image/png"])
+async def test_a_header_of_very_many_parameters_is_refused(name: str) -> None:
+    """The parser's time grows with the square of their number."""
+    for num_parameters, is_read in ((30, True), (33, False), (800, False)):
+        header = (name + "; a=b" * num_parameters).encode()
+        if name.startswith("Content-Type"):
+            content = IMAGE_PART.replace(b"\r\n\r\n", b"\r\n" + header + b"\r\n\r\n") + FORM_END
+        else:
+            content = IMAGE_PART.replace(b"Content-Disposition: form-data", header) + FORM_END
+        if is_read:
+            assert (await read_form(content)).image == Upload(b"data")
+        else:
+            with pytest.raises(UnreadableBodyError, match="semicolons, the limit is 32"):
+                await read_form(content)
