@@ -40,11 +40,15 @@ def write_published(source: Path, directory: Path, model_class: type[PreTrainedM
 def write_weights(
     directory: Path, fields: dict[str, Any], files: Mapping[str, str], model_class: type[PreTrainedModel]
 ) -> None:
-    """Write a configuration, and random tensors of the names that are left of `files` in their shards."""
+    """Write a configuration, and random tensors of the names that are left of `files` in their shards.
+
+    A layer is where the last of its kind was, or one shard alone would be left.
+    """
     (directory / "config.json").write_text(json.dumps(fields, indent=2))
     with torch.device("meta"):
         shapes = model_class(Blip2Config.from_dict(fields)).state_dict()
-    kept = {name: file for name, file in files.items() if _is_kept(name)}
+    last = {_LAYER.sub(".layer.", name): files[name] for name in sorted(files, key=_layer_index)}
+    kept = {name: last[_LAYER.sub(".layer.", name)] for name in files if _is_kept(name)}
     assert kept.keys() <= shapes.keys(), sorted(kept.keys() - shapes.keys())
     generator = torch.Generator().manual_seed(0)
     for file in sorted(set(kept.values())):
@@ -106,10 +110,14 @@ def build_bert_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _is_kept(name: str) -> bool:
+def _layer_index(name: str) -> int:
     layer = _LAYER.search(name)
+    return int(layer[1]) if layer else -1
+
+
+def _is_kept(name: str) -> bool:
     depth = next(depth for prefix, depth in {**DEPTHS, "": 1}.items() if name.startswith(prefix))
-    return layer is None or int(layer[1]) < depth
+    return _layer_index(name) < depth
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
