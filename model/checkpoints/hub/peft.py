@@ -38,9 +38,9 @@ def find_base_model(directory: Path) -> Path:
     name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{path} names no 'base_model_name_or_path'; write the path of the model there")
-    beside = directory / name
-    if beside.is_dir() and not Path(name).is_dir():
-        base = beside
+    sibling = directory / name
+    if sibling.is_dir() and not Path(name).is_dir():
+        base = sibling
     else:
         base = resolve(name, revision=str(revision) if revision and is_hub_id(name) else None)
     if base.suffix == ".pth" or read_json(base / "config.json").get("model_type") != "blip-2":
@@ -97,7 +97,7 @@ def _merge(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
             saved = set(file.keys())
         with silence_transformers(), catch_warnings(action="ignore"):  # absent tensors are an error below
             wrapped = PeftModel.from_pretrained(model, directory, torch_device="cpu")
-            wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
+            expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
             merged: PreTrainedModel = wrapped.base_model.merge_and_unload(safe_merge=True)
     except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]  # torch names each tensor on a line of its own
@@ -105,7 +105,7 @@ def _merge(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
             f"the PEFT adapter in {directory} cannot be merged into its base model ({reason}); merge it "
             "where it was trained, with model.merge_and_unload(), and save the result"
         ) from error
-    if differing := sorted(saved ^ wanted):
+    if differing := sorted(saved ^ expected):
         raise CheckpointError(
             f"{path} and its base model do not belong together: the tensor {differing[0]!r} is in one "
             f"of them alone ({len(differing)} in all); correct 'base_model_name_or_path' in {PEFT_CONFIG}"
