@@ -13,6 +13,7 @@ from transformers.utils import logging
 from model.blip2 import Blip2
 from model.checkpoints import LoadOptions, load_blip2, resolve
 from model.checkpoints.convert import Format, convert
+from model.checkpoints.hub.peft import is_peft_adapter
 from model.checkpoints.inspect import inspect
 from model.checkpoints.json_records import read_json
 from model.checkpoints.resolve import fetch
@@ -88,7 +89,9 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 
 def _hub_directory(source: Path) -> Path | None:
-    is_hub = source.is_dir() and read_json(source / "config.json").get("model_type") == "blip-2"
+    if not source.is_dir() or is_peft_adapter(source):
+        return None
+    is_hub = read_json(source / "config.json").get("model_type") == "blip-2"
     return source if is_hub else None
 
 

@@ -173,5 +173,9 @@ def _check_fit(llm: PreTrainedModel) -> None:
         raise UnfitLanguageModelError(
             f"has embeddings {width} wide and hidden states {hidden_size} wide; soft tokens must be both"
         )
-    if not llm.config.is_encoder_decoder and getattr(llm.config, "is_decoder", True) is False:
+    # GPT-NeoX leaves 'is_decoder' false; its attention is causal all the same.
+    is_decoder = getattr(llm.config, "is_decoder", True) or any(
+        getattr(module, "is_causal", False) for module in llm.modules()
+    )
+    if not llm.config.is_encoder_decoder and not is_decoder:
         raise UnfitLanguageModelError("is an encoder ('is_decoder' is false), which generates no text")

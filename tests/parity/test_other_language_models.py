@@ -12,6 +12,7 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     Blip2ForConditionalGeneration,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     MT5Config,
@@ -56,6 +57,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "llama, tied": LlamaConfig(**SIZES_OF_DECODERS, tie_word_embeddings=True),
     "mistral": MistralConfig(**SIZES_OF_DECODERS),
     "qwen2": Qwen2Config(**SIZES_OF_DECODERS | {"pad_token_id": None}),
+    "gpt_neox": GPTNeoXConfig(**SIZES_OF_DECODERS),
     "mt5": MT5Config(
         vocab_size=len(WORDS) + 8,
         d_model=32,
@@ -70,7 +72,13 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         tie_word_embeddings=False,
     ),
 }
-SPECIAL_TOKENS = {"llama": ((BOS,), ()), "mistral": ((BOS,), ()), "qwen2": ((), ()), "mt5": ((), (EOS,))}
+SPECIAL_TOKENS = {
+    "llama": ((BOS,), ()),
+    "mistral": ((BOS,), ()),
+    "qwen2": ((), ()),
+    "gpt_neox": ((), ()),
+    "mt5": ((), (EOS,)),
+}
 
 
 def build_tokenizer(special_tokens: tuple[tuple[int, ...], tuple[int, ...]]) -> PreTrainedTokenizerFast:

@@ -1,10 +1,12 @@
 """Loads PEFT adapters (LoRA and others) of a checkpoint in the Hub's format, merged into its weights."""
 
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from warnings import catch_warnings
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, PreTrainedModel
 
 from model.checkpoints.foreign_tensors import PEFT_CONFIG
@@ -97,7 +99,11 @@ def _merge(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
             saved = set(file.keys())
         with silence_transformers(), catch_warnings(action="ignore"):  # absent tensors are an error below
             wrapped = PeftModel.from_pretrained(model, directory, torch_device="cpu")
-            expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
+            required, known = (
+                get_peft_model_state_dict(wrapped, save_embedding_layers=has_embeddings).keys()
+                for has_embeddings in (False, True)
+            )
+            _untie(wrapped)
             merged: PreTrainedModel = wrapped.base_model.merge_and_unload(safe_merge=True)
     except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]  # torch names each tensor on a line of its own
@@ -105,9 +111,24 @@ def _merge(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
             f"the PEFT adapter in {directory} cannot be merged into its base model ({reason}); merge it "
             "where it was trained, with model.merge_and_unload(), and save the result"
         ) from error
-    if differing := sorted(saved ^ expected):
+    if differing := sorted((required - saved) | (saved - known)):
         raise CheckpointError(
             f"{path} and its base model do not belong together: the tensor {differing[0]!r} is in one "
             f"of them alone ({len(differing)} in all); correct 'base_model_name_or_path' in {PEFT_CONFIG}"
         )
     return merged
+
+
+def _untie(wrapped: nn.Module) -> None:
+    """Copy the weights that an adapter changes in one module alone, and that others share with it.
+
+    peft would merge the change into all of them, a head into the word embeddings for instance.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    owners = Counter(id(each) for module in wrapped.modules() for each in module.parameters(recurse=False))
+    for layer in (each for each in wrapped.modules() if isinstance(each, BaseTunerLayer)):
+        base = layer.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if weight is not None and owners[id(weight)] > 1:
+            base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from warnings import catch_warnings
 
 import pytest
 import torch
@@ -36,7 +37,13 @@ CONFIGS: dict[str, PeftConfig] = {
     "opt, a trained projection": LoraConfig(
         r=2, target_modules=["out_proj"], modules_to_save=["language_projection"], bias="lora_only"
     ),
+    "opt, a tied head": LoraConfig(r=4, target_modules=["q_proj", "lm_head"]),
+    "opt, tied word embeddings": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
+    "opt, trained tokens": LoraConfig(
+        r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 6]}
+    ),
     "t5": LoraConfig(r=4, target_modules=["q", "v", "wi_0"], use_dora=True),
+    "t5, the head": LoraConfig(r=4, target_modules=["q", "lm_head"]),
     "itm": LoraConfig(r=4, target_modules=["query", "value", "qkv", "itm_head"]),
 }
 
@@ -51,7 +58,8 @@ def train(directory: Path, kind: str, config: PeftConfig, *, name: str = "lora")
     with torch.no_grad():
         for weight in (each for each in model.parameters() if each.requires_grad):
             weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.2)
-    model.save_pretrained(directory / name, save_embedding_layers=False)
+    with catch_warnings(action="ignore"):  # that word embeddings are saved too
+        model.save_pretrained(directory / name)
     return model
 
 
@@ -96,6 +104,24 @@ def test_a_merged_adapter_computes_what_peft_computes(name: str, tmp_path: Path)
     assert (ours - before).abs().max() > 0.01
 
 
+def test_an_adapter_may_hold_the_word_embeddings_of_its_base(tmp_path: Path) -> None:
+    train(tmp_path, "opt", CONFIGS["opt"]).save_pretrained(tmp_path / "more", save_embedding_layers=True)
+    names = load_file(tmp_path / "more" / "adapter_model.safetensors").keys()
+    assert any(name.endswith("embed_tokens.weight") for name in names)
+    lora, more = (load_blip2(str(tmp_path / each)).components.language_model for each in ("lora", "more"))
+    assert lora is not None
+    assert more is not None
+    for one, other in zip(lora.llm.parameters(), more.llm.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_embeddings_of_a_t5_that_differ_from_each_other_are_refused(tmp_path: Path) -> None:
+    """Only those of the prompt are changed, and a T5 has one matrix for prompt, encoder and decoder."""
+    train(tmp_path, "t5", LoraConfig(r=4, target_modules=["shared"]))
+    with pytest.raises(CheckpointError, match="word embeddings that differ from each other"):
+        Blip2.from_pretrained(str(tmp_path / "lora"))
+
+
 def test_an_adapter_and_its_base_may_be_moved_together(tmp_path: Path) -> None:
     train(tmp_path, "opt", CONFIGS["opt"])
     path = tmp_path / "lora" / "adapter_config.json"
@@ -115,11 +141,15 @@ def test_the_fingerprint_depends_on_the_adapter(tmp_path: Path) -> None:
     assert len(set(fingerprints)) == 3
 
 
-def test_commands_read_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(tmp_path, "opt", CONFIGS["opt"])
+@pytest.mark.parametrize("name", ["opt", "opt, a tied head"])
+def test_commands_read_an_adapter(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, "opt", CONFIGS[name])
     assert main(["inspect", str(tmp_path / "lora")]) == 0
     assert "Hub, Blip2ForConditionalGeneration, with a PEFT adapter to merge" in capsys.readouterr().out
     assert main(["convert", str(tmp_path / "lora"), str(tmp_path / "merged"), "--to", "hub"]) == 0
+    image = Path(__file__).parents[4] / "samples" / "star.png"
+    for directory in ("lora", "merged"):
+        assert main(["verify", str(tmp_path / directory), str(image)]) == 0
     ours, merged = (load_blip2(str(tmp_path / each)).components for each in ("lora", "merged"))
     assert ours.language_model is not None
     assert merged.language_model is not None
