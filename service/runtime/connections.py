@@ -13,7 +13,7 @@ from service.runtime.connection_pool import ConnectionPool
 
 ACCESS: Final = "access"  # the key of `Access` in the state of an ASGI scope
 _MAX_HEAD_BYTES: Final = 2**16
-_MAX_DISCARDED_BYTES: Final = 2**26  # of a body after its answer: a client sends all, and asks again
+_MAX_DISCARDED_BYTES: Final = 2**20  # of a body whose request is answered
 _LINGER_S: Final = 2.0  # for the caller to read why its body is not read any more
 
 

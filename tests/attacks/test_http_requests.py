@@ -17,7 +17,6 @@ from tests.integration.processes import ServiceProcess
 
 PROBES = ("/livez", "/readyz", "/startupz", "/health", "/version", "/metrics")
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: test\r\n"
-MEGABYTE = 2**20
 CHUNKED = b"0\r\n\r\n"
 
 
@@ -204,15 +203,3 @@ def test_a_connection_is_kept_after_an_error_that_read_the_whole_body(attacked: 
         assert (answer.status, len(answer.read()) > 0) == (422, True)
     assert connection.sock is kept
     connection.close()
-
-
-@pytest.mark.parametrize("num_bytes", [2 * MEGABYTE, 20 * MEGABYTE, 63 * MEGABYTE])
-def test_a_connection_can_be_used_again_after_an_answer_before_the_end_of_the_body(
-    attacked: ServiceProcess, num_bytes: int
-) -> None:
-    with connected(attacked) as connection:
-        connection.sendall(
-            head("/nowhere", num_bytes) + bytes(num_bytes) + LIVEZ + b"Connection: close\r\n\r\n"
-        )
-        answers = read_all(connection)
-    assert re.findall(rb"HTTP/1\.1 (\d+)", answers) == [b"404", b"200"]
