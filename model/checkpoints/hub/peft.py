@@ -7,10 +7,15 @@ from warnings import catch_warnings
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, PreTrainedModel
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    PreTrainedModel,
+)
 
 from model.checkpoints.foreign_tensors import PEFT_CONFIG
-from model.checkpoints.frozen.transformers_loading import silence_transformers
+from model.checkpoints.frozen.transformers_loading import build_config, silence_transformers
 from model.checkpoints.hashing import hash_file
 from model.checkpoints.hub.load import RETRIEVAL, load_hub
 from model.checkpoints.json_records import read_json
@@ -76,14 +81,22 @@ def load_peft(directory: Path, options: LoadOptions = IN_FLOAT32) -> LoadedCheck
 
 
 def _load_base(base: Path) -> PreTrainedModel:
-    architectures = read_json(base / "config.json").get("architectures")
+    path = base / "config.json"
+    fields = read_json(path)
+    files = TensorFiles(base)  # its errors are clearer than those of transformers, and so are the next
+    build_config(Blip2Config, path, fields)
+    architectures = fields.get("architectures")
     is_retrieval = isinstance(architectures, list) and RETRIEVAL in architectures
     model_class = Blip2ForImageTextRetrieval if is_retrieval else Blip2ForConditionalGeneration
-    files = TensorFiles(base)  # its errors are clearer
-    with silence_transformers():
-        model, loading_info = model_class.from_pretrained(
-            base, dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+    try:
+        with silence_transformers():
+            model, loading_info = model_class.from_pretrained(
+                base, dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{base}, the base model of a PEFT adapter, cannot be loaded ({error}); save it again"
+        ) from error
     for kind in ("missing_keys", "unexpected_keys"):
         if names := sorted(loading_info[kind]):
             raise CheckpointError(f"{files.path}: transformers reports {kind} {names[:3]}; save it again")

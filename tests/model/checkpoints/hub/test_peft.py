@@ -20,6 +20,7 @@ from model.checkpoints.__main__ import main
 from model.components import Blip2Components
 from tests.builders import build_components, random_pixels
 from tests.builders_t5 import build_t5_components
+from tests.model.checkpoints.damage import edit_config
 from tests.model.checkpoints.hub.test_processor import build_retrieval
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # of peft
@@ -174,6 +175,29 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
         Blip2.from_pretrained(str(tmp_path / "lora"))
     save_file({name: each[..., :-1].contiguous() for name, each in weights.items()}, path)
     with pytest.raises(CheckpointError, match=r"cannot be merged into its base model \(.*size mismatch"):
+        Blip2.from_pretrained(str(tmp_path / "lora"))
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "expected"),
+    [
+        ("", "quantization_config", {"quant_method": "bitsandbytes"}, "its weights are quantised"),
+        (
+            "qformer_config",
+            "intermediate_size",
+            48,
+            "base, the base model of a PEFT adapter, cannot be loaded",
+        ),
+        ("text_config", "num_hidden_layers", 7, "missing_keys"),
+        ("text_config", "hidden_size", "x", "hidden_size"),
+    ],
+)
+def test_a_damaged_base_model_is_refused(
+    part: str, field: str, value: object, expected: str, tmp_path: Path
+) -> None:
+    train(tmp_path, "opt", CONFIGS["opt"])
+    edit_config(tmp_path / "base", lambda fields: (fields[part] if part else fields).update({field: value}))
+    with pytest.raises(CheckpointError, match=rf"base.*{expected}"):
         Blip2.from_pretrained(str(tmp_path / "lora"))
 
 
