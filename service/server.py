@@ -22,7 +22,13 @@ from service.runtime.chunk_limit import MAX_TINY_CHUNKS, TINY_BYTES
 from service.runtime.connection_pool import KEEP_ALIVE_S, Access, ConnectionPool
 from service.runtime.connections import BoundedProtocol
 from service.runtime.lifecycle import EngineLostError, FatalError, Lifecycle, Loader, StartupError
-from service.runtime.listener import BACKLOG, MAX_PROBE_CONNECTIONS, NUM_EXTRA, limit_connections
+from service.runtime.listener import (
+    BACKLOG,
+    MAX_PROBE_CONNECTIONS,
+    NUM_EXTRA,
+    accept_backlog,
+    limit_connections,
+)
 from service.runtime.loading import load_backend
 from service.runtime.logs import configure_logs
 from service.runtime.settings import Settings
@@ -53,6 +59,20 @@ class Server(uvicorn.Server):
         """Stop the server, because it cannot serve."""
         self.failure = failure
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the listeners, answer whoever has connected, and end the application."""
+        # Whoever connected before a listener closes, and was not accepted, would be reset with its request.
+        backlog = [connection for listener in sockets or [] for connection in accept_backlog(listener)]
+        for server in self.servers:
+            server.close()
+        for connection in backlog:
+            await asyncio.get_running_loop().connect_accepted_socket(self._build_protocol, connection)
+        await super().shutdown(sockets)
+
+    def _build_protocol(self) -> asyncio.Protocol:
+        build = cast("Callable[..., asyncio.Protocol]", self.config.http_protocol_class)
+        return build(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     def _begin_exit(self) -> None:
         if self._draining is None:
@@ -102,13 +122,21 @@ def _build_server(
     def fail(failure: FatalError) -> None:
         server.fail(failure)
 
+    def is_stopping() -> bool:
+        return server.should_exit
+
     app = create_app(
         settings,
         load,
         on_ready=partial(_print_ready, listener),
         on_failure=fail,
     )
-    protocol = partial(BoundedProtocol, pool_of=_build_pools(settings, probe_listener), reject=_reject)
+    protocol = partial(
+        BoundedProtocol,
+        pool_of=_build_pools(settings, probe_listener),
+        reject=_reject,
+        is_stopping=is_stopping,
+    )
     config = uvicorn.Config(
         app,
         http=cast("type[asyncio.Protocol]", protocol),  # called with arguments only

@@ -15,6 +15,7 @@ ACCESS: Final = "access"  # the key of `Access` in the state of an ASGI scope
 _MAX_HEAD_BYTES: Final = 2**16
 _MAX_DISCARDED_BYTES: Final = 2**20  # of a body whose request is answered
 _LINGER_S: Final = 2.0  # for the caller to read why its body is not read any more
+_FIRST_REQUEST_S: Final = 2.0  # for the request of a connection that was made just before the service stops
 
 
 class Rejection(Protocol):
@@ -29,7 +30,7 @@ class BoundedProtocol(H11Protocol):
     """HTTP/1.1 on one connection of a pool.
 
     pool_of: returns the pool of a port. reject: builds the answer to bytes that are no HTTP; its argument is
-    the request id.
+    the request id. is_stopping: whether each connection has to end with its next answer.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class BoundedProtocol(H11Protocol):
         *args: Any,
         pool_of: Callable[[int | None], ConnectionPool],
         reject: Callable[[str], Rejection],
+        is_stopping: Callable[[], bool],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.conn = ChunkLimit(h11.SERVER, _MAX_HEAD_BYTES)
         self._pool_of = pool_of
         self._reject = reject
+        self._is_stopping = is_stopping
         self._lifespan_state = self.app_state
         self._num_discarded = 0
 
@@ -70,6 +73,15 @@ class BoundedProtocol(H11Protocol):
         self._pool = self._pool_of(self.server[1] if self.server else None)
         if not self._pool.admit(self):
             transport.abort()
+        elif self._is_stopping():
+            self.shutdown()
+
+    def shutdown(self) -> None:
+        """End the connection with its answer, or with that to the request that its caller is sending."""
+        if self.cycle is None:
+            self.loop.call_later(_FIRST_REQUEST_S, super().shutdown)
+        else:
+            super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.remove(self)
@@ -81,6 +93,8 @@ class BoundedProtocol(H11Protocol):
         self._pool.note_bytes(self)
         self.app_state = {**self._lifespan_state, ACCESS: self._pool.access()}
         super().data_received(data)
+        if self.cycle is not None and self._is_stopping():
+            self.cycle.keep_alive = False
         self._pool.update(self)
 
     def pause_writing(self) -> None:

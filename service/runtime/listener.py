@@ -3,6 +3,7 @@
 Imports nothing that is slow, so that a taken port is reported at once.
 """
 
+import contextlib
 import socket
 from typing import Final
 
@@ -33,6 +34,16 @@ def open_listener(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}: {exc.strerror or exc}; set BLIP2_HOST or BLIP2_PORT to others"
         ) from exc
     return listener
+
+
+def accept_backlog(listener: socket.socket) -> list[socket.socket]:
+    """Return the connections that were made and not accepted yet."""
+    listener.setblocking(False)
+    accepted = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            accepted.append(listener.accept()[0])
+    return accepted
 
 
 def limit_connections(max_connections: int) -> int:

@@ -1,8 +1,12 @@
 """Signals while the model is being loaded and while the process drains: exit codes, and no traceback."""
 
 import asyncio
+import contextlib
 import json
 import signal
+import socket
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -10,7 +14,7 @@ import pytest
 
 from tests.faults.clients import ask, client_of, faulty_service, has, request
 from tests.faults.faulty_device import HOLD
-from tests.integration.processes import START_TIMEOUT_S, ServiceProcess, poll, poll_async
+from tests.integration.processes import START_TIMEOUT_S, ServiceProcess, poll, poll_async, service
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=lambda sent: sent.name)
@@ -46,3 +50,42 @@ async def test_a_second_signal_ends_the_process_at_once(random_checkpoint: Path,
 
 async def is_draining(client: httpx.AsyncClient) -> bool:
     return "draining" in (await client.get("/readyz")).text
+
+
+def test_callers_that_have_connected_before_the_end_are_answered(
+    random_checkpoint: Path, tmp_path: Path
+) -> None:
+    with service(tmp_path, model=random_checkpoint) as stopping:
+        url = httpx.URL(stopping.url)
+        address = (url.host, url.port or 80)
+        silent = [socket.create_connection(address) for _ in range(20)]
+        with ThreadPoolExecutor(4) as threads:
+            callers = [threads.submit(call_until_refused, address) for _ in range(4)]
+            poll(lambda: stopping.total("blip2_requests_total") > 100, 60, "requests")
+            stopping.terminate()
+            poll(lambda: any(caller.done() for caller in callers), 60, "the listener's end")
+            answers = [exchange(connection) for connection in silent]
+            answers += [answer for caller in callers for answer in caller.result()]
+        assert stopping.wait() == 0
+    assert Counter(answer.split(b"\r\n")[0] for answer in answers).keys() == {
+        b"HTTP/1.1 200 OK",
+        b"HTTP/1.1 503 Service Unavailable",
+    }
+
+
+def call_until_refused(address: tuple[str, int]) -> list[bytes]:
+    """Return the answers to requests, each on a connection of its own, until no more can be made."""
+    answers = []
+    with contextlib.suppress(ConnectionRefusedError):
+        while True:
+            answers.append(exchange(socket.create_connection(address)))
+    return answers
+
+
+def exchange(connection: socket.socket) -> bytes:
+    """Send a request, and return the beginning of the answer, b"" where the connection was closed instead."""
+    with connection:
+        connection.sendall(b"GET /readyz HTTP/1.1\r\nHost: test\r\n\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            return connection.recv(4096)
+    return b""
