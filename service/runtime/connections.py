@@ -3,9 +3,10 @@
 import asyncio
 import uuid
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import h11
+from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.runtime.chunk_limit import ChunkLimit
@@ -16,14 +17,6 @@ _MAX_HEAD_BYTES: Final = 2**16
 _MAX_DISCARDED_BYTES: Final = 2**20  # of a body whose request is answered
 _LINGER_S: Final = 2.0  # for the caller to read why its body is not read any more
 _FIRST_REQUEST_S: Final = 2.0  # for the request of a connection that was made just before the service stops
-
-
-class Rejection(Protocol):
-    """An answer to bytes that are no HTTP; a Starlette response."""
-
-    status_code: int
-    body: bytes | memoryview
-    raw_headers: list[tuple[bytes, bytes]]
 
 
 class BoundedProtocol(H11Protocol):
@@ -37,7 +30,7 @@ class BoundedProtocol(H11Protocol):
         self,
         *args: Any,
         pool_of: Callable[[int | None], ConnectionPool],
-        reject: Callable[[str], Rejection],
+        reject: Callable[[str], Response],
         is_stopping: Callable[[], bool],
         **kwargs: Any,
     ) -> None:

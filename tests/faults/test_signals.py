@@ -5,7 +5,6 @@ import contextlib
 import json
 import signal
 import socket
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,14 +59,14 @@ def test_callers_that_have_connected_before_the_end_are_answered(
         address = (url.host, url.port or 80)
         silent = [socket.create_connection(address) for _ in range(20)]
         with ThreadPoolExecutor(4) as threads:
-            callers = [threads.submit(call_until_refused, address) for _ in range(4)]
+            asking = [threads.submit(call_until_refused, address) for _ in range(4)]
             poll(lambda: stopping.total("blip2_requests_total") > 100, 60, "requests")
             stopping.terminate()
-            poll(lambda: any(caller.done() for caller in callers), 60, "the listener's end")
+            poll(lambda: any(thread.done() for thread in asking), 60, "the listener's end")
             answers = [exchange(connection) for connection in silent]
-            answers += [answer for caller in callers for answer in caller.result()]
+            answers += [answer for thread in asking for answer in thread.result()]
         assert stopping.wait() == 0
-    assert Counter(answer.split(b"\r\n")[0] for answer in answers).keys() == {
+    assert {answer.split(b"\r\n")[0] for answer in answers} == {
         b"HTTP/1.1 200 OK",
         b"HTTP/1.1 503 Service Unavailable",
     }
