@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from service.api import errors_http, openapi
 from service.api.docs_page import DocsRoutes
 from service.api.health import DISTRIBUTION, HealthRoutes
-from service.api.middleware import EXPOSED_HEADERS, ContextMiddleware, RefusalMiddleware
+from service.api.middleware import EXPOSED_HEADERS, ContextMiddleware, LingerMiddleware, RefusalMiddleware
 from service.api.routes import InferenceRoutes
 from service.model_backend import Backend
 from service.runtime.lifecycle import FatalError, Lifecycle, Loader
@@ -67,13 +67,14 @@ def create_app(
     stack: ASGIApp = RefusalMiddleware(app.build_middleware_stack(), metrics=metrics)
     if settings.allowed_origins:
         stack = _with_cors(stack, settings.allowed_origins)
-    app.middleware_stack = ContextMiddleware(
+    stack = ContextMiddleware(
         stack,
         metrics=metrics,
         traffic=traffic,
         readiness=lifecycle.readiness,
         root_path=settings.root_path or "",
     )
+    app.middleware_stack = LingerMiddleware(stack)
     return app
 
 

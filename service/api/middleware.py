@@ -1,6 +1,8 @@
 """The context of each HTTP request, and the middleware that writes it into headers, metrics and the log."""
 
+import asyncio
 import logging
+import math
 import re
 import time
 import uuid
@@ -38,6 +40,8 @@ CONTENT_TYPE_OPTIONS: Final = {"X-Content-Type-Options": "nosniff"}
 _STATE_KEY: Final = "context"
 _MAX_HEADERS, _MAX_HEADER_BYTES = 100, 32 * 1024
 _RETRY_S: Final = 5
+_MAX_UNREAD_BYTES: Final = 2**20  # of a body, read and discarded after the answer
+_LINGER_S: Final = 2.0
 
 
 @dataclass(slots=True)
@@ -140,6 +144,45 @@ class ContextMiddleware:
         # Probes and scrapes come every few seconds.
         level = logging.INFO if route in ROUTES else logging.DEBUG
         logger.log(level, "request", extra={FIELDS: fields})
+
+
+class LingerMiddleware:
+    """Ends the connection after an answer that leaves much of the body unread, or its length unknown.
+
+    Such a caller is still sending. It is told by `Connection: close`, and has a while to read the answer,
+    because a connection that is closed at once is reset and may lose it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        unread = math.inf if "transfer-encoding" in headers else int(headers.get("content-length", 0))
+        lingers = False
+
+        async def receive_and_count() -> Message:
+            nonlocal unread
+            message = await receive()
+            if message["type"] == "http.request":
+                unread = unread - len(message.get("body", b"")) if message.get("more_body") else 0
+            return message
+
+        async def send_and_stay(message: Message) -> None:
+            nonlocal lingers
+            if message["type"] == "http.response.start":
+                lingers = unread > _MAX_UNREAD_BYTES
+                if lingers:
+                    MutableHeaders(scope=message)["Connection"] = "close"
+            await send({**message, "more_body": True} if lingers and "body" in message else message)
+
+        await self._app(scope, receive_and_count, send_and_stay)
+        if lingers:
+            await asyncio.sleep(_LINGER_S)
+            await send({"type": "http.response.body"})
 
 
 class RefusalMiddleware:

@@ -14,8 +14,6 @@ from service.runtime.connection_pool import ConnectionPool
 
 ACCESS: Final = "access"  # the key of `Access` in the state of an ASGI scope
 _MAX_HEAD_BYTES: Final = 2**16
-_MAX_DISCARDED_BYTES: Final = 2**20  # of a body whose request is answered
-_LINGER_S: Final = 2.0  # for the caller to read why its body is not read any more
 _FIRST_REQUEST_S: Final = 2.0  # for the request of a connection that was made just before the service stops
 
 
@@ -40,7 +38,6 @@ class BoundedProtocol(H11Protocol):
         self._reject = reject
         self._is_stopping = is_stopping
         self._lifespan_state = self.app_state
-        self._num_discarded = 0
 
     @property
     def awaits_reader(self) -> bool:
@@ -81,8 +78,6 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._is_discarding(len(data)):
-            return
         self._pool.note_bytes(self)
         self.app_state = {**self._lifespan_state, ACCESS: self._pool.access()}
         super().data_received(data)
@@ -98,19 +93,7 @@ class BoundedProtocol(H11Protocol):
         super().resume_writing()
         self._pool.update(self)
 
-    def _is_discarding(self, num_bytes: int) -> bool:
-        """Stop reading, and close later, where much of a body follows though its request is answered."""
-        if self._has_request or self.cycle is None or self.conn.their_state is not h11.SEND_BODY:
-            return False
-        self._num_discarded += num_bytes
-        if self._num_discarded <= _MAX_DISCARDED_BYTES:
-            return False
-        self.flow.pause_reading()
-        self.loop.call_later(_LINGER_S, self.transport.abort)
-        return True
-
     def on_response_complete(self) -> None:
-        self._num_discarded = 0
         super().on_response_complete()
         self._pool.update(self)
 

@@ -17,6 +17,7 @@ from tests.integration.processes import ServiceProcess
 
 PROBES = ("/livez", "/readyz", "/startupz", "/health", "/version", "/metrics")
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: test\r\n"
+MEGABYTE = 2**20
 CHUNKED = b"0\r\n\r\n"
 
 
@@ -203,3 +204,34 @@ def test_a_connection_is_kept_after_an_error_that_read_the_whole_body(attacked: 
         assert (answer.status, len(answer.read()) > 0) == (422, True)
     assert connection.sock is kept
     connection.close()
+
+
+@pytest.mark.parametrize("num_bytes", [2 * MEGABYTE, 20 * MEGABYTE, 63 * MEGABYTE])
+@pytest.mark.parametrize("path", ["/nowhere", "/caption"])
+def test_no_request_is_lost_after_an_answer_before_the_end_of_the_body(
+    attacked: ServiceProcess, path: str, num_bytes: int
+) -> None:
+    with httpx.Client(base_url=attacked.url) as client:
+        refused = client.post(path, content=bytes(num_bytes), headers={"Content-Type": "image/png"})
+        assert (refused.status_code, refused.headers.get("Connection")) == (
+            404 if path == "/nowhere" else 415,
+            "close",
+        )
+        assert client.get("/livez").status_code == 200
+
+
+@pytest.mark.parametrize(("num_unread", "is_kept"), [(MEGABYTE, True), (MEGABYTE + 1, False)])
+def test_a_connection_is_kept_where_little_of_a_body_is_unread(
+    attacked: ServiceProcess, num_unread: int, is_kept: bool
+) -> None:
+    with connected(attacked) as connection:
+        last = LIVEZ + b"Connection: close\r\n\r\n"
+        connection.sendall(head("/nowhere", num_unread) + bytes(num_unread) + last)
+        statuses = re.findall(rb"HTTP/1\.1 (\d+)", read_all(connection))
+    assert statuses == ([b"404", b"200"] if is_kept else [b"404"])
+
+
+def test_a_body_of_unknown_length_that_is_not_read_ends_the_connection(attacked: ServiceProcess) -> None:
+    lines = b"POST /nowhere HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
+    status, rest = exchange(attacked, lines + b"5\r\nabcde\r\n")
+    assert (status, b"connection: close" in rest.lower()) == (404, True)
