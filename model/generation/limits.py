@@ -30,7 +30,7 @@ class DecoderLimits:
         if requirement.num_prefix_tokens > self.max_prefix_tokens:
             raise InvalidPromptError(
                 f"image and prompt have {requirement.num_prefix_tokens} tokens, the limit is "
-                f"{self.max_prefix_tokens}; shorten the prompt"
+                f"{self.max_prefix_tokens}; shorten the prompt, or raise the limit"
             )
         if requirement.num_rows > self.max_rows:
             raise InvalidParamsError(

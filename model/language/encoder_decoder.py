@@ -11,7 +11,8 @@ from model.errors import InvalidParamsError, InvalidPromptError, UnfitLanguageMo
 from model.language.kv_cache import split_cache
 from model.language.model_family import PrefillOutput, SpecialTokenTemplate
 
-TRAINED_POSITIONS = 512  # of every released T5; relative positions set no limit themselves
+DEFAULT_POSITIONS = 512  # for a configuration that sets no limit
+RELATIVE_POSITIONS = 32_768  # of T5, whose positions set no limit: its attention's memory does
 
 
 class EncoderDecoderBatch:
@@ -77,11 +78,10 @@ class EncoderDecoder:
                 "names no token that an answer begins with; set 'decoder_start_token_id' in its config.json"
             )
         self._start_token_id: int = llm.config.decoder_start_token_id
-        self.max_positions: int = (
-            getattr(llm.config, "n_positions", None)
-            or getattr(llm.config, "max_position_embeddings", None)
-            or TRAINED_POSITIONS
-        )
+        # T5's `n_positions` is the length it was trained with; distances beyond it share a bias.
+        is_relative = hasattr(llm.config, "relative_attention_num_buckets")
+        absolute = getattr(llm.config, "max_position_embeddings", None) or DEFAULT_POSITIONS
+        self.max_positions: int = RELATIVE_POSITIONS if is_relative else absolute
 
     def answer_context(self, _prefix_ids: Sequence[int]) -> tuple[int, ...]:
         return (self._start_token_id,)

@@ -12,6 +12,7 @@ from model import Blip2, CheckpointError, Generation, GenerationParams
 from service.blip2_backend import Blip2Backend
 from service.runtime.loading import load_backend
 from service.runtime.settings import Settings
+from tests.builders import MAX_POSITIONS, NUM_QUERY_TOKENS
 from tests.builders_t5 import save_random_t5_checkpoint
 from tests.service.fakes import png, png_base64
 from tests.service.running import site
@@ -70,13 +71,35 @@ async def test_questions_are_asked_for_short_answers_and_answered_as_by_the_mode
     assert [answer["score"] for answer in answers] == pytest.approx([one.score for one in expected], abs=1e-4)
 
 
-async def test_an_answer_longer_than_the_positions_is_refused(backend: Blip2Backend) -> None:
+async def test_prompt_and_answer_may_be_longer_than_the_positions_it_was_trained_with(
+    checkpoint: Path, backend: Blip2Backend
+) -> None:
+    prompt, num_tokens = "a photo of " * 60, MAX_POSITIONS + 1
+    body = {
+        "image": png_base64(RED),
+        "prompt": prompt,
+        "max_new_tokens": num_tokens,
+        "min_new_tokens": num_tokens,
+        "num_captions": 1,
+    }
     async with site(backend) as running:
-        body = {"image": png_base64(RED), "max_new_tokens": 97}
         response = await running.client.post("/caption", json=body)
-    assert response.status_code == 422
-    assert response.json()["code"] == "invalid_params"
-    assert "max_new_tokens is 97" in response.json()["detail"]
+    assert response.status_code == 200, response.text
+    params = GenerationParams(num_beams=5, max_new_tokens=num_tokens, min_new_tokens=num_tokens)
+    ((expected,),) = alone(checkpoint, [prompt], params)
+    assert [caption["text"] for caption in response.json()["captions"]] == [expected.text]
+
+
+async def test_a_prompt_longer_than_the_limit_is_refused(checkpoint: Path) -> None:
+    backend = load_backend(
+        Settings(model=str(checkpoint), device="cpu", dtype="float32", max_prompt_tokens=64)
+    )
+    num_words = 64 - NUM_QUERY_TOKENS - 1  # the end token is the last
+    requests = [{"image": png_base64(RED), "prompt": "a " * num} for num in (num_words, num_words + 1)]
+    async with site(backend) as running:
+        responses = [await running.client.post("/caption", json=body) for body in requests]
+    assert [response.status_code for response in responses] == [200, 422]
+    assert "65 tokens, the limit is 64; shorten the prompt, or raise" in responses[1].json()["detail"]
 
 
 def test_a_service_asked_for_float16_does_not_start_on_a_t5(checkpoint: Path) -> None:

@@ -18,6 +18,7 @@ from model import (
     InvalidPromptError,
 )
 from model.language import DecodeInput, DecodingState, LanguageModel, MemoryRequirement
+from model.language.encoder_decoder import RELATIVE_POSITIONS
 from model.language.per_beam_state import PerBeamState
 from tests.builders import MAX_POSITIONS, NUM_QUERY_TOKENS, build_language_model
 from tests.builders_t5 import build_t5_language_model
@@ -179,14 +180,15 @@ def test_image_tokens_prompt_and_answer_must_fit_the_positions_together() -> Non
     assert decoder.num_requests == 1
 
 
-def test_an_answer_of_its_own_sequence_must_fit_the_positions_by_itself() -> None:
+def test_an_answer_of_its_own_sequence_must_fit_its_limit_by_itself() -> None:
     language_model = build_t5_language_model("tied")
     decoder = Decoder(language_model)
-    decoder.add(request_without_words(language_model, max_new_tokens=MAX_POSITIONS))
+    decoder.add(request_without_words(language_model, max_new_tokens=RELATIVE_POSITIONS))
     with pytest.raises(
-        InvalidParamsError, match=f"max_new_tokens is {MAX_POSITIONS + 1}.*at most {MAX_POSITIONS} tokens"
+        InvalidParamsError,
+        match=f"max_new_tokens is {RELATIVE_POSITIONS + 1}.*at most {RELATIVE_POSITIONS} tokens",
     ):
-        decoder.add(request_without_words(language_model, max_new_tokens=MAX_POSITIONS + 1))
+        decoder.add(request_without_words(language_model, max_new_tokens=RELATIVE_POSITIONS + 1))
     assert decoder.num_requests == 1
 
 

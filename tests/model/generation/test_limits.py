@@ -107,7 +107,7 @@ def test_a_request_is_checked_without_a_decoder(pair: Pair) -> None:
     with pytest.raises(InvalidParamsError, match="the limit is 4"):
         check(DecoderLimits(max_rows=4))
     with pytest.raises(InvalidPromptError, match="shorten the prompt"):
-        check(DecoderLimits(), num_prompt_tokens=1000)
+        check(DecoderLimits(), num_prompt_tokens=pair.language_model.max_positions)
 
 
 def test_a_prompt_of_as_many_tokens_as_the_limit_fits_and_one_more_does_not(pair: Pair) -> None:

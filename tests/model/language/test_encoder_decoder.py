@@ -7,11 +7,16 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import Blip2ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    Blip2ForConditionalGeneration,
+)
 
 from model import Blip2, Decoder, DecodeRequest, GenerationParams
 from model.checkpoints import save_hub
-from model.errors import InvalidPromptError
+from model.errors import InvalidParamsError, InvalidPromptError
+from model.generation import run_requests
 from model.language import LanguageModel
 from model.language.encoder_decoder import EncoderDecoderBatch
 from tests.builders import MAX_POSITIONS, NUM_QUERY_TOKENS, build_decode_input, decode_step, random_pixels
@@ -62,24 +67,63 @@ def test_a_tokenizer_that_adds_the_end_itself_changes_nothing(language_model: La
     assert adding.tokenize("a photo of") == language_model.tokenize("a photo of")
 
 
-def test_a_prompt_beyond_the_positions_of_the_encoder_is_refused(language_model: LanguageModel) -> None:
+@pytest.fixture(scope="module")
+def bart() -> LanguageModel:
+    """Build an encoder-decoder whose positions are absolute."""
+    config = BartConfig(
+        vocab_size=60,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=MAX_POSITIONS,
+    )
+    return LanguageModel(BartForConditionalGeneration(config).eval(), build_t5_tokenizer())
+
+
+def test_a_prompt_beyond_absolute_positions_is_refused(bart: LanguageModel) -> None:
     max_prompt_tokens = MAX_POSITIONS - NUM_QUERY_TOKENS
     checked = {"num_soft_tokens": NUM_QUERY_TOKENS, "max_new_tokens": MAX_POSITIONS}
-    language_model.check_length(num_prompt_tokens=max_prompt_tokens, **checked)
+    bart.check_length(num_prompt_tokens=max_prompt_tokens, **checked)
     with pytest.raises(
         InvalidPromptError,
         match=f"{max_prompt_tokens + 1} tokens.*makes {MAX_POSITIONS + 1}, the limit is {MAX_POSITIONS}; "
         "shorten",
     ):
-        language_model.check_length(num_prompt_tokens=max_prompt_tokens + 1, **checked)
+        bart.check_length(num_prompt_tokens=max_prompt_tokens + 1, **checked)
+    with pytest.raises(InvalidParamsError, match=f"answers with at most {MAX_POSITIONS} tokens; lower"):
+        bart.check_length(num_prompt_tokens=1, num_soft_tokens=8, max_new_tokens=MAX_POSITIONS + 1)
     with pytest.raises(InvalidPromptError, match=f"the limit is {MAX_POSITIONS}; shorten it"):
-        language_model.tokenize("red " * MAX_POSITIONS)
+        bart.tokenize("red " * (MAX_POSITIONS + 1))
 
 
-def test_positions_a_configuration_does_not_limit_are_those_t5_was_trained_on() -> None:
-    t5 = build_t5("tied")
-    del t5.config.n_positions
-    assert LanguageModel(t5, build_t5_tokenizer()).max_positions == 512
+@KINDS
+@pytest.mark.parametrize("has_n_positions", [True, False])
+@torch.inference_mode()
+def test_a_t5_answers_prompts_longer_than_its_n_positions_as_in_transformers(
+    kind: Tying, has_n_positions: bool
+) -> None:
+    t5 = build_t5(kind)
+    if not has_n_positions:
+        del t5.config.n_positions
+    language_model = LanguageModel(t5, build_t5_tokenizer()).eval()
+    prompt_ids = language_model.tokenize("what color is the big red star ? " * 20)
+    assert len(prompt_ids) > MAX_POSITIONS
+    soft_tokens = random_soft_tokens(NUM_QUERY_TOKENS)
+    params = GenerationParams(num_beams=2, max_new_tokens=MAX_POSITIONS + 4, min_new_tokens=MAX_POSITIONS + 4)
+    ((answer, *_),) = run_requests(language_model, [DecodeRequest(soft_tokens, prompt_ids, params)])
+    embeds = language_model.embed_prefix(soft_tokens, prompt_ids)[None]
+    tokens = t5.generate(
+        inputs_embeds=embeds,
+        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+        num_beams=params.num_beams,
+        max_new_tokens=params.max_new_tokens,
+        min_new_tokens=params.min_new_tokens,
+    )
+    assert tokens[0, 1:].tolist() == list(answer.token_ids)
 
 
 def test_penalties_count_the_answer_alone_behind_its_start_token(language_model: LanguageModel) -> None:
