@@ -30,7 +30,7 @@ from service.engine.fair_queueing import FairSemaphore
 from service.errors import ImageTooLargeError, InvalidImageError, NotReadyError, for_caller
 
 # To be increased when the same file would be decoded into other pixels than before.
-PREPROCESS_VERSION: Final = "3"
+PREPROCESS_VERSION: Final = "4"
 SMALL_DECODE_BYTES: Final = 32 * 2**20  # a photo of 3 Mpx
 
 _SMALL_CPU_S: Final = 0.5
