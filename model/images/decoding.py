@@ -67,8 +67,8 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[I
     except DAMAGE as exc:
         reason = str(exc)[:_MAX_ECHOED]
         raise InvalidImageFileError(
-            f"the image is damaged, or of a kind that is not read ({reason}); "
-            "send the file whole, or save it as another PNG or JPEG"
+            f"the {header.format} is damaged, or of a kind that is not read ({reason}); "
+            "send the file whole, or save it again as PNG or JPEG"
         ) from exc
 
 
