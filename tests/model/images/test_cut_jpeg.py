@@ -27,12 +27,12 @@ def jpeg_of_components(*, restarts: bool = False) -> bytes:
     """Build a baseline JPEG with one scan for each component, from three grey ones."""
     options = {"restart_marker_blocks": 7} if restarts else {}
     greys = [encode(channel, "JPEG", **options) for channel in photo().convert("YCbCr").split()]
-    frame, first_scan = greys[0].index(b"\xff\xc0"), greys[0].index(b"\xff\xda")
+    frame_start, first_scan = greys[0].index(b"\xff\xc0"), greys[0].index(b"\xff\xda")
     components = b"".join(struct.pack("3B", number, 0x11, 0) for number in (1, 2, 3))
     header = struct.pack(">HHBHHB", 0xFFC0, 17, 8, 72, 96, 3) + components
     scans = [grey[grey.index(b"\xff\xda") : -2] for grey in greys]
     numbered = [scan[:5] + bytes([number]) + scan[6:] for number, scan in enumerate(scans, 1)]
-    start = greys[0][:frame] + header + greys[0][frame + 13 : first_scan]
+    start = greys[0][:frame_start] + header + greys[0][frame_start + 13 : first_scan]
     return start + b"".join(numbered) + b"\xff\xd9"
 
 
@@ -66,8 +66,8 @@ FILES = {
 
 def scan_starts(data: bytes) -> list[int]:
     """Return where the scans of the picture begin, behind its thumbnail."""
-    frame = max(data.rfind(b"\xff\xc0"), data.rfind(b"\xff\xc2"))
-    return [match.start() for match in re.finditer(b"\xff\xda", data) if match.start() > frame]
+    frame_start = max(data.rfind(b"\xff\xc0"), data.rfind(b"\xff\xc2"))
+    return [match.start() for match in re.finditer(b"\xff\xda", data) if match.start() > frame_start]
 
 
 @pytest.mark.parametrize("name", FILES)

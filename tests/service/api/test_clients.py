@@ -4,7 +4,7 @@ import json
 import zlib
 
 import pytest
-from starlette.types import Message
+from starlette.types import Message, Scope
 
 from tests.service.fakes import png, png_base64
 from tests.service.running import assert_problem, site
@@ -93,7 +93,13 @@ async def test_a_target_in_absolute_form_is_its_path() -> None:
             async def receive() -> Message:
                 return {"type": "http.request", "body": b"", "more_body": False}
 
-            scope = {"type": "http", "method": "GET", "path": target, "headers": [], "query_string": b""}
+            scope: Scope = {
+                "type": "http",
+                "method": "GET",
+                "path": target,
+                "headers": [],
+                "query_string": b"",
+            }
             await running.app(scope, receive, send)
             assert statuses == [200]
 
