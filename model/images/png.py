@@ -20,11 +20,17 @@ _MAX_TEXT_BYTES: Final = 2**20  # unpacked; Pillow refuses the image beyond it
 def without_metadata(data: bytes) -> bytes:
     """Return the same picture without metadata, damaged ancillary chunks, and further frames of an animation.
 
-    Raises InvalidImageFileError for too many chunks. A damaged end is kept, for the decoder to refuse.
+    Raises InvalidImageFileError for too many chunks, and for pixels with a wrong checksum, which Pillow does
+    not look at. Any other damage is kept, for the decoder to refuse.
     """
     view = memoryview(data)
     depth, color_type = data[24], data[25]
     has_levels = color_type in _LEVEL_TYPES
+    for kind, start, end in _chunks(data):
+        if kind == b"IDAT" and not _is_whole(view[start + 4 : end]):
+            raise InvalidImageFileError(
+                "the PNG's pixels are damaged or truncated (wrong checksum); send the file whole"
+            )
     kept = [
         _without_spare_bits(view[start:end], depth) if has_levels and kind == b"tRNS" else view[start:end]
         for kind, start, end in _chunks(data)

@@ -112,6 +112,20 @@ def test_a_wrong_checksum_in_a_critical_chunk_is_damage() -> None:
         decode_image(data, 32)
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(" png") or name == "png"])
+def test_pixels_of_a_png_with_a_wrong_checksum_are_damage(name: str) -> None:
+    data = FILES[name]
+    start = data.index(b"IDAT") + 4
+    end = start + int.from_bytes(data[start - 8 : start - 4])
+    flipped = [bytearray(data) for _ in range(5)]
+    for copy, place in zip(flipped, (start + 5, (start + end) // 2, end - 5, end - 1, end + 3), strict=True):
+        copy[place] ^= 1
+    cut = [data[:place] + bytes(len(data)) for place in ((start + end) // 2, end - 9)]
+    for damaged in (*flipped, *cut):
+        with pytest.raises(InvalidImageFileError, match=r"the PNG's pixels are damaged or truncated"):
+            decode_image(bytes(damaged), 32)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_whole_file_has_no_warnings(name: str) -> None:
     assert find_warnings(FILES[name]) == ()
