@@ -6,9 +6,7 @@ here.
 """
 
 import asyncio
-import binascii
 import hashlib
-import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
@@ -16,7 +14,6 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import partial
 from typing import Any, Final, TypeVar
-from urllib.parse import unquote
 
 import torch
 from anyio import BrokenWorkerProcess, CapacityLimiter, open_process, to_process
@@ -28,20 +25,16 @@ from model.images.header import ImageHeader, check_size, find_warnings, memory_o
 from model.images.limits import decode_within_limits, prepare_process
 from service.engine.fair_queueing import FairSemaphore
 from service.errors import ImageTooLargeError, InvalidImageError, NotReadyError, for_caller
+from service.image_text import decode_text, explain_text
 
 # To be increased when the same file would be decoded into other pixels than before.
-PREPROCESS_VERSION: Final = "3"
+PREPROCESS_VERSION: Final = "4"
 SMALL_DECODE_BYTES: Final = 32 * 2**20  # a photo of 3 Mpx
 
 _SMALL_CPU_S: Final = 0.5
 _WALL_FACTOR: Final = 20  # of CPU time: a large image waits for whatever else the machine does
 _SMALL_FILE_BYTES: Final = 2**18  # a larger one is hashed in a thread, which takes a millisecond and more
 _RETRY_S: Final = 5
-# Its parameters may be anything, such as a file name with commas: base64 itself has no semicolon.
-_DATA_URI: Final = re.compile(r"data:.{0,4096}?;\s*base64\s*,", re.IGNORECASE | re.DOTALL)
-_URI: Final = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
-_TO_STANDARD: Final = bytes.maketrans(b"-_", b"+/")  # from the url-safe alphabet
-_WHITESPACE: Final = b" \t\r\n\f\v"
 _STARTED: Final = ContextVar[list[Process]]("started")  # the processes that a call has started
 T = TypeVar("T")
 S = TypeVar("S", str, bytes, str | bytes)
@@ -135,35 +128,13 @@ class ImageDecoder:
 
     def _read(self, source: str | bytes) -> ImageFile:
         if isinstance(source, str):
-            source = self._decode_base64(source)
+            source = decode_text(source, self._check_size)
         self._check_size(len(source))
         try:
             warnings = find_warnings(source)
         except ModelError as exc:
-            raise for_caller(exc) from exc
+            raise explain_text(source) or for_caller(exc) from exc
         return ImageFile(source, hashlib.sha256(source).hexdigest(), warnings)
-
-    def _decode_base64(self, source: str) -> bytes:
-        """Decode base64 of either alphabet, with or without padding and line breaks, or a data: URI."""
-        source = source.strip()
-        if match := _DATA_URI.match(source):
-            source = source[match.end() :]
-            source = unquote(source) if "%" in source else source
-        elif match := _URI.match(source):
-            raise InvalidImageError(
-                "the data: URI is not base64; write it as data:image/png;base64,…"
-                if match[0].lower() == "data:"
-                else "image URLs are not fetched here; send the file itself, in base64"
-            )
-        try:
-            text = source.encode("ascii").translate(_TO_STANDARD, _WHITESPACE)
-            text += b"=" * (-len(text) % 4)
-            self._check_size(len(text) * 3 // 4 - text[-2:].count(b"="))
-            return binascii.a2b_base64(text, strict_mode=True)
-        except (binascii.Error, ValueError) as exc:
-            raise InvalidImageError(
-                f"the image is not base64 ({exc}); use the standard or the url-safe alphabet"
-            ) from exc
 
     def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:

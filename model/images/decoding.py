@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageChops, ImageFile, UnidentifiedImageError, 
 from model.errors import InvalidImageFileError
 from model.images import isobmff, png
 from model.images.header import SIGNATURES, ImageHeader, check_size, damaged_header, read_header
-from model.images.jpeg import ends_for, lacks_end
+from model.images.jpeg import ends_for, has_all_scans, lacks_end, without_fill
 from model.images.resize import BAND_PX, resize_to_square
 from model.images.tiff import unread_tiff
 
@@ -35,8 +35,8 @@ _WITHOUT_METADATA: Final = {
 def decode_image(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode the first frame of a file: upright, RGB on white, resized to [side, side].
 
-    A JPEG without its end marker is read if no pixels are missing: then none depends on what follows the last
-    byte. Raises as `open_image`.
+    A JPEG without its end marker is read if no pixels are missing: then it has all scans, and no pixel
+    depends on what follows the last byte. Raises as `open_image`.
     """
     if data.startswith(SIGNATURES["JPEG"]) and lacks_end(data):
         data = _end_jpeg(data, max_pixels)
@@ -67,8 +67,8 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[I
     except DAMAGE as exc:
         reason = str(exc)[:_MAX_ECHOED]
         raise InvalidImageFileError(
-            f"the image is damaged, or of a kind that is not read ({reason}); "
-            "send the file whole, or save it as another PNG or JPEG"
+            f"the {header.format} is damaged, or of a kind that is not read ({reason}); "
+            "send the file whole, or save it again as PNG or JPEG"
         ) from exc
 
 
@@ -148,13 +148,14 @@ def _open_webp(data: bytes, header: ImageHeader) -> Image.Image:
 
 def _end_jpeg(data: bytes, max_pixels: int) -> bytes:
     """Return a file with an end, or raise InvalidImageFileError where some pixels depend on what it is."""
-    data = data.rstrip(b"\xff")  # half a marker
+    data = without_fill(data)
     ends = ends_for(data)
-    if len({_hash_pixels(data + end, max_pixels) for end in ends}) > 1:
-        raise InvalidImageFileError(
-            "the image is damaged (the JPEG ends before its last pixels); send the file whole"
-        )
-    return data + ends[0]
+    with contextlib.suppress(struct.error, LookupError):  # the header ends, too
+        if has_all_scans(data) and len({_hash_pixels(data + end, max_pixels) for end in ends}) == 1:
+            return data + ends[0]
+    raise InvalidImageFileError(
+        "the image is damaged (the JPEG ends before its last pixels); send the file whole"
+    )
 
 
 def _hash_pixels(data: bytes, max_pixels: int) -> bytes:

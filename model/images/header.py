@@ -104,7 +104,7 @@ def sniff_format(data: bytes) -> str:
 def damaged_header(name: str) -> InvalidImageFileError:
     return InvalidImageFileError(
         f"the file begins as {name}, but its header is damaged or of a kind that is not read; "
-        "send it whole, or save it as another PNG or JPEG"
+        "send it whole, or save it again as PNG or JPEG"
     )
 
 
@@ -135,6 +135,11 @@ def memory_of(header: ImageHeader, side: int, file_bytes: int) -> int:
 
 
 def _read_png(data: bytes) -> ImageHeader:
+    if data[12:16] == b"CgBI":
+        raise InvalidImageFileError(
+            "the PNG is of Apple's own kind (CgBI, from an iPhone app), which is not read; "
+            "save it again as a plain PNG"
+        )
     width, height, depth, color_type, _, _, _ = struct.unpack_from(">2I5B", data, 16)
     channels = _PNG_CHANNELS[color_type]
     pixel_bytes = (2 if depth == 16 else 1) if channels == 1 else 4  # in Pillow

@@ -34,7 +34,7 @@ def read_isobmff(data: bytes) -> tuple[int, int, int, int]:
     """
     meta = _meta(data)
     _check_parts(data, meta[b"iloc"][0])
-    containers = _by_kind(data, *meta[b"iprp"])
+    containers = by_kind(data, *meta[b"iprp"])
     properties = list(boxes(data, *containers[b"ipco"]))
     numbers = _property_numbers(data, _primary_item(data, meta[b"pitm"][0]), containers[b"ipma"][0])
     own = {kind: place for kind, place, _ in (properties[number - 1] for number in numbers if number)}
@@ -83,14 +83,14 @@ def _too_many_boxes() -> InvalidImageFileError:
 
 
 def _meta(data: bytes) -> dict[bytes, tuple[int, int]]:
-    outer = _by_kind(data, 0, len(data), until=b"meta")
+    outer = by_kind(data, 0, len(data), until=b"meta")
     if b"moov" in outer and b"meta" not in outer:
         raise InvalidImageFileError("the file is a film without a still picture; send one of its frames")
     start, end = outer[b"meta"]
-    return _by_kind(data, start + _FULL_BOX, end)
+    return by_kind(data, start + _FULL_BOX, end)
 
 
-def _by_kind(data: bytes, place: int, end: int, until: bytes = b"") -> dict[bytes, tuple[int, int]]:
+def by_kind(data: bytes, place: int, end: int, until: bytes = b"") -> dict[bytes, tuple[int, int]]:
     """Return start and end of the first box of each kind; those behind a box `until` are not looked at."""
     found: dict[bytes, tuple[int, int]] = {}
     for kind, start, last in boxes(data, place, end):
@@ -126,7 +126,9 @@ def _check_parts(data: bytes, place: int) -> None:
             length = int.from_bytes(data[place : place + length_bytes])
             place += length_bytes
             if not is_elsewhere and base + offset + length > len(data):
-                raise InvalidImageFileError("the file ends before its last pixels; send it whole")
+                raise InvalidImageFileError(
+                    f"the {sniff_isobmff(data)} ends before its last pixels; send it whole"
+                )
 
 
 def _primary_item(data: bytes, place: int) -> int:

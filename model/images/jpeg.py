@@ -2,6 +2,7 @@
 
 import re
 import struct
+from collections.abc import Iterator
 from typing import Final
 
 from model.errors import InvalidImageFileError
@@ -16,6 +17,10 @@ _SIZES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of fr
 _PROGRESSIVE: Final = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _START_OF_SCAN: Final = 0xDA
 _MARKER: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # not the padding and restarts of a scan
+_NUM_COEFFICIENTS: Final = 64  # of a block
+_MAX_DATA_ZEROS: Final = (
+    3  # bytes at the end of a scan; more are what a disk or a download holds behind a cut
+)
 
 
 def read_jpeg(data: bytes) -> tuple[int, int, int, int]:
@@ -51,6 +56,33 @@ def lacks_end(data: bytes) -> bool:
     return data.find(_END, first_scan) < 0
 
 
+def without_fill(data: bytes) -> bytes:
+    """Return a cut file without half a marker, and without the zeros or ones in place of the missing rest."""
+    start = data.rstrip(b"\0")
+    if len(data) - len(start) > _MAX_DATA_ZEROS:
+        data = start + b"\0" if start.endswith(b"\xff") else start  # a 255 of a scan is followed by a zero
+    return data.rstrip(b"\xff")
+
+
+def has_all_scans(data: bytes) -> bool:
+    """Return whether a cut file has the scans of all coefficients in full precision; the last may be cut.
+
+    Of a progressive file each component needs all 64, of others one scan. Raises struct.error, LookupError or
+    InvalidImageFileError for a damaged header.
+    """
+    header, kind, position = _read_segments(data)
+    missing = {component: set(range(_NUM_COEFFICIENTS)) for component in header[6::3]}
+    for start in _scans(data, position):
+        end = start + 3 + 2 * data[start + 2]
+        first, last, precision = struct.unpack_from("3B", data, end)
+        if kind not in _PROGRESSIVE:
+            first, last, precision = 0, _NUM_COEFFICIENTS - 1, 0
+        if precision & 15 == 0:  # no bits are left for later scans
+            for component in data[start + 3 : end : 2]:
+                missing.get(component, set[int]()).difference_update(range(first, last + 1))
+    return not any(missing.values())
+
+
 def ends_for(data: bytes) -> tuple[bytes, bytes]:
     """Return two ends for a file that is cut off, whose bits differ from the first one on.
 
@@ -82,9 +114,7 @@ def _read_segments(data: bytes) -> tuple[bytes, int, int]:
         if marker in _SIZES:
             header, kind = data[position + 2 : position + length], marker
         position += length
-    raise InvalidImageFileError(
-        f"the JPEG has more than {MAX_SEGMENTS} segments in its header; save it again without metadata"
-    )
+    raise _too_many_segments()
 
 
 def _next_marker(data: bytes, position: int) -> tuple[int, int]:
@@ -102,19 +132,39 @@ def _samples_per_pixel(components: bytes, num_components: int) -> float:
     return sum((each >> 4) * (each & 15) for each in sampling) / max(1, most)
 
 
-def _check_scans(data: bytes, position: int) -> None:
-    """Raise InvalidImageFileError for more scans than MAX_SCANS. position: behind the first marker of one."""
-    if data.count(b"\xff\xda", position) < MAX_SCANS:  # an upper bound, and 50 times faster than the walk
-        return
-    num_scans, marker = 0, _START_OF_SCAN
+def _scans(data: bytes, position: int) -> Iterator[int]:
+    """Yield the position behind the marker of each scan, until the end. position: that of the first.
+
+    Raises InvalidImageFileError for too many segments. Where a file is cut inside one, that is not yielded.
+    """
+    marker = _START_OF_SCAN
     for _ in range(MAX_SEGMENTS):
-        num_scans += marker == _START_OF_SCAN
-        if num_scans > MAX_SCANS:
-            break
         if marker not in _NO_LENGTH:
-            position += struct.unpack_from(">H", data, position)[0]
+            start = position
+            position += int.from_bytes(data[start : start + 2])
+            if position > len(data):
+                return
+            if marker == _START_OF_SCAN:
+                yield start
         found = _MARKER.search(data, position)
         if found is None or found[0] == _END:
             return
         marker, position = data[found.end() - 1], found.end()
-    raise InvalidImageFileError(f"the JPEG has more than {MAX_SCANS} scans; save it again as a baseline JPEG")
+    raise _too_many_segments()
+
+
+def _check_scans(data: bytes, position: int) -> None:
+    """Raise InvalidImageFileError for more scans than MAX_SCANS. position: behind the first marker of one."""
+    if data.count(b"\xff\xda", position) < MAX_SCANS:  # an upper bound, and 50 times faster than the walk
+        return
+    for num_scans, _ in enumerate(_scans(data, position), 1):
+        if num_scans > MAX_SCANS:
+            raise InvalidImageFileError(
+                f"the JPEG has more than {MAX_SCANS} scans; save it again as a baseline JPEG"
+            )
+
+
+def _too_many_segments() -> InvalidImageFileError:
+    return InvalidImageFileError(
+        f"the JPEG has more than {MAX_SEGMENTS} segments; save it again without metadata"
+    )

@@ -4,7 +4,7 @@ import struct
 from typing import Final
 
 from model.errors import InvalidImageFileError
-from model.images.isobmff import boxes
+from model.images.isobmff import by_kind
 
 CODESTREAM: Final = b"\xff\x4f\xff\x51"  # start, and the marker of the size
 MAX_TILES: Final = 10_000
@@ -21,9 +21,7 @@ def read_jpeg2000(data: bytes) -> tuple[int, int, int, int, int]:
     Raises InvalidImageFileError for too many tiles, and for samples that are not read; struct.error,
     LookupError or ArithmeticError for damage.
     """
-    start = 0
-    if not data.startswith(CODESTREAM):
-        start = {kind: first for kind, first, _ in boxes(data, 0, len(data))}[b"jp2c"]
+    start = 0 if data.startswith(CODESTREAM) else by_kind(data, 0, len(data), until=b"jp2c")[b"jp2c"][0]
     right, bottom, left, top, *tiles, num_components = struct.unpack_from(">8IH", data, start + 8)
     tile_width, tile_height, first_left, first_top = tiles
     num_tiles = -(-(right - first_left) // tile_width) * -(-(bottom - first_top) // tile_height)

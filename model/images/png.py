@@ -10,6 +10,7 @@ from model.errors import InvalidImageFileError
 MAX_CHUNKS: Final = 100_000
 _CRITICAL: Final = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
 _ANCILLARY: Final = frozenset({b"tRNS", b"eXIf"})  # transparency and orientation
+_LEVEL_TYPES: Final = (0, 2)  # grey and RGB, whose transparent colour is of levels
 _TEXTS: Final = frozenset({b"tEXt", b"zTXt", b"iTXt"})
 # Their values may hold the orientation.
 _KEYWORDS: Final = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
@@ -19,11 +20,19 @@ _MAX_TEXT_BYTES: Final = 2**20  # unpacked; Pillow refuses the image beyond it
 def without_metadata(data: bytes) -> bytes:
     """Return the same picture without metadata, damaged ancillary chunks, and further frames of an animation.
 
-    Raises InvalidImageFileError for too many chunks. A damaged end is kept, for the decoder to refuse.
+    Raises InvalidImageFileError for too many chunks, and for pixels with a wrong checksum, which Pillow does
+    not look at. Any other damage is kept, for the decoder to refuse.
     """
     view = memoryview(data)
+    depth, color_type = data[24], data[25]
+    has_levels = color_type in _LEVEL_TYPES
+    for kind, start, end in _chunks(data):
+        if kind == b"IDAT" and not _is_whole(view[start + 4 : end]):
+            raise InvalidImageFileError(
+                "the PNG's pixels are damaged or truncated (wrong checksum); send the file whole"
+            )
     kept = [
-        view[start:end]
+        _without_spare_bits(view[start:end], depth) if has_levels and kind == b"tRNS" else view[start:end]
         for kind, start, end in _chunks(data)
         if _is_read(kind, view[start + 8 : end - 4])
         and (kind in _CRITICAL or _is_whole(view[start + 4 : end]))
@@ -71,6 +80,16 @@ def _is_read(kind: bytes, content: memoryview) -> bool:
         return False
     compressed = text.find(b"x", text.index(b"\0"))  # where a zlib stream begins, if there is one
     return compressed < 0 or _is_small(text[compressed:])
+
+
+def _without_spare_bits(chunk: memoryview, depth: int) -> bytes | memoryview:
+    """Return a chunk of transparency in which only the bits of a sample are set (PNG, 11.3.2.1)."""
+    levels = chunk[8:-4]
+    if len(levels) not in (2, 6):  # damaged
+        return chunk
+    masked = b"".join((level & 2**depth - 1).to_bytes(2) for (level,) in struct.iter_unpack(">H", levels))
+    content = b"tRNS" + masked
+    return b"".join([chunk[:4], content, zlib.crc32(content).to_bytes(4)])
 
 
 def _is_whole(chunk: memoryview) -> bool:

@@ -11,6 +11,7 @@ from fastapi.responses import FileResponse, RedirectResponse
 
 _SCRIPT, _STYLE, _ICON = "swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"
 _CACHED: Final = {"Cache-Control": "public, max-age=86400"}
+_METHODS: Final = ["GET", "HEAD"]
 
 
 class DocsRoutes:
@@ -25,10 +26,10 @@ class DocsRoutes:
 
     def router(self) -> APIRouter:
         router = APIRouter(include_in_schema=False)
-        router.add_api_route("/", self.home)
-        router.add_api_route("/docs", self.page)
+        router.add_api_route("/", self.home, methods=_METHODS)
+        router.add_api_route("/docs", self.page, methods=_METHODS)
         for name in (_SCRIPT, _STYLE, _ICON):
-            router.add_api_route(f"/docs/{name}", self._sender(name))
+            router.add_api_route(f"/docs/{name}", self._sender(name), methods=_METHODS)
         return router
 
     async def home(self, request: Request) -> Response:

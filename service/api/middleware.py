@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID_HEADER: Final = "X-Request-ID"
 _WELL_FORMED_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+/=@-]{0,127}", re.ASCII)
+_AUTHORITY: Final = re.compile(r"https?://[^/]+", re.IGNORECASE)
 EXPOSED_HEADERS: Final = (REQUEST_ID_HEADER, "Server-Timing", "Retry-After")
 CONTENT_TYPE_OPTIONS: Final = {"X-Content-Type-Options": "nosniff"}
 _STATE_KEY: Final = "context"
@@ -96,6 +97,7 @@ class ContextMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        _drop_authority(scope)
         _set_root_path(scope, self._root_path)
         context = RequestContext(_request_id(Headers(scope=scope)))
         REQUEST_IDS.set((context.request_id,))  # in the context of this request's task, and its children's
@@ -200,6 +202,12 @@ class RefusalMiddleware:
             self._app if refusal is None else problem_response(refusal, context_of(Request(scope)).request_id)
         )
         await app(scope, receive, send)
+
+
+def _drop_authority(scope: Scope) -> None:
+    """Reduce a target in absolute form, as for a proxy, to its path (RFC 9112, 3.2.2)."""
+    if absolute := _AUTHORITY.match(scope["path"]):
+        scope["path"] = scope["path"][absolute.end() :] or "/"
 
 
 def _set_root_path(scope: Scope, root_path: str) -> None:

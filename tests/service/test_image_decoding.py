@@ -284,6 +284,57 @@ async def test_bad_base64_is_informed_apart(decoder: ImageDecoder, source: str, 
         await decoder.read(source)
 
 
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "\n"])
+async def test_base64_whose_plus_became_a_space_is_named_as_such(decoder: ImageDecoder, prefix: str) -> None:
+    for data in ODD_FILES:
+        text = base64.b64encode(data + b"\xfb\xef").decode()
+        assert text.count("+") > 9
+        with pytest.raises(InvalidImageError, match=r"has spaces where a form has decoded its '\+'; write"):
+            await decoder.read(prefix + text.replace("+", " "))
+
+
+@pytest.mark.parametrize("encode_text", [base64.b64encode, base64.urlsafe_b64encode])
+async def test_spaces_that_are_layout_are_left_out(
+    decoder: ImageDecoder, encode_text: Callable[[bytes], bytes]
+) -> None:
+    for data in ODD_FILES:
+        text = encode_text(data + b"\xfb\xef" * 9).decode()
+        for layout in (" ", "\n  ", " \n", "\t"):
+            pieces = [text[start : start + 64] for start in range(0, len(text), 64)]
+            assert (await decoder.read(layout.join(pieces))).data == data + b"\xfb\xef" * 9
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("data:image/png", r"ends before its base64; write it as .* use --form-string, or send -F image=@"),
+        ("DATA:", "ends before its base64"),
+        ("cat.png", r"'cat\.png' is the name of a file, and not its bytes; .*-F image=@cat\.png"),
+        ("@cat.png", "is the name of a file"),
+        ("my cat, 1.JPEG", "is the name of a file"),
+        ("größe.webp", "is the name of a file"),
+        ("C:\\photos\\cat.png", "is the name of a file"),
+        ("../photos/cat.tif", "is the name of a file"),
+    ],
+)
+async def test_the_name_of_an_image_is_not_called_bad_base64(
+    decoder: ImageDecoder, source: str, message: str
+) -> None:
+    with pytest.raises(InvalidImageError, match=message):
+        await decoder.read(source)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000"])
+async def test_a_file_of_base64_is_named_as_such(decoder: ImageDecoder, kind: str) -> None:
+    data = encode(photo(30, 30), kind)
+    files = [base64.b64encode(data), base64.encodebytes(data), base64.urlsafe_b64encode(data)]
+    for file in (*files, b"\xef\xbb\xbf" + files[0], b"data:image/png;base64," + files[0]):
+        with pytest.raises(UnsupportedImageError, match="is the base64 of an image; decode it first, or"):
+            await decoder.read(file)
+        with pytest.raises(UnsupportedImageError, match="is the base64 of an image"):
+            await decoder.read(base64.b64encode(file).decode())
+
+
 async def test_who_needs_many_bytes_is_not_passed_for_ever_and_a_cancelled_one_holds_none() -> None:
     budget, order = ByteBudget(100), []
 

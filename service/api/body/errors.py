@@ -15,12 +15,12 @@ _MAX_FIELD_ERRORS: Final = 10
 _NESTED: Final[dict[str, type[Body]]] = {"candidates": Candidates, "history": Turn}
 _EXPECTED: Final = {
     "int_type": "a whole number; send one without quotes",
-    "int_parsing": "a whole number; send digits",
+    "int_parsing": "a whole number; send digits, or leave the field out",
     "float_type": "a number; send one without quotes",
-    "float_parsing": "a number; send digits",
+    "float_parsing": "a number; send digits, or leave the field out",
     "finite_number": "a finite number; send another",
     "bool_type": "a truth value; send true or false",
-    "bool_parsing": "a truth value; send true or false",
+    "bool_parsing": "a truth value; send true or false, or leave the field out",
     "string_type": "a string; put it in quotes",
     "list_type": "a list; put it in [ and ]",
     "model_type": "an object; put its fields in {{ and }}",

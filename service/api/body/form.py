@@ -123,12 +123,13 @@ def _to_fields(parts: Iterable[_Part], schema: type[Body], json: JsonReader) -> 
     lists: dict[tuple[str, str], list[Any]] = defaultdict(list)  # by field, and its member where it is nested
     for name, same in _by_field(parts, schema, fields).items():
         field_name, member = schema.nested.get(name, (name, ""))
-        if member or name in schema.lists:
-            lists[field_name, member] += _flatten(_values(name, member, same, schema, json))
-        elif len(same) > 1:
+        if len(same) > 1 and not member and name not in schema.lists:
             raise InvalidRequestError.of(name, f"is sent {len(same)} times; send it once")
-        else:
-            (fields[name],) = _values(name, member, same, schema, json)
+        values = [value for value in _values(name, member, same, schema, json) if value is not None]
+        if values and (member or name in schema.lists):
+            lists[field_name, member] += _flatten(values)
+        elif values:
+            (fields[name],) = values
     for (field_name, member), values in lists.items():
         if not member:
             fields[field_name] = values
@@ -204,6 +205,10 @@ class _Form:
         """
         if body.count(b"\r\n--" + self._boundary) > max_parts:  # each costs the parser a microsecond
             raise TooManyItemsError(f"the form has more than {max_parts} parts; send fewer at once")
+        delimiter = b"--" + self._boundary
+        start = body.find(b"\r\n" + delimiter)
+        if start >= 0 and not body.startswith(delimiter):
+            del body[: start + 2]  # a preamble, which counts for nothing (RFC 2046, 5.1.1)
         callbacks: MultipartCallbacks = {
             "on_header_field": self._read_header_name,
             "on_header_value": self._read_header_value,

@@ -112,6 +112,20 @@ def test_a_wrong_checksum_in_a_critical_chunk_is_damage() -> None:
         decode_image(data, 32)
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(" png") or name == "png"])
+def test_pixels_of_a_png_with_a_wrong_checksum_are_damage(name: str) -> None:
+    data = FILES[name]
+    start = data.index(b"IDAT") + 4
+    end = start + int.from_bytes(data[start - 8 : start - 4])
+    flipped = [bytearray(data) for _ in range(5)]
+    for copy, place in zip(flipped, (start + 5, (start + end) // 2, end - 5, end - 1, end + 3), strict=True):
+        copy[place] ^= 1
+    cut = [data[:place] + bytes(len(data)) for place in ((start + end) // 2, end - 9)]
+    for damaged in (*flipped, *cut):
+        with pytest.raises(InvalidImageFileError, match=r"the PNG's pixels are damaged or truncated"):
+            decode_image(bytes(damaged), 32)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_whole_file_has_no_warnings(name: str) -> None:
     assert find_warnings(FILES[name]) == ()
@@ -258,6 +272,51 @@ def test_the_transparent_grey_of_any_depth_turns_white(depth: int, level: int) -
     assert (found[:, :12] == 255).all()
     if level:
         assert (found[:, 18:26] == 0).all()
+
+
+@pytest.mark.parametrize(("depth", "level"), [(1, 0), (1, 1), (2, 2), (4, 9), (8, 0), (8, 200)])
+@pytest.mark.parametrize("spare", [0, 0xFF00, 0xA500])
+def test_the_spare_bits_of_a_transparent_grey_do_not_count(depth: int, level: int, spare: int) -> None:
+    levels = np.full((32, 32), level)
+    spare = spare if depth == 8 else spare | 0xF0 & -(2**depth)
+    chunk = png_chunk(b"tRNS", struct.pack(">H", spare | level))
+    data = png(32, 32, bit_rows(levels, depth), depth=depth, color_type=0, before=chunk)
+    assert (pixels(data) == 255).all()
+
+
+def test_the_spare_bits_of_a_transparent_colour_do_not_count() -> None:
+    chunk = png_chunk(b"tRNS", struct.pack(">HHH", 0xFF01, 0x102, 0x8003))
+    assert (pixels(png(32, 32, [bytes([1, 2, 3] * 32)] * 32, before=chunk)) == 255).all()
+    assert (pixels(png(32, 32, [bytes([1, 2, 4] * 32)] * 32, before=chunk)) == (1, 2, 4)).all()
+
+
+def test_a_palette_has_bytes_of_transparency() -> None:
+    palette = png_chunk(b"PLTE", bytes([9] * 6)) + png_chunk(b"tRNS", b"\x00\xff")
+    rows = [bytes([0] * 16 + [1] * 16)] * 32
+    found = pixels(png(32, 32, rows, color_type=3, before=palette))
+    assert (found[:, :12] == 255).all()
+    assert (found[:, 20:] == 9).all()
+
+
+def test_the_png_of_an_iphone_app_is_refused_by_name() -> None:
+    data = png(32, 32, RGB_ROWS)
+    data = data[:8] + png_chunk(b"CgBI", b"\x50\0\x20\x02") + data[8:]
+    with pytest.raises(
+        InvalidImageFileError, match=r"Apple's own kind .CgBI, .* save it again as a plain PNG"
+    ):
+        decode_image(data, 32)
+
+
+@pytest.mark.parametrize("kind", ["JPEG2000", "AVIF", "HEIF"])
+def test_the_error_of_a_cut_file_names_its_own_format(kind: str) -> None:
+    encode_heic()
+    data = encode(noise(64, 64), kind)
+    name = "HEIC" if kind == "HEIF" else kind
+    for part in (0.1, 0.3, 0.5, 0.9):
+        with pytest.raises(InvalidImageFileError, match=name) as refused:
+            decode_image(data[: int(len(data) * part)], 32)
+        assert "another PNG" not in str(refused.value)
+        assert "whole" in str(refused.value)
 
 
 @pytest.mark.parametrize("color", [(0, 0, 0), (0x1234, 0x5678, 0x9ABC), (255, 255, 255)])

@@ -163,7 +163,7 @@ def test_a_grid_that_is_cut_off_is_refused_whatever_is_left(kind: str) -> None:
     assert decode_image(data + b"trailer of a phone", 64).tobytes() == decode_image(data, 64).tobytes()
     for end in (*range(data.index(b"mdat"), len(data), 997), len(data) - 1):
         with pytest.raises(
-            InvalidImageFileError, match="the file ends before its last pixels; send it whole"
+            InvalidImageFileError, match=r"the (AVIF|HEIC) ends before its last pixels; send it whole"
         ):
             decode_image(data[:end], 64)
 

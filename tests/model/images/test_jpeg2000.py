@@ -160,8 +160,19 @@ def test_a_size_beyond_the_limits_is_refused_from_the_header() -> None:
 
 @pytest.mark.parametrize("size", [(8, 8), (4096, 4096)])
 def test_boxes_that_lie_about_the_size_are_damage(size: tuple[int, int]) -> None:
-    with pytest.raises(InvalidImageFileError, match="the image is damaged"):
+    with pytest.raises(InvalidImageFileError, match="the JPEG2000 is damaged"):
         decode_image(jp2(codestream([1, 2, 3], [4, 5, 6]), RGB, size=size), 16)
+
+
+@pytest.mark.parametrize(
+    "rest", [b"\0", bytes(99), b"\xff" * 9, b"a text", b"\0\0\0\x0cfree", noise(9, 9).tobytes()]
+)
+def test_bytes_behind_the_end_do_not_count(rest: bytes) -> None:
+    expected = ((1, 2, 3), (9, 8, 7))
+    data = codestream([1, 2, 3], [9, 8, 7])
+    assert colors(data + rest) == expected
+    assert colors(jp2(data, RGB) + rest) == expected
+    assert colors(jp2(data + rest, RGB)) == expected
 
 
 def test_boxes_without_a_codestream_are_damage() -> None:

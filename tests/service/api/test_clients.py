@@ -4,6 +4,7 @@ import json
 import zlib
 
 import pytest
+from starlette.types import Message, Scope
 
 from tests.service.fakes import png, png_base64
 from tests.service.running import assert_problem, site
@@ -64,6 +65,43 @@ async def test_a_header_that_is_sent_twice_is_not_read_as_its_first(headers: lis
         ]
         response = await running.client.post("/caption", content=BODY, headers=twice)
         assert "'gzip, br'" in assert_problem(response, 415, "unsupported_content_type")["detail"]
+
+
+async def test_head_is_answered_as_get_without_the_body() -> None:
+    async with site() as running:
+        document = (await running.client.get("/openapi.json")).json()
+        of_document = [path for path, item in document["paths"].items() if "get" in item]
+        files = ["/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css", "/docs/favicon.png"]
+        for path in (*of_document, "/", "/docs", "/openapi.json", *files):
+            head, get = [await running.client.request(method, path) for method in ("HEAD", "GET")]
+            assert (path, head.status_code) == (path, get.status_code)
+            assert head.headers["content-type"] == get.headers["content-type"] if get.content else True
+        assert len(of_document) > 5
+        response = await running.client.post("/docs")
+        assert_problem(response, 405, "method_not_allowed")
+        assert set(response.headers["allow"].split(", ")) == {"GET", "HEAD"}
+
+
+async def test_a_target_in_absolute_form_is_its_path() -> None:
+    async with site() as running:
+        for target in ("http://test/livez", "HTTPS://other:1/livez", "http://[::1]:8000/livez"):
+            statuses = list[int]()
+
+            async def send(message: Message, statuses: list[int] = statuses) -> None:
+                statuses += [message["status"]] if "status" in message else []
+
+            async def receive() -> Message:
+                return {"type": "http.request", "body": b"", "more_body": False}
+
+            scope: Scope = {
+                "type": "http",
+                "method": "GET",
+                "path": target,
+                "headers": [],
+                "query_string": b"",
+            }
+            await running.app(scope, receive, send)
+            assert statuses == [200]
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"])

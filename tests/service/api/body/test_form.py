@@ -346,11 +346,62 @@ async def test_images_and_texts_are_names_of_candidates_in_retrieve_alone() -> N
         await read_parts(RetrieveRequest, part("image", PNG), part("image", PNG))
 
 
-@pytest.mark.parametrize("value", [b"5", b"[]", b'["a"]', b'"a"', b"null"])
+@pytest.mark.parametrize("value", [b"5", b"[]", b'["a"]', b'"a"'])
 async def test_candidates_that_are_no_object_are_refused_beside_parts_too(value: bytes) -> None:
     for parts in ((), (part("images", PNG),)):
         with pytest.raises(InvalidRequestError, match="candidates: "):
             await read_parts(RetrieveRequest, part("text", b"a"), part("candidates", value), *parts)
+
+
+@pytest.mark.parametrize("headers", [(), (AS_JSON,)])
+async def test_null_in_a_part_of_json_is_absent(headers: tuple[str, ...]) -> None:
+    names = set(VqaRequest.model_fields) - {"image", "question"}
+    nulls = [part(name, b"null", AS_JSON, disposition=BLOB) for name in names]
+    asked = (part("image", PNG), part("question", b"a"))
+    body = await read_parts(VqaRequest, *asked, *nulls, part("question", b"null", AS_JSON))
+    assert body == VqaRequest(image=Upload(PNG), question=["a"])
+    assert body.model_fields_set == {"image", "question"}
+    body = await read_parts(VqaRequest, *asked, part("history", b"null", *headers))
+    assert body.history == []
+    candidates = part("candidates", b"null", *headers)
+    ranked = await read_parts(RetrieveRequest, part("text", b"a"), candidates, part("images", PNG))
+    assert ranked.candidate_images == [Upload(PNG)]
+    with pytest.raises(InvalidRequestError, match="candidates: is required; add it"):
+        await read_parts(RetrieveRequest, part("text", b"a"), candidates)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("num_beams", "'null' is not a whole number; send digits, or leave the field out"),
+        ("length_penalty", "'null' is not a number; send digits, or leave the field out"),
+        ("seed", "'null' is not a whole number; send digits, or leave the field out"),
+        ("logprobs", "'null' is not a truth value; send true or false, or leave the field out"),
+    ],
+)
+async def test_the_text_null_is_no_number(name: str, error: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{name}: {error}"):
+        await read_parts(CaptionRequest, part("image", PNG), part(name, b"null"))
+
+
+async def test_the_text_null_is_a_text() -> None:
+    body = await read_parts(VqaRequest, part("image", PNG), part("question", b"null"), part("seed", b""))
+    assert (body.question, body.seed) == (["null"], None)
+    assert (await read_parts(CaptionRequest, part("image", PNG), part("prompt", b"null"))).prompt == "null"
+
+
+@pytest.mark.parametrize(
+    "preamble", [b"a preamble\r\n", b"\r\n\r\n", b"of two lines\r\n--Y\r\n", b"inside --X of a line\r\n"]
+)
+async def test_a_form_may_have_a_preamble(preamble: bytes) -> None:
+    body = await read_form(preamble + part("image", PNG) + text_part(b"prompt", b"a") + FORM_END)
+    assert (body.image, body.prompt) == (Upload(PNG), "a")
+
+
+async def test_a_preamble_without_a_form_is_unreadable() -> None:
+    for content in (b"a preamble", b"a preamble\r\n", b"a preamble" + FORM_END[:-2]):
+        with pytest.raises(UnreadableBodyError, match="the form"):
+            await read_form(content)
 
 
 async def test_the_json_of_all_parts_together_is_bounded() -> None:
