@@ -136,8 +136,15 @@ def test_probes_answer_head_as_get_without_a_body(attacked: ServiceProcess, path
     assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD")
 
 
+def test_a_target_in_absolute_form_is_read_by_its_path(attacked: ServiceProcess) -> None:
+    status, rest = exchange(
+        attacked, b"GET http://any.example:81/livez HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
+    )
+    assert (status, b"any.example" in rest) == (200, False)
+
+
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:99999", "[", "", "a b", "\\@[::"])
-@pytest.mark.parametrize("path", ["/docs/", "/livez/", "//evil.example/", "http://evil.example/livez"])
+@pytest.mark.parametrize("path", ["/docs/", "/livez/", "//evil.example/", "http://evil.example/livez/"])
 def test_no_answer_leads_to_what_host_says(attacked: ServiceProcess, path: str, host: str) -> None:
     with connected(attacked) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
