@@ -12,7 +12,7 @@ from model.language.kv_cache import split_cache
 from model.language.model_family import PrefillOutput, SpecialTokenTemplate
 
 DEFAULT_POSITIONS = 512  # for a configuration that sets no limit
-RELATIVE_POSITIONS = 32_768  # of T5, whose positions set no limit: its attention's memory does
+RELATIVE_POSITIONS = 1024  # of T5: its positions set no limit, but its attention computes all pairs of them
 
 
 class EncoderDecoderBatch:
@@ -81,7 +81,8 @@ class EncoderDecoder:
         # T5's `n_positions` is the length it was trained with; distances beyond it share a bias.
         is_relative = hasattr(llm.config, "relative_attention_num_buckets")
         absolute = getattr(llm.config, "max_position_embeddings", None) or DEFAULT_POSITIONS
-        self.max_positions: int = RELATIVE_POSITIONS if is_relative else absolute
+        trained = getattr(llm.config, "n_positions", None) or 0
+        self.max_positions: int = max(RELATIVE_POSITIONS, trained) if is_relative else absolute
 
     def answer_context(self, _prefix_ids: Sequence[int]) -> tuple[int, ...]:
         return (self._start_token_id,)

@@ -138,7 +138,7 @@ class Settings(BaseSettings):
         "rejected; unset: 4 GiB on a GPU, 256 MiB on a CPU",
     )
     max_prompt_tokens: int = Field(
-        default=1024,
+        default=2048,
         ge=64,
         description="of one prompt, image tokens included; it is prefilled in one step",
     )
