@@ -131,6 +131,20 @@ def test_weights_that_are_pickles_are_refused_with_the_way_out(hub: Path) -> Non
         ({"text_config": {"model_type": "opt", "activation_function": "foo"}}, "no model can be built"),
         ({"text_config": {"model_type": "mamba"}}, "those that transformers has a causal"),
         ({"text_config": {"model_type": "opt", "bos_token_id": None}}, "does not set 'bos_token_id'"),
+        (
+            {"vision_config": {"num_hidden_layers": 10**9}},
+            "sets 'num_hidden_layers' to 1000000000, the limit is 512",
+        ),
+        (
+            {"qformer_config": {"num_hidden_layers": 10**9}},
+            "sets 'num_hidden_layers' to 1000000000, the limit is 512",
+        ),
+        ({"text_config": {"model_type": "opt", "num_hidden_layers": 513}}, "sets 'num_hidden_layers' to 513"),
+        (
+            {"vision_config": {"image_size": 8 * 10**6}},
+            "'embeddings.position_embedding' has shape [1, 17, 48]",
+        ),
+        ({"vision_config": {"patch_size": 10**6}}, "'embeddings.patch_embedding.weight' has shape"),
         ({"num_query_tokens": 9}, "'query_tokens' has shape [1, 8, 32], the configuration says [1, 9, 32]"),
     ],
 )
