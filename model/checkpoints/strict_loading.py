@@ -11,6 +11,7 @@ from model.errors import CheckpointError
 
 BUILD_ERRORS = (  # of modules and configurations of transformers, for sizes or names that no model has
     ArithmeticError,
+    AssertionError,
     AttributeError,
     LookupError,
     MemoryError,

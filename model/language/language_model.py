@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
         self._prompt_tokenizer = PromptTokenizer(tokenizer, special_tokens)
         self._prompt_tokenizer.check_embeddings(self.num_embeddings, self.eos_token_ids)
         stand_ins = (image_token_id, tokenizer.get_vocab().get(IMAGE_TOKEN), llm.config.pad_token_id)
-        embedded = (each for each in stand_ins if each is not None and each < self.num_embeddings)
+        embedded = (each for each in stand_ins if each is not None and 0 <= each < self.num_embeddings)
         self.image_token_id: int = next(embedded, self.eos_token_ids[0])
         build_family = EncoderDecoder if llm.config.is_encoder_decoder else DecoderOnly
         self.model_family: ModelFamily = build_family(llm, special_tokens)

@@ -16,7 +16,11 @@ from model.config import MAX_LAYERS
 from model.errors import CheckpointError
 
 C = TypeVar("C")
-_NUM_LAYERS = re.compile(r"(num|n)_(\w+_)?layers?")
+_BOUNDS = (  # of fields by these names, in all classes
+    (re.compile(r"(num|n)_(\w+_)?layers?"), 0, MAX_LAYERS),
+    (re.compile(r"(num|n)_(\w+_)?heads?"), 1, 1 << 16),
+    (re.compile(r"(\w+_)?p?drop(out)?(_rate|_prob)?"), 0, 1),
+)
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -44,23 +48,28 @@ def build_config(config_class: type[C], path: Path, fields: Mapping[str, Any]) -
     if (found := fields.get("model_type")) != expected:
         raise CheckpointError(f"{path} is of model type {found!r}, {expected!r} is needed here")
     check_unquantised(fields, path)
-    _check_num_layers(fields, path)
+    _check_numbers(fields, path)
     try:
         return config_class.from_dict(dict(fields))  # type: ignore[attr-defined]
     except (*BUILD_ERRORS, StrictDataclassError) as error:
         raise CheckpointError(f"{path} is not a valid configuration ({error})") from error
 
 
-def _check_num_layers(fields: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError for too many layers, for which some classes make lists that fill the memory."""
+def _check_numbers(fields: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError for numbers that the classes do not check, and fail with when they run.
+
+    For too many layers some of them make lists that fill the memory.
+    """
     for name, value in fields.items():
         if isinstance(value, Mapping):
-            _check_num_layers(value, path)
-        elif _NUM_LAYERS.fullmatch(name) and isinstance(value, int | float) and value > MAX_LAYERS:
-            raise CheckpointError(
-                f"{path} sets {name!r} to {value}, the limit is {MAX_LAYERS}; use the config.json that was "
-                "saved with these weights"
-            )
+            _check_numbers(value, path)
+        for pattern, least, most in _BOUNDS:
+            is_number = pattern.fullmatch(name) and isinstance(value, int | float)
+            if is_number and not least <= value <= most:
+                raise CheckpointError(
+                    f"{path} sets {name!r} to {value}, it must be from {least} to {most}; use the "
+                    "config.json that was saved with these weights"
+                )
 
 
 def freeze(module: M) -> M:

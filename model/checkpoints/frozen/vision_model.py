@@ -73,17 +73,19 @@ def read_vision_config(directory: Path) -> PreTrainedConfig:
     """
     path = directory / "config.json"
     fields = read_json(path)
-    model_type = fields.get("model_type")
+    model_type = str(fields.get("model_type"))
     if model_type in _WHOLE_MODELS:
-        whole_config = build_config(_WHOLE_MODELS[str(model_type)], path, fields)
+        whole_config = build_config(_WHOLE_MODELS[model_type], path, fields)
         config: PreTrainedConfig = whole_config.vision_config
-        return config
-    if model_type not in FAMILIES:
-        raise CheckpointError(
-            f"{path} is of model type {model_type!r}; image encoders of "
-            f"{sorted([*FAMILIES, *_WHOLE_MODELS])} can be loaded"
-        )
-    return build_config(FAMILIES[str(model_type)].vit_class.config_class, path, fields)
+        model_type = str(config.model_type)
+        if model_type in FAMILIES:
+            return config
+    elif model_type in FAMILIES:
+        return build_config(FAMILIES[model_type].vit_class.config_class, path, fields)
+    raise CheckpointError(
+        f"{path} is of model type {model_type!r}; image encoders of "
+        f"{sorted([*FAMILIES, *_WHOLE_MODELS])} can be loaded"
+    )
 
 
 def assemble_vision_model(

@@ -53,14 +53,17 @@ def load_hub(
     fields: dict[str, Any] = read_json(path)
     files = TensorFiles(directory)
     config = build_config(Blip2Config, path, fields)
-    architectures = fields.get("architectures") or []
+    architectures = fields.get("architectures")
+    if not isinstance(architectures, list):
+        architectures = []
     if RETRIEVAL in architectures:
         load = _load_retrieval
     elif GENERATION in architectures:
         load = _load_generation
     else:
         raise CheckpointError(
-            f"{path} is of architecture {architectures}; {GENERATION} and {RETRIEVAL} can be loaded"
+            f"{path} is of architecture {fields.get('architectures')}; {GENERATION} and {RETRIEVAL} can be "
+            "loaded"
         )
     components = load(config, directory, tensors or files, options)
     return LoadedCheckpoint(components, (files.sha256, path.read_text(encoding="utf-8")))

@@ -165,7 +165,7 @@ def test_building_leaves_the_configuration_it_is_given_alone() -> None:
     [
         ("num_channels", 10**7, "parameters, and the model of its configuration has"),
         ("image_size", 8 * 10**5, "parameters, and the model of its configuration has"),
-        ("num_hidden_layers", 10**9, "sets 'num_hidden_layers' to 1000000000, the limit is 512"),
+        ("num_hidden_layers", 10**9, "sets 'num_hidden_layers' to 1000000000, it must be from 0 to 512"),
         ("hidden_size", 3 * 10**17, "no model can be built"),
     ],
 )
