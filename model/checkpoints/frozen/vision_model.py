@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Blip2Config, CLIPConfig, PreTrainedConfig, PreTrainedModel, SiglipConfig
 
+from model.checkpoints.foreign_tensors import check_merged
 from model.checkpoints.frozen.transformers_loading import build_config, freeze, silence_transformers
 from model.checkpoints.json_records import read_json
 from model.checkpoints.load_options import IN_FLOAT32, LoadOptions
@@ -71,6 +72,7 @@ def read_vision_config(directory: Path) -> PreTrainedConfig:
 
     Raises CheckpointError where there is none of a supported kind.
     """
+    check_merged(directory)
     path = directory / "config.json"
     fields = read_json(path)
     model_type = str(fields.get("model_type"))
