@@ -178,4 +178,18 @@ def _check_fit(llm: PreTrainedModel) -> None:
         getattr(module, "is_causal", False) for module in llm.modules()
     )
     if not llm.config.is_encoder_decoder and not is_decoder:
-        raise UnfitLanguageModelError("is an encoder ('is_decoder' is false), which generates no text")
+        raise UnfitLanguageModelError(
+            f"is of type {llm.config.model_type!r} with 'is_decoder' false in its config.json, so it may "
+            "be an encoder, which generates no text; set it to true if it was trained to generate"
+        )
+    if any(_has_offset_positions(name, module) for name, module in llm.named_modules()):
+        raise UnfitLanguageModelError(
+            f"is of type {llm.config.model_type!r}, whose positions do not begin at 0; use a model of "
+            "another type"
+        )
+
+
+def _has_offset_positions(name: str, module: nn.Module) -> bool:
+    """Return whether a module embeds positions that begin behind the padding's, as in RoBERTa."""
+    is_table = isinstance(module, nn.Embedding) and "position" in name
+    return is_table and module.padding_idx is not None

@@ -157,8 +157,8 @@ def _check_shapes(saved: Mapping[str, Sequence[int]], model: nn.Module, path: Pa
         if (expected := shapes.get(base_name, shape)) != shape:
             raise CheckpointError(
                 f"{path}: the tensor {name!r} has shape {shape}, its base model has {expected}; where "
-                "the vocabulary was resized, merge it there, with model.merge_and_unload(), and save the result "
-                "with its tokenizer"
+                "the vocabulary was resized, merge it there, with model.merge_and_unload(), and save the "
+                "result with its tokenizer"
             )
 
 
