@@ -24,6 +24,7 @@ from model.checkpoints.json_records import read_json
 from model.checkpoints.load_options import IN_FLOAT32, LoadOptions
 from model.checkpoints.loaded_checkpoint import LoadedCheckpoint
 from model.checkpoints.resolve import is_hub_id, resolve
+from model.checkpoints.strict_loading import BUILD_ERRORS
 from model.checkpoints.tensors import MemoryTensors, TensorFiles
 from model.errors import CheckpointError
 
@@ -95,7 +96,7 @@ def _load_base(base: Path) -> PreTrainedModel:
             model, loading_info = model_class.from_pretrained(
                 base, dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (*BUILD_ERRORS, OSError) as error:
         raise CheckpointError(
             f"{base}, the base model of a PEFT adapter, cannot be loaded ({error}); save it again"
         ) from error
@@ -122,7 +123,7 @@ def _merge(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
             )
             _untie(wrapped)
             merged: PreTrainedModel = wrapped.base_model.merge_and_unload(safe_merge=True)
-    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except (*BUILD_ERRORS, ImportError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]  # torch names each tensor on a line of its own
         raise CheckpointError(
             f"the PEFT adapter in {directory} cannot be merged into its base model ({reason}); merge it "

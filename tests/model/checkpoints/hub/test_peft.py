@@ -328,6 +328,18 @@ def test_an_absurd_rank_allocates_nothing(tmp_path: Path) -> None:
         Blip2.from_pretrained(str(tmp_path / "lora"))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"trainable_token_indices": [10**9]}, {"trainable_token_indices": 1.5}, {"megatron_config": {"a": 1}}],
+)
+def test_an_odd_configuration_is_refused(fields: dict[str, object], tmp_path: Path) -> None:
+    train(tmp_path, "opt", CONFIGS["opt"])
+    path = tmp_path / "lora" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(CheckpointError, match=r"lora cannot be merged into its base model"):
+        Blip2.from_pretrained(str(tmp_path / "lora"))
+
+
 def test_an_adapter_in_a_pickle_is_refused(tmp_path: Path) -> None:
     train(tmp_path, "opt", CONFIGS["opt"])
     (tmp_path / "lora" / "adapter_model.safetensors").rename(tmp_path / "lora" / "adapter_model.bin")
