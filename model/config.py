@@ -1,6 +1,8 @@
 """The configuration of the Q-Former; the frozen models bring their own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+MAX_LAYERS = 512  # of any model
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,16 @@ class QFormerConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise ValueError(f"{field.name} is {value}; it must be at least 1")
+            if field.type is float and not 0 <= value <= 1:
+                raise ValueError(f"{field.name} is {value}; it must be between 0 and 1")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers is {self.num_hidden_layers}; the limit is {MAX_LAYERS}")
+        if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                 f"{self.num_attention_heads}; change one of the two"
-            )
-        if self.cross_attention_frequency < 1:
-            raise ValueError(
-                f"cross_attention_frequency is {self.cross_attention_frequency}; it must be at least 1"
             )

@@ -12,7 +12,7 @@ CHECKPOINT_FILE = "checkpoint.pt"
 
 
 class CheckpointMismatchError(Exception):
-    """A checkpoint does not fit the model, or the processes of one run loaded unequal ones."""
+    """A checkpoint is damaged or does not fit the model, or the processes of one run loaded unequal ones."""
 
 
 def save_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -36,13 +36,28 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
     path = directory / CHECKPOINT_FILE
     if not path.exists():
         return 0
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    state = _read(path)
     trainable = _trainable_state(model)
     _check_parameters(path, state["model"], trainable)
     for name, value in state["model"].items():
         trainable[name].copy_(value)
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises at damaged bytes shares no base
+        raise CheckpointMismatchError(
+            f"cannot read {path} ({type(error).__name__}: {str(error)[:200]}); it was damaged: delete it to "
+            "begin the phase again"
+        ) from error
+    if not isinstance(state, dict) or not {"step", "model", "optimizer"} <= state.keys():
+        raise CheckpointMismatchError(
+            f"{path} is no checkpoint of a phase: delete it to begin the phase again"
+        )
+    return state
 
 
 def _trainable_state(model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """`python -m model.checkpoints inspect|convert|verify|fetch`: commands for checkpoints."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from functools import reduce
@@ -26,12 +27,19 @@ _TEXTS = ("a photo of", "Question: what is this? Answer:")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0; 1 where `verify` finds a difference; 2 for an error, printed in one line."""
+    """Return the exit status: 0; 1 where `verify` finds a difference; 2 for an error, printed in one line.
+
+    It is 141 where the reader of the output is gone, as for a process that SIGPIPE ends.
+    """
     arguments = _parse(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit flushes once more
+        return 141
     except (ModelError, OSError) as error:
         print(f"{arguments.command}: {error}", file=sys.stderr)
         return 2

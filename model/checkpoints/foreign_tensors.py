@@ -7,6 +7,7 @@ from pathlib import Path
 from model.errors import CheckpointError
 
 PEFT_CONFIG = "adapter_config.json"
+_WHOLE_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin")
 _UNWRAP = "save the state dict of the model inside the wrapper, model.{}, instead of the wrapper's"
 _UNQUANTISED = (
     "give the checkpoint that it was made of, which BLIP2_QUANTIZE=int8 holds in 8 bits, or save what "
@@ -66,6 +67,24 @@ def check_unquantised(fields: Mapping[str, object], path: Path) -> None:
 
 
 def check_merged(directory: Path) -> None:
-    """Raise CheckpointError where the directory of a frozen model holds the weights of a PEFT adapter."""
-    if (directory / PEFT_CONFIG).is_file() and not (directory / "config.json").is_file():
+    """Raise CheckpointError where the directory of a frozen model holds a PEFT adapter."""
+    if has_adapter_only(directory):
         raise CheckpointError(f"{directory} holds a PEFT adapter, not a model; {_MERGE}")
+
+
+def has_adapter_only(directory: Path) -> bool:
+    """Return whether a directory holds a PEFT adapter.
+
+    Raises CheckpointError where it holds weights of a whole model, too: transformers and peft apply the
+    adapter to its base model and ignore those weights, and nothing says which of the two is meant.
+    """
+    if not (directory / PEFT_CONFIG).is_file():
+        return False
+    weights = sorted(each.name for pattern in _WHOLE_WEIGHTS for each in directory.glob(pattern))
+    if weights:
+        raise CheckpointError(
+            f"{directory} holds both a PEFT adapter ({PEFT_CONFIG}) and the weights of a whole model "
+            f"({weights[0]}); put the adapter's files into a directory of their own to have it merged, or "
+            "delete them if it is merged into the weights"
+        )
+    return True

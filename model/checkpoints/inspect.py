@@ -102,7 +102,9 @@ def _read_headers(path: Path) -> tuple[str, list[TensorHeader]]:
             headers += [header for header in retrieval if _component_of(header.name) not in _SHARED_NAMES]
         return f"adapter, {config.kind}", headers
     architectures = fields.get("architectures")
-    if not isinstance(architectures, list) or not {GENERATION, RETRIEVAL} & set(architectures):
+    if not isinstance(architectures, list) or not any(
+        each in architectures for each in (GENERATION, RETRIEVAL)
+    ):
         raise CheckpointError(
             f"{path / 'config.json'} is of architecture {architectures}; {GENERATION}, {RETRIEVAL}, adapters "
             "and files of LAVIS can be inspected"

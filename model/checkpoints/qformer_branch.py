@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from model.checkpoints.strict_loading import load_strictly
+from model.checkpoints.strict_loading import build_on_meta, load_strictly
 from model.components import Blip2Components
 from model.config import QFormerConfig
 from model.language import LanguageModel
@@ -53,7 +52,7 @@ def build_generation_components(
     question_embedder: of a question-conditioned Q-Former, built on "meta". The prompts are those in which the
     language model answers best. Raises CheckpointError where tensors and sizes differ.
     """
-    with torch.device("meta"):
+    with build_on_meta(source):
         branch = QFormerBranch(
             config,
             language_model_size=language_model.hidden_size,

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from model.checkpoints.foreign_tensors import PEFT_CONFIG
 from model.checkpoints.hub.download import VerifiedDownload, download, verify_download
 from model.errors import CheckpointError
 
@@ -16,6 +17,8 @@ ACCEPTED = (
     f"one of {sorted(EMBEDDED)}, a directory with an adapter or a model in the Hub's format, the .pth file "
     "of a model of LAVIS, or the id of a model on the Hub, 'owner/name'"
 )
+_MARKS = ("config.json", PEFT_CONFIG)
+_MAX_NAMED = 8
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -42,7 +45,20 @@ def resolve(name_or_path: str, *, revision: str | None = None) -> Path:
         return download(name_or_path, revision, accepted=ACCEPTED)
     if (not path.is_dir() and path.suffix != ".pth") or not path.exists():
         raise CheckpointError(f"there is no checkpoint {name_or_path!r}; give {ACCEPTED}")
+    _check_not_above(path)
     return path
+
+
+def _check_not_above(path: Path) -> None:
+    """Raise CheckpointError for a directory that is no checkpoint itself, and holds some."""
+    if path.is_file() or any((path / name).is_file() for name in _MARKS):
+        return
+    inner = {each.parent for name in _MARKS for each in path.glob(f"*/{name}")}
+    if found := sorted(map(str, inner.union(path.glob("*.pth")))):
+        raise CheckpointError(
+            f"{path} is no checkpoint itself, and holds {', '.join(found[:_MAX_NAMED])} "
+            f"({len(found)} in all); give one of these"
+        )
 
 
 def fetch(hub_id: str, *, revision: str | None = None) -> VerifiedDownload:

@@ -4,9 +4,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from model.errors import CheckpointError
+
+BUILD_ERRORS = (  # of modules and configurations of transformers, for sizes or names that no model has
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def load_strictly(
@@ -42,12 +54,35 @@ def load_strictly(
     module.load_state_dict(dict(tensors), strict=False, assign=True)
 
 
+def check_num_parameters(module: nn.Module, num_parameters: int, *, source: Path) -> None:
+    """Raise CheckpointError where a module on "meta" is much larger than its weights in the file.
+
+    For modules that transformers fills: it allocates what the file lacks. Shared weights may count twice.
+    """
+    needed = sum(each.numel() for each in module.parameters())
+    if needed > 2 * num_parameters:
+        raise CheckpointError(
+            f"{source} holds {num_parameters:,} parameters, and the model of its configuration has "
+            f"{needed:,}; use the config.json that was saved with these weights"
+        )
+
+
+@contextmanager
+def build_on_meta(source: Path) -> Iterator[None]:
+    """Build modules on "meta" inside the block, so that nothing is allocated before shapes are compared.
+
+    Raises CheckpointError where no module can have such sizes.
+    """
+    with report_build_errors(source), torch.device("meta"):
+        yield
+
+
 @contextmanager
 def report_build_errors(source: Path) -> Iterator[None]:
     """Turn errors of building modules into a CheckpointError that names the file of their sizes."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except BUILD_ERRORS as error:
         raise CheckpointError(
             f"no model can be built for {source} ({type(error).__name__}: {error}); use the config.json that "
             "was saved with these weights"

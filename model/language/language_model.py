@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
         self._prompt_tokenizer = PromptTokenizer(tokenizer, special_tokens)
         self._prompt_tokenizer.check_embeddings(self.num_embeddings, self.eos_token_ids)
         stand_ins = (image_token_id, tokenizer.get_vocab().get(IMAGE_TOKEN), llm.config.pad_token_id)
-        embedded = (each for each in stand_ins if each is not None and each < self.num_embeddings)
+        embedded = (each for each in stand_ins if each is not None and 0 <= each < self.num_embeddings)
         self.image_token_id: int = next(embedded, self.eos_token_ids[0])
         build_family = EncoderDecoder if llm.config.is_encoder_decoder else DecoderOnly
         self.model_family: ModelFamily = build_family(llm, special_tokens)
@@ -178,4 +178,18 @@ def _check_fit(llm: PreTrainedModel) -> None:
         getattr(module, "is_causal", False) for module in llm.modules()
     )
     if not llm.config.is_encoder_decoder and not is_decoder:
-        raise UnfitLanguageModelError("is an encoder ('is_decoder' is false), which generates no text")
+        raise UnfitLanguageModelError(
+            f"is of type {llm.config.model_type!r} with 'is_decoder' false in its config.json, so it may "
+            "be an encoder, which generates no text; set it to true if it was trained to generate"
+        )
+    if any(_has_offset_positions(name, module) for name, module in llm.named_modules()):
+        raise UnfitLanguageModelError(
+            f"is of type {llm.config.model_type!r}, whose positions do not begin at 0; use a model of "
+            "another type"
+        )
+
+
+def _has_offset_positions(name: str, module: nn.Module) -> bool:
+    """Return whether a module embeds positions that begin behind the padding's, as in RoBERTa."""
+    is_table = isinstance(module, nn.Embedding) and "position" in name
+    return is_table and module.padding_idx is not None

@@ -41,10 +41,10 @@ class PromptTokenizer:
                 "resize_token_embeddings"
             )
         special_ids = *self._special_tokens.prefix_ids, *self._special_tokens.suffix_ids, *eos_token_ids
-        if (largest := max(special_ids)) >= num_embeddings:
+        if outside := [each for each in special_ids if not 0 <= each < num_embeddings]:
             raise UnfitLanguageModelError(
-                f"has {num_embeddings} word embeddings, and its configuration the special token {largest}; "
-                "correct 'bos_token_id' and 'eos_token_id' there"
+                f"has {num_embeddings} word embeddings, and its configuration the special token "
+                f"{outside[0]}; correct 'bos_token_id' and 'eos_token_id' there"
             )
 
     def decode_tokens(self, token_ids: Sequence[int], *, eos_token_ids: Sequence[int]) -> str:
@@ -87,7 +87,7 @@ def find_eos_token_ids(llm: PreTrainedModel) -> tuple[int, ...]:
     eos = llm.generation_config.eos_token_id if llm.generation_config is not None else None
     eos = llm.config.eos_token_id if eos is None else eos
     token_ids = eos if isinstance(eos, list) else [eos]
-    if not token_ids or not all(isinstance(token_id, int) for token_id in token_ids):
+    if not token_ids or not all(type(token_id) is int for token_id in token_ids):
         raise UnfitLanguageModelError(
             f"says that an answer ends with {eos!r}; set 'eos_token_id' in its config.json to an id"
         )

@@ -1,6 +1,7 @@
 """The frozen image encoder: normalised pixels in, one feature per image token out."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from model.vision import cpu_attention
 from model.vision.families import FAMILIES, VisionFamily
 
+MAX_ROWS = 256  # of patches, each with one position embedding
 _STAGES = ("stage_names", "out_features", "out_indices")
 _PROVENANCE = ("_name_or_path", "architectures", "dtype", "initializer_range", "transformers_version")
 
@@ -74,7 +76,7 @@ class VisionEncoder(nn.Module):
     def resize(self, image_size: int) -> None:
         """Change the image size: the position embeddings are interpolated, bicubically.
 
-        Raises ValueError where the size is no multiple of the patch size.
+        Raises ValueError where the size is no multiple of the patch size, or above MAX_ROWS patches.
         """
         config = self.vit.config
         if image_size % config.patch_size:
@@ -84,6 +86,11 @@ class VisionEncoder(nn.Module):
             )
         if image_size == self.image_size:
             return
+        if not 1 <= image_size // config.patch_size <= MAX_ROWS:
+            raise ValueError(
+                f"image size {image_size} is out of range; with patches of {config.patch_size} px, "
+                f"{config.patch_size} to {MAX_ROWS * config.patch_size} px can be read: choose one of these"
+            )
         embeddings = _embeddings(self.vit)
         tensors = embeddings.state_dict()
         name, positions = _find_position_embeddings(embeddings)
@@ -91,10 +98,18 @@ class VisionEncoder(nn.Module):
             positions.detach(), image_size // config.patch_size, FAMILIES[config.model_type]
         )
         config.image_size = self.image_size = image_size
-        resized = type(embeddings)(config)
-        resized.load_state_dict(tensors, assign=True)
-        resized.train(self.vit.training).requires_grad_(positions.requires_grad)
-        self.backbone.embeddings = resized
+        self._replace_embeddings(tensors)
+
+    def compute_buffers(self) -> None:
+        """Compute the buffers of an encoder that was built on "meta", once its weights are loaded."""
+        self._replace_embeddings(_embeddings(self.vit).state_dict())
+
+    def _replace_embeddings(self, tensors: Mapping[str, Tensor]) -> None:
+        former = _embeddings(self.vit)
+        embeddings = type(former)(self.vit.config)
+        embeddings.load_state_dict(dict(tensors), assign=True)
+        embeddings.train(former.training).requires_grad_(next(former.parameters()).requires_grad)
+        self.backbone.embeddings = embeddings
 
 
 def build_vision_encoder(config: PreTrainedConfig, *, attn_implementation: str = "sdpa") -> VisionEncoder:
@@ -105,14 +120,6 @@ def build_vision_encoder(config: PreTrainedConfig, *, attn_implementation: str =
     vit_class = FAMILIES[config.model_type].vit_class
     own_config = copy.deepcopy(config)  # the encoder changes it
     return VisionEncoder(vit_class._from_config(own_config, attn_implementation=attn_implementation))
-
-
-def build_empty_encoder(config: PreTrainedConfig, *, attn_implementation: str = "sdpa") -> VisionEncoder:
-    """Build an encoder to load weights into: on "meta", but for the embeddings, which hold a buffer too."""
-    with torch.device("meta"):
-        encoder = build_vision_encoder(config, attn_implementation=attn_implementation)
-    encoder.backbone.embeddings = type(_embeddings(encoder.vit))(encoder.vit.config)
-    return encoder
 
 
 def _has_equal_config(config: PreTrainedConfig, other: PreTrainedConfig) -> bool:

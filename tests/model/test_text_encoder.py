@@ -157,12 +157,14 @@ def test_a_language_model_with_fewer_embeddings_than_words_is_refused(tmp_path: 
         Blip2.from_pretrained(str(tmp_path))
 
 
-def test_an_end_token_without_an_embedding_is_refused() -> None:
+@pytest.mark.parametrize("end", [46, 99, -1, -(10**9)])
+def test_an_end_token_without_an_embedding_is_refused(end: int) -> None:
     opt = build_opt()
     assert opt.generation_config is not None
-    opt.generation_config.eos_token_id = [3, 99]
+    opt.generation_config.eos_token_id = [3, end]
     with pytest.raises(
-        UnfitLanguageModelError, match=r"has 46 word embeddings, and its configuration the special token 99"
+        UnfitLanguageModelError,
+        match=rf"has 46 word embeddings, and its configuration the special token {end}",
     ):
         LanguageModel(opt, build_language_tokenizer())
 

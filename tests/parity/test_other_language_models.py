@@ -13,12 +13,15 @@ from transformers import (
     BertLMHeadModel,
     Blip2ForConditionalGeneration,
     GPTNeoXConfig,
+    GPTNeoXJapaneseConfig,
     LlamaConfig,
     MistralConfig,
     MT5Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 
 from model import Blip2, CheckpointError, DecodeRequest
@@ -58,6 +61,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "mistral": MistralConfig(**SIZES_OF_DECODERS),
     "qwen2": Qwen2Config(**SIZES_OF_DECODERS | {"pad_token_id": None}),
     "gpt_neox": GPTNeoXConfig(**SIZES_OF_DECODERS),
+    "gpt_neox_japanese": GPTNeoXJapaneseConfig(**SIZES_OF_DECODERS, is_decoder=True),
     "mt5": MT5Config(
         vocab_size=len(WORDS) + 8,
         d_model=32,
@@ -77,6 +81,7 @@ SPECIAL_TOKENS = {
     "mistral": ((BOS,), ()),
     "qwen2": ((), ()),
     "gpt_neox": ((), ()),
+    "gpt_neox_japanese": ((), ()),
     "mt5": ((), (EOS,)),
 }
 
@@ -175,5 +180,12 @@ def test_an_encoder_is_no_language_model(tmp_path: Path) -> None:
     sizes = {"vocab_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     BertLMHeadModel(BertConfig(hidden_size=8, **sizes)).save_pretrained(tmp_path)
     build_language_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"says that an answer ends|is an encoder"):
+    with pytest.raises(CheckpointError, match=r"of type 'bert' with 'is_decoder' false.*set it to true"):
+        load_language_model(tmp_path)
+
+
+def test_a_decoder_whose_positions_begin_elsewhere_is_refused(tmp_path: Path) -> None:
+    RobertaForCausalLM(RobertaConfig(**SIZES_OF_DECODERS, is_decoder=True)).save_pretrained(tmp_path)
+    build_language_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"of type 'roberta', whose positions do not begin at 0"):
         load_language_model(tmp_path)

@@ -40,6 +40,24 @@ def test_without_a_checkpoint_no_step_has_been_taken(tmp_path: Path) -> None:
     assert load(tmp_path, build_model(first=2)) == 0
 
 
+@pytest.mark.parametrize("num_bytes", [0, 1, 100, 700])
+def test_a_checkpoint_that_was_cut_is_named(num_bytes: int, tmp_path: Path) -> None:
+    save(tmp_path, build_model(first=2))
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    with pytest.raises(CheckpointMismatchError, match=rf"cannot read {path} .*delete it"):
+        load(tmp_path, build_model(first=2))
+
+
+@pytest.mark.parametrize("content", [[1], {"step": 1}])
+def test_a_file_of_something_else_is_no_checkpoint(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(
+        CheckpointMismatchError, match=r"checkpoint\.pt is no checkpoint of a phase: delete it"
+    ):
+        load(tmp_path, build_model(first=2))
+
+
 def test_a_parameter_that_the_checkpoint_lacks_is_named(tmp_path: Path) -> None:
     save(tmp_path, build_model(first=2))
     model = build_model(first=2, second=1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from model.prompts import PromptTemplates
 
 FORMAT = "blip2-adapter"
 VERSION = 1
+_MIN_TEXT_TOKENS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +32,20 @@ class FrozenModelRef:
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """size: S. mean, std: of the three channels."""
+    """size: S. mean, std: of the three channels. Raises ValueError where they cannot normalise pixels."""
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size is {self.size}; it must be at least 1")
+        is_finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        if not (len(self.mean) == len(self.std) == 3 and is_finite and min(self.std) > 0):
+            raise ValueError(
+                f"mean is {self.mean} and std {self.std}; both must be three finite numbers, std above 0"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +95,11 @@ class AdapterConfig:
 
     def check(self, path: Path) -> None:
         """Raise CheckpointError where fields contradict each other."""
+        if self.max_text_tokens < _MIN_TEXT_TOKENS:
+            raise CheckpointError(
+                f"{path}: max_text_tokens is {self.max_text_tokens}, the least is {_MIN_TEXT_TOKENS}: a "
+                "token between [CLS] and [SEP]; correct it"
+            )
         has_text_branch = self.kind == "retrieval" or self.question_conditioned
         if has_text_branch and self.max_text_tokens > self.qformer.max_position_embeddings:
             raise CheckpointError(

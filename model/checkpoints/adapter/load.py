@@ -19,7 +19,7 @@ from model.checkpoints.load_options import IN_FLOAT32, LoadOptions
 from model.checkpoints.loaded_checkpoint import LoadedCheckpoint
 from model.checkpoints.qformer_branch import build_generation_components, build_retrieval_components
 from model.checkpoints.resolve import resolve
-from model.checkpoints.strict_loading import load_strictly
+from model.checkpoints.strict_loading import build_on_meta, load_strictly
 from model.checkpoints.tensors import TensorFiles
 from model.components import Blip2Components
 from model.errors import CheckpointError
@@ -84,7 +84,7 @@ def _build_question_embedder(directory: Path, config: AdapterConfig) -> Question
     if not config.question_conditioned:
         return None
     tokenizer = load_text_tokenizer(directory, config.qformer.vocab_size)
-    with torch.device("meta"):
+    with build_on_meta(directory / ADAPTER):
         return QuestionEmbedder(config.qformer, tokenizer, max_text_tokens=config.max_text_tokens)
 
 
@@ -123,7 +123,8 @@ def _load_matcher(
     directory: Path, config: AdapterConfig, vision_model: VisionEncoder, options: LoadOptions
 ) -> Matcher:
     tokenizer = load_text_tokenizer(directory, config.qformer.vocab_size)
-    with torch.device("meta"):
+    tensors = _read_trained(directory, options)
+    with build_on_meta(directory / ADAPTER):
         matcher = Matcher(
             config.qformer,
             tokenizer,
@@ -132,7 +133,6 @@ def _load_matcher(
         )
     if not config.has_text_head:
         matcher.text_head = None
-    tensors = _read_trained(directory, options)
     load_strictly(matcher, tensors, source=directory / ADAPTER, tied=[TIED_HEAD])
     matcher.tie_text_head()
     return matcher

@@ -25,7 +25,12 @@ from transformers import (
 
 from model.checkpoints.frozen.transformers_loading import silence_transformers
 from model.checkpoints.load_options import LoadOptions
-from model.checkpoints.strict_loading import load_strictly, report_build_errors
+from model.checkpoints.strict_loading import (
+    build_on_meta,
+    check_num_parameters,
+    load_strictly,
+    report_build_errors,
+)
 from model.checkpoints.tensors import TensorSource
 from model.errors import CheckpointError
 
@@ -126,7 +131,7 @@ def _build(
     for name in llm_format.ignored:
         tensors.pop(name, None)
     _merge_word_embeddings(tensors, llm_format.word_embeddings, source=source)
-    with report_build_errors(source), torch.device("meta"):
+    with build_on_meta(source):
         llm = llm_format.llm_class(config)
     copies = llm_format.word_embeddings[1:]
     load_strictly(llm, tensors, source=source, tied=copies if has_own_head else (*copies, HEAD))
@@ -143,6 +148,9 @@ def _load_by_transformers(
     llm_class = _find_class(type(config))
     assert llm_class is not None, "the type was checked when the configuration was read"
     dtype = next((each.dtype for each in tensors.values() if each.is_floating_point()), torch.float32)
+    with build_on_meta(source):
+        empty = llm_class(config)
+    check_num_parameters(empty, sum(each.numel() for each in tensors.values()), source=source)
     with report_build_errors(source), silence_transformers():
         llm, loading_info = llm_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True

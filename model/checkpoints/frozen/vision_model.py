@@ -8,13 +8,20 @@ import torch
 from torch import Tensor
 from transformers import Blip2Config, CLIPConfig, PreTrainedConfig, PreTrainedModel, SiglipConfig
 
+from model.checkpoints.foreign_tensors import check_merged
 from model.checkpoints.frozen.transformers_loading import build_config, freeze, silence_transformers
 from model.checkpoints.json_records import read_json
 from model.checkpoints.load_options import IN_FLOAT32, LoadOptions
-from model.checkpoints.strict_loading import load_strictly, report_build_errors
+from model.checkpoints.strict_loading import (
+    BUILD_ERRORS,
+    build_on_meta,
+    check_num_parameters,
+    load_strictly,
+    report_build_errors,
+)
 from model.checkpoints.tensors import TensorFiles, TensorSource
 from model.errors import CheckpointError
-from model.vision import FAMILIES, VisionEncoder, VisionFamily, build_empty_encoder
+from model.vision import FAMILIES, VisionEncoder, VisionFamily, build_vision_encoder
 
 BLIP2_VISION = "blip_2_vision_model"
 VISION_PREFIX = "vision_model."
@@ -55,7 +62,7 @@ def load_vision_model(
             attn_implementation=attn_implementation,
         )
     else:
-        vit = _load_vit(vision_family, directory, dtype, attn_implementation)
+        vit = _load_vit(config, directory, dtype, attn_implementation)
         encoder = freeze(_build_encoder(vit, feature_layer, source=directory))
     return resize_vision_model(encoder, options.image_size, source=directory).to(options.device)
 
@@ -65,19 +72,22 @@ def read_vision_config(directory: Path) -> PreTrainedConfig:
 
     Raises CheckpointError where there is none of a supported kind.
     """
+    check_merged(directory)
     path = directory / "config.json"
     fields = read_json(path)
-    model_type = fields.get("model_type")
+    model_type = str(fields.get("model_type"))
     if model_type in _WHOLE_MODELS:
-        whole_config = build_config(_WHOLE_MODELS[str(model_type)], path, fields)
+        whole_config = build_config(_WHOLE_MODELS[model_type], path, fields)
         config: PreTrainedConfig = whole_config.vision_config
-        return config
-    if model_type not in FAMILIES:
-        raise CheckpointError(
-            f"{path} is of model type {model_type!r}; image encoders of "
-            f"{sorted([*FAMILIES, *_WHOLE_MODELS])} can be loaded"
-        )
-    return build_config(FAMILIES[str(model_type)].vit_class.config_class, path, fields)
+        model_type = str(config.model_type)
+        if model_type in FAMILIES:
+            return config
+    elif model_type in FAMILIES:
+        return build_config(FAMILIES[model_type].vit_class.config_class, path, fields)
+    raise CheckpointError(
+        f"{path} is of model type {model_type!r}; image encoders of "
+        f"{sorted([*FAMILIES, *_WHOLE_MODELS])} can be loaded"
+    )
 
 
 def assemble_vision_model(
@@ -89,9 +99,11 @@ def assemble_vision_model(
     attn_implementation: str = "sdpa",
 ) -> VisionEncoder:
     """Build an encoder around its tensors, without initialising weights that would be overwritten."""
-    with report_build_errors(source):
-        encoder = build_empty_encoder(config, attn_implementation=attn_implementation)
+    with build_on_meta(source):
+        encoder = build_vision_encoder(config, attn_implementation=attn_implementation)
     load_strictly(encoder.backbone, tensors, source=source)
+    with report_build_errors(source):
+        encoder.compute_buffers()
     return freeze(_build_encoder(encoder.vit, feature_layer, source=source))
 
 
@@ -112,10 +124,14 @@ def _build_encoder(vit: PreTrainedModel, feature_layer: int, *, source: Path) ->
 
 
 def _load_vit(
-    vision_family: VisionFamily, directory: Path, dtype: torch.dtype, attn_implementation: str
+    config: PreTrainedConfig, directory: Path, dtype: torch.dtype, attn_implementation: str
 ) -> PreTrainedModel:
     """Load an encoder by transformers, which has renamed its tensors from release to release."""
-    TensorFiles(directory)  # its errors are clearer
+    vision_family = FAMILIES[config.model_type]
+    headers = TensorFiles(directory).headers()
+    with build_on_meta(directory):
+        empty = vision_family.vit_class(config)
+    check_num_parameters(empty, sum(each.num_parameters for each in headers), source=directory)
     if "transformers_weights" in read_json(directory / "config.json"):
         raise CheckpointError(
             f"{directory / 'config.json'} names other weights as 'transformers_weights'; remove the key"
@@ -130,7 +146,7 @@ def _load_vit(
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, *BUILD_ERRORS) as error:
         raise CheckpointError(
             f"{directory} holds no image encoder that can be read ({error}); save it again"
         ) from error

@@ -29,7 +29,7 @@ from model.checkpoints.json_records import read_json
 from model.checkpoints.load_options import IN_FLOAT32, LoadOptions
 from model.checkpoints.loaded_checkpoint import LoadedCheckpoint
 from model.checkpoints.qformer_branch import build_generation_components, build_retrieval_components
-from model.checkpoints.strict_loading import load_strictly, report_build_errors
+from model.checkpoints.strict_loading import build_on_meta, load_strictly, report_build_errors
 from model.checkpoints.tensors import TensorFiles, TensorSource
 from model.components import Blip2Components
 from model.config import QFormerConfig
@@ -53,14 +53,17 @@ def load_hub(
     fields: dict[str, Any] = read_json(path)
     files = TensorFiles(directory)
     config = build_config(Blip2Config, path, fields)
-    architectures = fields.get("architectures") or []
+    architectures = fields.get("architectures")
+    if not isinstance(architectures, list):
+        architectures = []
     if RETRIEVAL in architectures:
         load = _load_retrieval
     elif GENERATION in architectures:
         load = _load_generation
     else:
         raise CheckpointError(
-            f"{path} is of architecture {architectures}; {GENERATION} and {RETRIEVAL} can be loaded"
+            f"{path} is of architecture {fields.get('architectures')}; {GENERATION} and {RETRIEVAL} can be "
+            "loaded"
         )
     components = load(config, directory, tensors or files, options)
     return LoadedCheckpoint(components, (files.sha256, path.read_text(encoding="utf-8")))
@@ -89,13 +92,14 @@ def _load_retrieval(
     vision_model = load_vision_model(directory, options, tensors=tensors)
     qformer_config = _qformer_config(config, tensors.path)
     tokenizer = load_text_tokenizer(directory, qformer_config.vocab_size)
-    with torch.device("meta"):
+    trained = {
+        "temperature": torch.tensor(INITIAL_TEMPERATURE, device=options.device),
+        **_read_trained_tensors(tensors, options),
+    }
+    with build_on_meta(tensors.path):
         matcher = Matcher(qformer_config, tokenizer, vision_layer_norm_eps=vision_model.layer_norm_eps)
     matcher.text_head = None
-    temperature = torch.tensor(INITIAL_TEMPERATURE, device=options.device)
-    load_strictly(
-        matcher, {"temperature": temperature, **_read_trained_tensors(tensors, options)}, source=tensors.path
-    )
+    load_strictly(matcher, trained, source=tensors.path)
     preprocess = load_preprocessor(directory, vision_model.image_size)
     return build_retrieval_components(matcher, vision_model, preprocess)
 

@@ -1,7 +1,9 @@
 """Loads PEFT adapters (LoRA and others) of a checkpoint in the Hub's format, merged into its weights."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from warnings import catch_warnings
 
@@ -14,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from model.checkpoints.foreign_tensors import PEFT_CONFIG
+from model.checkpoints.foreign_tensors import PEFT_CONFIG, has_adapter_only
 from model.checkpoints.frozen.transformers_loading import build_config, silence_transformers
 from model.checkpoints.hashing import hash_file
 from model.checkpoints.hub.load import RETRIEVAL, load_hub
@@ -22,34 +24,35 @@ from model.checkpoints.json_records import read_json
 from model.checkpoints.load_options import IN_FLOAT32, LoadOptions
 from model.checkpoints.loaded_checkpoint import LoadedCheckpoint
 from model.checkpoints.resolve import is_hub_id, resolve
-from model.checkpoints.tensors import INDEX, WEIGHTS, MemoryTensors, TensorFiles
+from model.checkpoints.strict_loading import BUILD_ERRORS
+from model.checkpoints.tensors import MemoryTensors, TensorFiles
 from model.errors import CheckpointError
 
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def is_peft_adapter(directory: Path) -> bool:
-    """Return whether a directory holds a PEFT adapter and no weights of a whole model."""
-    has_weights = any((directory / name).is_file() for name in (WEIGHTS, INDEX))
-    return (directory / PEFT_CONFIG).is_file() and not has_weights
+    """Return whether a directory holds a PEFT adapter. Raises CheckpointError for a whole model beside it."""
+    return has_adapter_only(directory)
 
 
 def find_base_model(directory: Path) -> Path:
     """Return the directory of the model that a PEFT adapter was trained on; it may be an id of the Hub.
 
-    A relative path is looked for beside the adapter where it is not in the present directory. Raises
-    CheckpointError where there is none in the Hub's format.
+    A relative path is that from the adapter's directory, or else from the present one. Raises CheckpointError
+    where there is none in the Hub's format.
     """
     path = directory / PEFT_CONFIG
     fields = read_json(path)
     name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{path} names no 'base_model_name_or_path'; write the path of the model there")
-    sibling = directory / name
-    if sibling.is_dir() and not Path(name).is_dir():
-        base = sibling
+    if (directory / name).is_dir():
+        base = directory / name
     else:
         base = resolve(name, revision=str(revision) if revision and is_hub_id(name) else None)
+    if base.is_dir() and has_adapter_only(base):
+        raise CheckpointError(f"{path} names {name!r}, which is a PEFT adapter itself; merge that one first")
     if base.suffix == ".pth" or read_json(base / "config.json").get("model_type") != "blip-2":
         raise CheckpointError(f"{path} names {name!r}, which is no BLIP-2 in the Hub's format; correct it")
     return base
@@ -93,7 +96,7 @@ def _load_base(base: Path) -> PreTrainedModel:
             model, loading_info = model_class.from_pretrained(
                 base, dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (*BUILD_ERRORS, OSError) as error:
         raise CheckpointError(
             f"{base}, the base model of a PEFT adapter, cannot be loaded ({error}); save it again"
         ) from error
@@ -109,7 +112,9 @@ def _merge(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     path = directory / _ADAPTER_WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
-            saved = set(file.keys())
+            saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+        _check_rank(saved, directory)
+        _check_shapes(saved, model, path)
         with silence_transformers(), catch_warnings(action="ignore"):  # absent tensors are an error below
             wrapped = PeftModel.from_pretrained(model, directory, torch_device="cpu")
             required, known = (
@@ -118,18 +123,44 @@ def _merge(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
             )
             _untie(wrapped)
             merged: PreTrainedModel = wrapped.base_model.merge_and_unload(safe_merge=True)
-    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except (*BUILD_ERRORS, ImportError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]  # torch names each tensor on a line of its own
         raise CheckpointError(
             f"the PEFT adapter in {directory} cannot be merged into its base model ({reason}); merge it "
             "where it was trained, with model.merge_and_unload(), and save the result"
         ) from error
-    if differing := sorted((required - saved) | (saved - known)):
+    if differing := sorted((required - saved.keys()) | (saved.keys() - known)):
         raise CheckpointError(
             f"{path} and its base model do not belong together: the tensor {differing[0]!r} is in one "
             f"of them alone ({len(differing)} in all); correct 'base_model_name_or_path' in {PEFT_CONFIG}"
         )
     return merged
+
+
+def _check_rank(saved: Mapping[str, Sequence[int]], directory: Path) -> None:
+    """Raise CheckpointError where a rank is above all sizes in the file, which peft would allocate."""
+    rank, largest = read_json(directory / PEFT_CONFIG).get("r"), max(chain([0], *saved.values()))
+    if isinstance(rank, int) and rank > largest:
+        raise CheckpointError(
+            f"{directory / PEFT_CONFIG} sets 'r' to {rank}, and the largest size in {_ADAPTER_WEIGHTS} is "
+            f"{largest}; use the {PEFT_CONFIG} that was saved with it"
+        )
+
+
+def _check_shapes(saved: Mapping[str, Sequence[int]], model: nn.Module, path: Path) -> None:
+    """Raise CheckpointError where an adapter holds whole weights of another shape than its base model has.
+
+    saved: shapes. It is so where the vocabulary was resized before the training.
+    """
+    shapes = {name: list(each.shape) for name, each in model.state_dict().items()}
+    for name, shape in saved.items():
+        base_name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if (expected := shapes.get(base_name, shape)) != shape:
+            raise CheckpointError(
+                f"{path}: the tensor {name!r} has shape {shape}, its base model has {expected}; where "
+                "the vocabulary was resized, merge it there, with model.merge_and_unload(), and save the "
+                "result with its tokenizer"
+            )
 
 
 def _untie(wrapped: nn.Module) -> None:

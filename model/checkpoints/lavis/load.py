@@ -5,19 +5,16 @@ Its <name>.json is described in `model.checkpoints.lavis.config`.
 
 import copy
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from model.checkpoints.adapter import TIED_HEAD
-from model.checkpoints.foreign_tensors import check_names
 from model.checkpoints.frozen import (
     LANGUAGE_PREFIX,
     VISION_PREFIX,
@@ -31,11 +28,12 @@ from model.checkpoints.frozen import (
 from model.checkpoints.hashing import hash_file
 from model.checkpoints.lavis.config import ENCODERS, LavisConfig
 from model.checkpoints.lavis.language_model import trained_fields
+from model.checkpoints.lavis.pickled_tensors import read_pickle
 from model.checkpoints.lavis.tensor_names import find_language_family, from_lavis
 from model.checkpoints.load_options import IN_FLOAT32, LoadOptions
 from model.checkpoints.loaded_checkpoint import LoadedCheckpoint, Source
 from model.checkpoints.qformer_branch import build_generation_components, build_retrieval_components
-from model.checkpoints.strict_loading import load_strictly
+from model.checkpoints.strict_loading import build_on_meta, load_strictly
 from model.checkpoints.tensors import MemoryTensors
 from model.components import Blip2Components
 from model.config import QFormerConfig
@@ -45,6 +43,7 @@ from model.preprocess import ImagePreprocessor
 from model.vision import FAMILIES, VisionEncoder
 
 _BERT_HEAD_SIZE = 64
+_FIRST_FFN = "qformer.encoder.layer.0.intermediate_query.dense.weight"
 
 
 def load_lavis(path: Path, options: LoadOptions = IN_FLOAT32) -> LoadedCheckpoint:
@@ -79,26 +78,6 @@ def _check_arch(config: LavisConfig, language_family: str | None, path: Path) ->
         )
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .pth file without running code in it. Raises CheckpointError."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(
-            f"cannot read {path} ({error}); it was cut or damaged: copy it again"
-        ) from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors and would run code when it is read, so it is refused; save its "
-            "state dict alone, with torch.save(model.state_dict(), path)"
-        ) from error
-    tensors = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(each, Tensor) for each in tensors.values()):
-        raise CheckpointError(f"{path} holds no state dict, neither itself nor as 'model'; save it again")
-    check_names(tensors, path)
-    return tensors
-
-
 def _load_vision_model(config: LavisConfig, tensors: MemoryTensors, options: LoadOptions) -> VisionEncoder:
     directory = tensors.path.parent / config.vision_model
     if not tensors.has(VISION_PREFIX):
@@ -112,18 +91,23 @@ def _load_vision_model(config: LavisConfig, tensors: MemoryTensors, options: Loa
     vision_config = read_vision_config(directory) if named is None else copy.deepcopy(named)
     dtype = options.pick_dtype(FAMILIES[vision_config.model_type].half)
     vision_tensors = tensors.read(VISION_PREFIX, dtype=dtype, device=options.device)
-    vision_config.image_size = _trained_image_size(vision_tensors, vision_config)
+    vision_config.image_size = _trained_image_size(vision_tensors, vision_config, source=tensors.path)
     encoder = assemble_vision_model(vision_config, vision_tensors, source=tensors.path)
     return resize_vision_model(encoder, options.image_size, source=tensors.path).to(options.device)
 
 
-def _trained_image_size(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> int:
-    """Return the image size of the position embeddings in a file."""
+def _trained_image_size(tensors: Mapping[str, Tensor], config: PreTrainedConfig, *, source: Path) -> int:
+    """Return the image size of the position embeddings in a file. Raises CheckpointError."""
     positions = next(
         (each for name, each in tensors.items() if "position_embedding" in name), None
     )  # [.., P, V]
     if positions is None:
-        raise CheckpointError("the image encoder in the .pth file has no position embeddings; save it again")
+        raise CheckpointError(f"{source}: its image encoder has no position embeddings; save it again")
+    if positions.dim() < 2 or positions.shape[-2] < 2:
+        raise CheckpointError(
+            f"{source}: the position embeddings of its image encoder have shape {list(positions.shape)}; one "
+            "row for the image and one for each of its patches are needed: save it again"
+        )
     rows: int = math.isqrt(positions.shape[-2] - 1)
     patch_size: int = config.patch_size
     return rows * patch_size
@@ -162,7 +146,7 @@ def _build_retrieval(
     trained = tensors.read(skip=(VISION_PREFIX,), dtype=torch.float32, device=options.device)
     qformer_config = _qformer_config(config, trained, vision_model, tensors.path)
     tokenizer = load_text_tokenizer(tensors.path.parent / config.tokenizer, qformer_config.vocab_size)
-    with torch.device("meta"):
+    with build_on_meta(tensors.path):
         matcher = Matcher(qformer_config, tokenizer, vision_layer_norm_eps=vision_model.layer_norm_eps)
     if not any(name.startswith("text_head.") for name in trained):  # converted from the Hub's format
         matcher.text_head = None
@@ -181,31 +165,49 @@ def _qformer_config(
     config: LavisConfig, tensors: Mapping[str, Tensor], vision_model: VisionEncoder, path: Path
 ) -> QFormerConfig:
     """Derive the sizes of a Q-Former from its tensors; heads, dropout and epsilon are BERT's in LAVIS."""
-    try:
-        _, num_query_tokens, hidden_size = tensors["query_tokens"].shape
-        intermediate_size = len(tensors["qformer.encoder.layer.0.intermediate_query.dense.weight"])
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} holds no Q-Former ({error} is not there); give a .pth file that BLIP-2 of LAVIS saved"
-        ) from error
-    depth = 1 + max(int(name.split(".")[3]) for name in tensors if name.startswith("qformer.encoder.layer."))
-    words = tensors.get("embeddings.word_embeddings.weight", torch.empty(30523, 0))
-    positions = tensors.get("embeddings.position_embeddings.weight", torch.empty(512, 0))
-    joint = tensors.get("text_projection.weight", torch.empty(256, 0))
+    _check_qformer(tensors, path)
+    _, num_query_tokens, hidden_size = _shape(tensors, "query_tokens", path, default=(0, 0, 0))
+    intermediate_size, _ = _shape(tensors, _FIRST_FFN, path, default=(0, 0))
+    vocab_size, _ = _shape(tensors, "embeddings.word_embeddings.weight", path, default=(30523, 0))
+    max_positions, _ = _shape(tensors, "embeddings.position_embeddings.weight", path, default=(512, 0))
+    joint_size, _ = _shape(tensors, "text_projection.weight", path, default=(256, 0))
+    layers = {name.split(".")[3] for name in tensors if name.startswith("qformer.encoder.layer.")}
     try:
         return QFormerConfig(
             hidden_size=hidden_size,
-            num_hidden_layers=depth,
+            num_hidden_layers=sum(map(str.isdigit, layers)),
             num_attention_heads=config.num_attention_heads or max(1, hidden_size // _BERT_HEAD_SIZE),
             intermediate_size=intermediate_size,
             encoder_hidden_size=vision_model.hidden_size,
             num_query_tokens=num_query_tokens,
-            vocab_size=len(words),
-            max_position_embeddings=len(positions),
-            joint_size=len(joint),
+            vocab_size=vocab_size,
+            max_position_embeddings=max_positions,
+            joint_size=joint_size,
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check_qformer(tensors: Mapping[str, Tensor], path: Path) -> None:
+    for name in ("query_tokens", _FIRST_FFN):
+        if name not in tensors:
+            raise CheckpointError(
+                f"{path} holds no Q-Former ({name!r} is not there); give a .pth file that BLIP-2 of LAVIS "
+                "saved"
+            )
+
+
+def _shape(
+    tensors: Mapping[str, Tensor], name: str, path: Path, *, default: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return the shape of a tensor, of the rank of `default`, which is that of an absent one."""
+    shape = tuple(tensors[name].shape) if name in tensors else default
+    if len(shape) != len(default):
+        raise CheckpointError(
+            f"{path}: the tensor {name!r} has shape {list(shape)}, {len(default)} dimensions are needed; it "
+            "was damaged, or belongs to another model: save the checkpoint again"
+        )
+    return shape
 
 
 def _named_sources(config: LavisConfig, path: Path) -> tuple[Source, ...]:

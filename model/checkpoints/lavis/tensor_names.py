@@ -83,11 +83,11 @@ def find_encoder(names: Iterable[str]) -> Encoder | None:
 def from_lavis(tensors: Mapping[str, Tensor], *, source: Path) -> dict[str, Tensor]:
     """Return LAVIS' tensors under our names and in our shapes.
 
-    Raises CheckpointError naming a tensor that our model does not have.
+    Raises CheckpointError naming a tensor that our model does not have, or that cannot be joined or split.
     """
     remaining = {name: tensor for name, tensor in tensors.items() if name not in _BUFFERS}
     _drop_head_bias_copy(remaining, source)
-    ours = _join_eva_biases(remaining, source) | _split_clip_projections(remaining)
+    ours = _join_eva_biases(remaining, source) | _split_clip_projections(remaining, source)
     prefixes, inner = _name_pairs(find_encoder(remaining), find_language_family(remaining))
     for name, tensor in remaining.items():
         if not name.startswith(tuple(old for old, _ in prefixes)):
@@ -160,6 +160,11 @@ def _join_eva_biases(tensors: dict[str, Tensor], source: Path) -> dict[str, Tens
         key = tensors.pop(f"{stem}k_bias", torch.zeros_like(query))
         if value is None:
             raise CheckpointError(f"{source} holds {name!r} but no {stem}v_bias; save it again")
+        if query.dim() != 1 or not query.shape == key.shape == value.shape:
+            raise CheckpointError(
+                f"{source}: the biases {stem}*_bias have the shapes {list(query.shape)}, {list(key.shape)} "
+                f"and {list(value.shape)}; each must have the encoder's width: save it again"
+            )
         _check_key_bias(key, f"{stem}k_bias", source)
         prefixes, inner = _ENCODERS["eva_clip_g"]
         joined[_rename(f"{stem}qkv.bias", prefixes, inner)] = torch.cat([query, key, value])
@@ -186,13 +191,19 @@ def _check_key_bias(key: Tensor, name: str, source: Path) -> None:
         )
 
 
-def _split_clip_projections(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _split_clip_projections(tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
     """Remove the joint query, key and value projections from `tensors`; return the three of each layer."""
     split = {}
     for name in [name for name in tensors if ".attn.in_proj_" in name]:
         kind = name.rpartition("_")[2]  # weight or bias
         layer = name.removeprefix("visual_encoder.transformer.resblocks.").partition(".")[0]
-        for projection, tensor in zip("qkv", tensors.pop(name).chunk(3), strict=True):
+        joined = tensors.pop(name)
+        if joined.dim() == 0 or len(joined) == 0 or len(joined) % 3:
+            raise CheckpointError(
+                f"{source}: the tensor {name!r} has shape {list(joined.shape)}, and holds queries, keys and "
+                "values, so that its rows are a multiple of 3; save it again"
+            )
+        for projection, tensor in zip("qkv", joined.chunk(3), strict=True):
             split[f"vision_model.encoder.layers.{layer}.self_attn.{projection}_proj.{kind}"] = tensor.clone()
     return split
 

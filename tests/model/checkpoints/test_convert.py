@@ -1,5 +1,8 @@
 """Conversion between the three formats, and the summary of a checkpoint."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,6 +206,29 @@ def test_inspect_prints_a_table(checkpoint: Path, capsys: pytest.CaptureFixture[
     assert "adapter, generation" in printed
     assert "language model" in printed
     assert main(["inspect", "nowhere"]) == 2
+
+
+def test_a_directory_of_checkpoints_names_them(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = checkpoint.parent
+    (root / "blip2.pth").touch()
+    assert main(["inspect", str(root)]) == 2
+    named = ", ".join(
+        str(root / name) for name in ("blip2.pth", "language_model", "stage1", "stage2", "vision_model")
+    )
+    assert (
+        f"{root} is no checkpoint itself, and holds {named} (5 in all); give one" in capsys.readouterr().err
+    )
+    with pytest.raises(CheckpointError, match="is no checkpoint itself"):
+        load_blip2(str(root))
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(checkpoint: Path) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "model.checkpoints", "inspect", str(checkpoint)]
+    ended = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write_end)
+    assert (ended.returncode, ended.stderr) == (141, "")
 
 
 @pytest.fixture

@@ -157,3 +157,22 @@ def test_building_leaves_the_configuration_it_is_given_alone() -> None:
     before = config.to_dict()
     build_vision_encoder(config).resize(64)
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES[1:])
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("num_channels", 10**7, "parameters, and the model of its configuration has"),
+        ("image_size", 8 * 10**5, "parameters, and the model of its configuration has"),
+        ("num_hidden_layers", 10**9, "sets 'num_hidden_layers' to 1000000000, it must be from 0 to 512"),
+        ("hidden_size", 3 * 10**17, "no model can be built"),
+    ],
+)
+def test_an_encoder_far_larger_than_its_file_is_refused_before_it_is_built(
+    model_type: str, field: str, value: int, complaint: str, tmp_path: Path
+) -> None:
+    build_vit(model_type).save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda fields: fields.update({field: value}))
+    with pytest.raises(CheckpointError, match=complaint):
+        load_vision_model(tmp_path)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,15 @@ from torch import nn
 from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, PreTrainedModel
 
 from model import Blip2, CheckpointError
-from model.checkpoints import load_blip2, resolve_retrieval_model, save_hub
+from model.checkpoints import (
+    load_blip2,
+    load_language_model,
+    load_vision_model,
+    resolve_retrieval_model,
+    save_hub,
+)
 from model.checkpoints.__main__ import main
+from model.checkpoints.hub.peft import find_base_model
 from model.components import Blip2Components
 from tests.builders import build_components, random_pixels
 from tests.builders_t5 import build_t5_components
@@ -40,10 +48,21 @@ CONFIGS: dict[str, PeftConfig] = {
     ),
     "opt, a tied head": LoraConfig(r=4, target_modules=["q_proj", "lm_head"]),
     "opt, tied word embeddings": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
+    "opt, trained word embeddings": LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"]
+    ),
+    "opt, trained embeddings and head": LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
+    ),
+    "opt, a trained head of its own": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
     "opt, trained tokens": LoraConfig(
         r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 6]}
     ),
     "t5": LoraConfig(r=4, target_modules=["q", "v", "wi_0"], use_dora=True),
+    "t5, a trained head": LoraConfig(r=2, target_modules=["q"], modules_to_save=["lm_head"]),
+    "itm, trained word embeddings": LoraConfig(
+        r=2, target_modules=["query"], modules_to_save=["word_embeddings", "itm_head"]
+    ),
     "t5, the head": LoraConfig(r=4, target_modules=["q", "lm_head"]),
     "itm": LoraConfig(r=4, target_modules=["query", "value", "qkv", "itm_head"]),
 }
@@ -62,6 +81,11 @@ def train(directory: Path, kind: str, config: PeftConfig, *, name: str = "lora")
     with catch_warnings(action="ignore"):  # that word embeddings are saved too
         model.save_pretrained(directory / name)
     return model
+
+
+def edit_base(directory: Path, name: str) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
 
 
 def soft_tokens(model: PreTrainedModel) -> torch.Tensor:
@@ -125,9 +149,7 @@ def test_embeddings_of_a_t5_that_differ_from_each_other_are_refused(tmp_path: Pa
 
 def test_an_adapter_and_its_base_may_be_moved_together(tmp_path: Path) -> None:
     train(tmp_path, "opt", CONFIGS["opt"])
-    path = tmp_path / "lora" / "adapter_config.json"
-    fields = json.loads(path.read_text())
-    path.write_text(json.dumps(fields | {"base_model_name_or_path": "../base"}))
+    edit_base(tmp_path / "lora", "../base")
     assert Blip2.from_pretrained(str(tmp_path / "lora")).language_model is not None
 
 
@@ -228,6 +250,93 @@ def test_a_base_model_that_cannot_be_found_is_named(
     (tmp_path / "lora" / "other" / "config.json").write_text('{"model_type": "opt"}')
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match=message):
+        Blip2.from_pretrained(str(tmp_path / "lora"))
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+    ],
+)
+def test_an_adapter_beside_the_weights_of_a_whole_model_is_refused(weights: str, tmp_path: Path) -> None:
+    """transformers would load the base model and the adapter, and ignore these weights."""
+    train(tmp_path, "opt", CONFIGS["opt"])
+    both = shutil.copytree(tmp_path / "base", tmp_path / "both")
+    shutil.copytree(tmp_path / "lora", both, dirs_exist_ok=True)
+    (both / "model.safetensors").rename(both / weights)
+    complaint = rf"both holds both a PEFT adapter .*{weights}.*directory of their own.* or delete them"
+    for load in (load_blip2, resolve_retrieval_model):
+        with pytest.raises(CheckpointError, match=complaint):
+            load(str(both))
+    with pytest.raises(CheckpointError, match=complaint):
+        load_language_model(both)
+    with pytest.raises(CheckpointError, match=complaint):
+        load_vision_model(both)
+    assert main(["inspect", str(both)]) == 2
+
+
+def test_a_base_model_that_is_an_adapter_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, "opt", CONFIGS["opt"])
+    second = shutil.copytree(tmp_path / "lora", tmp_path / "second")
+    edit_base(second, "../lora")
+    with pytest.raises(CheckpointError, match=r"'\.\./lora', which is a PEFT adapter itself; merge that one"):
+        Blip2.from_pretrained(str(second))
+
+
+def test_a_relative_base_model_is_looked_for_from_the_adapter_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = train(tmp_path, "opt", CONFIGS["opt"])
+    shutil.move(tmp_path / "base", tmp_path / "lora" / "base")
+    edit_base(tmp_path / "lora", "base")
+    save_hub(tmp_path / "elsewhere" / "base", build_components(seed=5))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    blip2 = Blip2.from_pretrained(str(tmp_path / "lora"))
+    with torch.inference_mode():
+        ours = blip2.project_queries(blip2.encode_queries(blip2.encode_images(random_pixels(2))))
+        torch.testing.assert_close(ours, soft_tokens(reference.base_model.model), rtol=1e-3, atol=1e-3)
+    shutil.rmtree(tmp_path / "lora" / "base")
+    assert find_base_model(tmp_path / "lora") == Path("base")
+
+
+@pytest.mark.parametrize("trained", [[], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_an_adapter_of_a_resized_vocabulary_is_refused(kind: str, trained: list[str], tmp_path: Path) -> None:
+    build, model_class = KINDS[kind]
+    save_hub(tmp_path / "base", build())
+    base = model_class.from_pretrained(tmp_path / "base")
+    rows = base.get_input_embeddings().weight.shape[0]
+    base.resize_token_embeddings(rows + 3)
+    names = [name.replace("embed_tokens", "shared") if kind == "t5" else name for name in trained]
+    config = LoraConfig(r=2, target_modules=["fc1" if kind == "opt" else "q"], modules_to_save=names)
+    with catch_warnings(action="ignore"):
+        get_peft_model(base, config).save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    complaint = rf"has shape \[{rows + 3}, 32\], its base model has \[{rows}, 32\]; .*with its tokenizer"
+    with pytest.raises(CheckpointError, match=complaint):
+        Blip2.from_pretrained(str(tmp_path / "lora"))
+
+
+def test_an_absurd_rank_allocates_nothing(tmp_path: Path) -> None:
+    train(tmp_path, "opt", CONFIGS["opt"])
+    path = tmp_path / "lora" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 10**12}))
+    with pytest.raises(CheckpointError, match=r"sets 'r' to 1000000000000, and the largest size in"):
+        Blip2.from_pretrained(str(tmp_path / "lora"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"trainable_token_indices": [10**9]}, {"trainable_token_indices": 1.5}, {"megatron_config": {"a": 1}}],
+)
+def test_an_odd_configuration_is_refused(fields: dict[str, object], tmp_path: Path) -> None:
+    train(tmp_path, "opt", CONFIGS["opt"])
+    path = tmp_path / "lora" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(CheckpointError, match=r"lora cannot be merged into its base model"):
         Blip2.from_pretrained(str(tmp_path / "lora"))
 
 
