@@ -205,10 +205,9 @@ class _Form:
         """
         if body.count(b"\r\n--" + self._boundary) > max_parts:  # each costs the parser a microsecond
             raise TooManyItemsError(f"the form has more than {max_parts} parts; send fewer at once")
-        delimiter = b"--" + self._boundary
-        start = body.find(b"\r\n" + delimiter)
-        if start >= 0 and not body.startswith(delimiter):
-            del body[: start + 2]  # a preamble, which counts for nothing (RFC 2046, 5.1.1)
+        first = re.search(rb"(?:\A|(\r\n)|\n)--" + re.escape(self._boundary), body)
+        if first is not None and first[1]:
+            del body[: first.end(1)]  # a preamble, which counts for nothing (RFC 2046, 5.1.1)
         callbacks: MultipartCallbacks = {
             "on_header_field": self._read_header_name,
             "on_header_value": self._read_header_value,

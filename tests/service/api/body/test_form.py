@@ -398,6 +398,14 @@ async def test_a_form_may_have_a_preamble(preamble: bytes) -> None:
     assert (body.image, body.prompt) == (Upload(PNG), "a")
 
 
+async def test_no_part_is_taken_for_a_preamble() -> None:
+    for start in (b"\n", b"\r\n\n"):
+        body = await read_form(start + text_part(b"prompt", b"a") + part("image", PNG) + FORM_END)
+        assert (body.image, body.prompt) == (Upload(PNG), "a")
+    with pytest.raises(UnreadableBodyError, match="the form"):
+        await read_form(b"hello\n" + text_part(b"prompt", b"a") + part("image", PNG) + FORM_END)
+
+
 async def test_a_preamble_without_a_form_is_unreadable() -> None:
     for content in (b"a preamble", b"a preamble\r\n", b"a preamble" + FORM_END[:-2]):
         with pytest.raises(UnreadableBodyError, match="the form"):
