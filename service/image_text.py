@@ -31,7 +31,7 @@ def decode_text(source: str, check_size: Callable[[int], None]) -> bytes:
         source = unquote(source) if "%" in source else source
     else:
         _refuse_names(source)
-    if " " in source and "+" not in source and "-" not in source and _LOST_PLUS.search(source):
+    if _has_lost_plus(source):
         raise InvalidImageError(
             "the base64 has spaces where a form has decoded its '+'; write '+' as %2B, use the url-safe "
             "alphabet, or send the file itself"
@@ -45,6 +45,15 @@ def decode_text(source: str, check_size: Callable[[int], None]) -> bytes:
         raise InvalidImageError(
             f"the image is not base64 ({exc}); use the standard or the url-safe alphabet"
         ) from exc
+
+
+def _has_lost_plus(source: str) -> bool:
+    """Return whether spaces stand for '+': they lie between characters, and are not those of equal lines."""
+    if " " not in source or "+" in source or "-" in source or not _LOST_PLUS.search(source):
+        return False
+    widths = {len(line) for line in source.split()[:-1]}
+    is_whole = len(source) % 4 == 0 and len(source.replace(" ", "")) % 4 != 0
+    return len(widths) > 1 or is_whole
 
 
 def explain_text(data: bytes) -> UnsupportedImageError | None:

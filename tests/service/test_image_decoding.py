@@ -23,6 +23,7 @@ from model.images.resize import resize_to_square
 from service.errors import ImageTooLargeError, InvalidImageError, ServiceError, UnsupportedImageError
 from service.image_decoding import ByteBudget, ImageDecoder
 from tests.image_files import bmp_of_short_rows
+from tests.service.fakes import png
 
 SIZE = 16
 
@@ -302,6 +303,14 @@ async def test_spaces_that_are_layout_are_left_out(
         for layout in (" ", "\n  ", " \n", "\t"):
             pieces = [text[start : start + 64] for start in range(0, len(text), 64)]
             assert (await decoder.read(layout.join(pieces))).data == data + b"\xfb\xef" * 9
+
+
+async def test_short_base64_without_a_plus_may_be_in_lines(decoder: ImageDecoder) -> None:
+    data = next(data for shade in range(256) if b"+" not in base64.b64encode(data := png(shade)))
+    text = base64.b64encode(data).decode()
+    for width in (20, 64, 76):
+        lines = [text[start : start + width] for start in range(0, len(text), width)]
+        assert (await decoder.read(" ".join(lines))).data == data
 
 
 @pytest.mark.parametrize(
