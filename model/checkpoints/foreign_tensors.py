@@ -7,7 +7,12 @@ from pathlib import Path
 from model.errors import CheckpointError
 
 PEFT_CONFIG = "adapter_config.json"
-_WHOLE_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin")
+_WHOLE_WEIGHTS = (
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model-*.bin",
+)
 _UNWRAP = "save the state dict of the model inside the wrapper, model.{}, instead of the wrapper's"
 _UNQUANTISED = (
     "give the checkpoint that it was made of, which BLIP2_QUANTIZE=int8 holds in 8 bits, or save what "

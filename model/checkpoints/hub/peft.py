@@ -138,9 +138,12 @@ def _merge(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
 
 
 def _check_rank(saved: Mapping[str, Sequence[int]], directory: Path) -> None:
-    """Raise CheckpointError where a rank is above all sizes in the file, which peft would allocate."""
-    rank, largest = read_json(directory / PEFT_CONFIG).get("r"), max(chain([0], *saved.values()))
-    if isinstance(rank, int) and rank > largest:
+    """Raise CheckpointError where a rank of LoRA, which peft would allocate, is above all sizes."""
+    fields, largest = read_json(directory / PEFT_CONFIG), max(chain([0], *saved.values()))
+    pattern = fields.get("rank_pattern")
+    ranks = [fields.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    rank = max((each for each in ranks if isinstance(each, int)), default=0)
+    if fields.get("peft_type") == "LORA" and rank > largest:
         raise CheckpointError(
             f"{directory / PEFT_CONFIG} sets 'r' to {rank}, and the largest size in {_ADAPTER_WEIGHTS} is "
             f"{largest}; use the {PEFT_CONFIG} that was saved with it"

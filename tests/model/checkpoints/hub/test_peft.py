@@ -10,7 +10,7 @@ from warnings import catch_warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import LoKrConfig, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, PreTrainedModel
@@ -46,6 +46,7 @@ CONFIGS: dict[str, PeftConfig] = {
     "opt, a trained projection": LoraConfig(
         r=2, target_modules=["out_proj"], modules_to_save=["language_projection"], bias="lora_only"
     ),
+    "opt, LoKr of full rank": LoKrConfig(r=10_000, alpha=10_000, target_modules=["q_proj", "fc1"]),
     "opt, a tied head": LoraConfig(r=4, target_modules=["q_proj", "lm_head"]),
     "opt, tied word embeddings": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
     "opt, trained word embeddings": LoraConfig(
@@ -320,10 +321,11 @@ def test_an_adapter_of_a_resized_vocabulary_is_refused(kind: str, trained: list[
         Blip2.from_pretrained(str(tmp_path / "lora"))
 
 
-def test_an_absurd_rank_allocates_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [{"r": 10**12}, {"rank_pattern": {"fc1": 10**12}}])
+def test_an_absurd_rank_allocates_nothing(fields: dict[str, object], tmp_path: Path) -> None:
     train(tmp_path, "opt", CONFIGS["opt"])
     path = tmp_path / "lora" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 10**12}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with pytest.raises(CheckpointError, match=r"sets 'r' to 1000000000000, and the largest size in"):
         Blip2.from_pretrained(str(tmp_path / "lora"))
 
