@@ -48,10 +48,12 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
 def _read(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # what torch raises at damaged bytes shares no base
         raise CheckpointMismatchError(
-            f"cannot read {path} ({type(error).__name__}: {str(error)[:200]}); it was damaged: delete it to "
-            "begin the phase again"
+            f"cannot read {path} ({type(error).__name__}: {str(error)[:200]}); if it is damaged, delete it "
+            "to begin the phase again"
         ) from error
     if not isinstance(state, dict) or not {"step", "model", "optimizer"} <= state.keys():
         raise CheckpointMismatchError(

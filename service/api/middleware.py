@@ -171,6 +171,8 @@ class LingerMiddleware:
             message = await receive()
             if message["type"] == "http.request":
                 unread = unread - len(message.get("body", b"")) if message.get("more_body") else 0
+            elif message["type"] == "http.disconnect":
+                unread = 0
             return message
 
         async def send_and_stay(message: Message) -> None:
@@ -179,7 +181,9 @@ class LingerMiddleware:
                 lingers = unread > _MAX_UNREAD_BYTES
                 if lingers:
                     MutableHeaders(scope=message)["Connection"] = "close"
-            await send({**message, "more_body": True} if lingers and "body" in message else message)
+            elif lingers:
+                message = {**message, "more_body": True}
+            await send(message)
 
         await self._app(scope, receive_and_count, send_and_stay)
         if lingers:

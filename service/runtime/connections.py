@@ -67,7 +67,7 @@ class BoundedProtocol(H11Protocol):
             self.shutdown()
 
     def shutdown(self) -> None:
-        """End the connection with its answer, or with that to the request that its caller is sending."""
+        """End the connection with its answer; where it has had no request yet, with that to its first."""
         if self.cycle is None:
             self.loop.call_later(_FIRST_REQUEST_S, super().shutdown)
         else:

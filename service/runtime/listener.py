@@ -37,10 +37,10 @@ def open_listener(host: str, port: int) -> socket.socket:
 
 
 def accept_backlog(listener: socket.socket) -> list[socket.socket]:
-    """Return the connections that were made and not accepted yet."""
+    """Return the connections that were made and not accepted yet, within the limit of open files."""
     listener.setblocking(False)
     accepted = []
-    with contextlib.suppress(BlockingIOError):
+    with contextlib.suppress(OSError):  # BlockingIOError where there is none left
         while True:
             accepted.append(listener.accept()[0])
     return accepted
