@@ -1,4 +1,4 @@
-"""`python -m training <scenes|tiny|gate|compare|evaluate>`: trains and measures the default model."""
+"""`python -m training <data|scenes|tiny|gate|compare|evaluate>`: checks data, trains and measures."""
 
 import argparse
 import json
@@ -14,6 +14,8 @@ from accelerate import PartialState
 from model.errors import ModelError
 from training.checkpoint import CheckpointMismatchError
 from training.config import ConfigError
+from training.data.check import check_data, write_page
+from training.data.records import DataError
 from training.evaluation.client import EvaluationError, ServerClient
 from training.evaluation.evaluate import TASKS, EvaluationPlan, evaluate
 from training.evaluation.tables import format_tables
@@ -43,7 +45,7 @@ DEVICE_HELP = "auto, cpu, cuda or cuda:N (default: %(default)s)"
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _REPORTED_ERRORS = (
-    *(ConfigError, CheckpointMismatchError, EvaluationError, ModelError, NonFiniteLossError),
+    *(ConfigError, CheckpointMismatchError, DataError, EvaluationError, ModelError, NonFiniteLossError),
     *(OSError, ValueError),
 )
 
@@ -68,9 +70,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add_command in (_add_scenes, _add_tiny, _add_gate, _add_compare, _add_evaluate):
+    for add_command in (_add_data, _add_scenes, _add_tiny, _add_gate, _add_compare, _add_evaluate):
         add_command(commands)
     return parser
+
+
+def _add_data(commands: Commands) -> None:
+    data = commands.add_parser("data", help="your own images and captions")
+    check = data.add_subparsers(required=True, metavar="command").add_parser(
+        "check", help="read all of it once; exit status 1 where too much cannot be used"
+    )
+    check.add_argument("records", type=Path, metavar="FILE", help="one JSON object a line, or COCO's .json")
+    check.add_argument("--images", type=Path, help="folder of the images (default: that of FILE)")
+    check.add_argument("--out", type=Path, help="the page that is written (default: FILE with .html)")
+    check.add_argument("--samples", type=_not_negative, default=24, help="on the page (default: %(default)s)")
+    check.add_argument(
+        "--max-faulty",
+        type=_share,
+        default=0.01,
+        metavar="SHARE",
+        help="share of records that may be unusable (default: %(default)s)",
+    )
+    check.set_defaults(run=_check_data)
 
 
 def _add_scenes(commands: Commands) -> None:
@@ -171,6 +192,25 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
     return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
+    return value
+
+
+def _check_data(options: argparse.Namespace) -> None:
+    images = options.images or options.records.parent
+    check = check_data(options.records, images, num_samples=options.samples)
+    page = options.out or options.records.with_suffix(".html")
+    write_page(check, page)
+    print(  # noqa: T201
+        f"{check.num_records:,} records, {check.num_faulty:,} of them cannot be used; "
+        f"{check.num_captions:,} captions, {check.num_questions:,} questions; see {page}"
+    )
+    check.check(options.max_faulty)
 
 
 def _write_scenes(options: argparse.Namespace) -> None:
