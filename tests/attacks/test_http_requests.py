@@ -71,9 +71,7 @@ def chunked(pieces: Iterable[bytes]) -> bytes:
 
 
 @pytest.mark.parametrize(("num_chunks", "status"), [(250, 200), (251, 400)])
-def test_a_body_has_at_most_250_tiny_chunks(
-    attacked: ServiceProcess, num_chunks: int, status: int
-) -> None:
+def test_a_body_has_at_most_250_tiny_chunks(attacked: ServiceProcess, num_chunks: int, status: int) -> None:
     body = b'{"image": "%s", "num_beams": 1}' % in_base64(picture(0)).encode()
     pieces = [b" "] * (num_chunks - 1)
     answered, rest = exchange(attacked, chunked([*pieces, body]))
