@@ -18,6 +18,7 @@ class MetricsLog:
 
     def __init__(self, directory: Path, name: str, start: int) -> None:
         self._directory, self._name = directory, name
+        directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "metrics.jsonl"
         lines: Iterable[str] = self._path.read_text().splitlines() if self._path.exists() else ()
         rows = (json.loads(line) for line in lines if line.endswith("}"))  # a kill can cut the last line
@@ -30,6 +31,11 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         self._writer.close()
+
+    @property
+    def rows(self) -> Sequence[dict[str, float]]:
+        """The figures of each logged step, with its `step`."""
+        return self._rows
 
     def append(self, step: int, figures: dict[str, float]) -> None:
         """Write the figures of one step."""

@@ -20,8 +20,9 @@ def build_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim
 
 def learning_rate_at(step: int, optimization: Optimization) -> float:
     """Return the learning rate of update `step`, counted from 0: linear warm-up, then cosine decay."""
-    if step < optimization.warmup_steps:
-        return optimization.learning_rate * (step + 1) / optimization.warmup_steps
-    progress = (step - optimization.warmup_steps) / max(1, optimization.steps - optimization.warmup_steps)
+    warmup_steps = optimization.num_warmup_steps
+    if step < warmup_steps:
+        return optimization.learning_rate * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, optimization.steps - warmup_steps)
     span = optimization.learning_rate - optimization.min_learning_rate
     return optimization.min_learning_rate + span * 0.5 * (1 + cos(pi * min(1.0, progress)))

@@ -22,9 +22,9 @@ def test_the_shipped_configuration_is_valid() -> None:
     ("changes", "message"),
     [
         ({"sead": 1}, "unknown key 'sead'"),
-        ({"seed": "one"}, "seed: expected int, got 'one'"),
+        ({"seed": "one"}, "seed is .one.; it should be a valid integer"),
         ({"world": {"seed": 0}}, "world: missing key 'num_train_scenes'"),
-        ({"stage1": 3}, "stage1: expected a mapping"),
+        ({"stage1": 3}, "stage1 is 3; it must be keys with values"),
         ({"num_questions": 21}, "num_questions is 21; choose 1 to 20"),
         (
             {

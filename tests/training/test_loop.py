@@ -9,8 +9,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from training.checkpoint import CheckpointMismatchError
+from training.checkpoint import CheckpointMismatchError, load_best
 from training.config import Optimization
+from training.evaluation_history import Evaluation
 from training.loop import LOG_EVERY, GatherSteps, Losses, NonFiniteLossError, Run, train
 
 PLAN = Optimization(
@@ -40,7 +41,7 @@ def train_line(directory: Path, kill_at: int | None = None, gather: GatherSteps 
     model = nn.Sequential(linear, nn.Dropout(0.2))
     taken = 0
 
-    def step(rng: np.random.Generator) -> Losses:
+    def step(_: int, rng: np.random.Generator) -> Losses:
         nonlocal taken
         if taken == kill_at:
             raise KilledError
@@ -82,7 +83,7 @@ def test_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_spoilt(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
 
-    def step(rng: np.random.Generator) -> Losses:
+    def step(_: int, rng: np.random.Generator) -> Losses:
         return {"loss": (model.weight - model.weight).sum().sqrt()}  # 0, with an infinite slope
 
     with pytest.raises(NonFiniteLossError, match="line: step 0 gave a gradient of norm"):
@@ -95,7 +96,7 @@ def test_frozen_parameters_stay_bit_equal(tmp_path: Path) -> None:
     frozen, trained = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 1)
     before = {name: value.clone() for name, value in frozen.state_dict().items()}
 
-    def step(rng: np.random.Generator) -> Losses:
+    def step(_: int, rng: np.random.Generator) -> Losses:
         return {"loss": trained(frozen(torch.ones(2, 3))).pow(2).mean()}
 
     train(run_in(tmp_path), nn.ModuleList([frozen, trained]), step, PLAN)
@@ -105,7 +106,7 @@ def test_frozen_parameters_stay_bit_equal(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
 
-    def step(rng: np.random.Generator) -> Losses:
+    def step(_: int, rng: np.random.Generator) -> Losses:
         return {"loss": model.weight.sum() * float("inf")}
 
     with pytest.raises(NonFiniteLossError, match="line: step 0 gave loss="):
@@ -116,3 +117,66 @@ def test_processes_that_see_unequal_checkpoints_do_not_begin(tmp_path: Path) -> 
     with pytest.raises(CheckpointMismatchError, match=r"checkpoints of steps \[0, 25\].*one directory"):
         train_line(tmp_path, gather=lambda steps: [*steps, 25])  # 25: of another process
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+class Measured:
+    """Returns given values, one an evaluation; raises as a killed process where there is none."""
+
+    def __init__(self, *values: float) -> None:
+        self._values = list(values)
+
+    def __call__(self) -> dict[str, float]:
+        if not self._values:
+            raise KilledError
+        return {"recall": self._values.pop(0)}
+
+
+def evaluate_line(directory: Path, measure: Measured, patience: int | None = None) -> Tensor:
+    torch.manual_seed(0)
+    linear = nn.Linear(3, 1)
+
+    def step(_: int, rng: np.random.Generator) -> Losses:
+        inputs = torch.from_numpy(rng.normal(size=(PLAN.batch_size, 3))).float()
+        return {"loss": (linear(inputs) - inputs.sum(dim=1, keepdim=True)).pow(2).mean()}
+
+    evaluation = Evaluation(measure=measure, every=10, best_by="recall", patience=patience)
+    train(run_in(directory), linear, step, PLAN, evaluation=evaluation)
+    last = linear.weight.detach().clone()
+    load_best(directory, linear)
+    return last - linear.weight.detach()
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path: Path) -> None:
+    difference = evaluate_line(tmp_path, Measured(0.1, 0.4, 0.2, 0.4, 0.3, 0.2))
+    assert difference.abs().max() > 0
+    assert [row["recall"] for row in rows(tmp_path / "validation")] == [0.1, 0.4, 0.2, 0.4, 0.3, 0.2]
+    assert evaluate_line(tmp_path, Measured()).abs().max() > 0, "a finished run is not evaluated again"
+
+
+def test_a_run_whose_last_evaluation_is_the_best_keeps_it(tmp_path: Path) -> None:
+    assert evaluate_line(tmp_path, Measured(*map(float, range(6)))).abs().max() == 0
+
+
+@pytest.mark.parametrize(("patience", "num_evaluations"), [(1, 3), (2, 4), (4, 6), (None, 6)])
+def test_a_run_ends_when_its_patience_does(
+    tmp_path: Path, patience: int | None, num_evaluations: int
+) -> None:
+    evaluate_line(tmp_path, Measured(0.1, 0.3, 0.2, 0.2, 0.2, 0.2), patience)
+    assert rows(tmp_path / "validation")[-1]["step"] == 10 * num_evaluations
+
+
+def test_an_ended_run_stays_ended(tmp_path: Path) -> None:
+    evaluate_line(tmp_path, Measured(0.1, 0.3, 0.2), patience=1)
+    evaluate_line(tmp_path, Measured(), patience=1)
+    assert rows(tmp_path)[-1]["step"] < PLAN.steps
+
+
+@pytest.mark.parametrize("kill_after", range(6))
+def test_a_run_killed_while_it_is_evaluated_equals_the_unbroken_one(tmp_path: Path, kill_after: int) -> None:
+    values = [0.1, 0.4, 0.2, 0.5, 0.3, 0.2]
+    unbroken = evaluate_line(tmp_path / "unbroken", Measured(*values))
+    with pytest.raises(KilledError):
+        evaluate_line(tmp_path / "killed", Measured(*values[:kill_after]))
+    num_kept = (kill_after * 10 + 9) // 25 * 25 // 10  # evaluations up to the last checkpoint
+    assert torch.equal(evaluate_line(tmp_path / "killed", Measured(*values[num_kept:])), unbroken)
+    assert rows(tmp_path / "killed/validation") == rows(tmp_path / "unbroken/validation")

@@ -46,7 +46,7 @@ def fit_line(directory: Path, split: Split) -> Tensor:
         errors: Tensor = model(inputs) - inputs.sum(dim=1, keepdim=True)
         return errors.pow(2).mean()
 
-    def step(rng: np.random.Generator) -> Losses:
+    def step(_: int, rng: np.random.Generator) -> Losses:
         return {"loss": torch.stack([loss_of(each) for each in split(rng)]).mean()}
 
     train(Run("line", directory, 1, torch.device("cpu"), None, save_every=4), model, step, PLAN)

@@ -45,5 +45,5 @@ class QaBatch:
     qa_turns: Sequence[Sequence[QaTurn]]
 
 
-PairSampler = Callable[[np.random.Generator], PairBatch]
-QaSampler = Callable[[np.random.Generator], QaBatch]
+PairSampler = Callable[[int, np.random.Generator], PairBatch]  # of step and generator
+QaSampler = Callable[[int, np.random.Generator], QaBatch]

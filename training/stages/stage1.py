@@ -47,8 +47,8 @@ def train_matcher(run: Run, matcher: Matcher, sample_batch: PairSampler, config:
     """Train a stage-1 model in place; resumes from its last checkpoint."""
     matcher.to(run.device).train().requires_grad_(True)
 
-    def step(rng: np.random.Generator) -> Losses:
-        return stage1_losses(matcher, sample_batch(rng).to(run.device), config.num_pairs)
+    def step(index: int, rng: np.random.Generator) -> Losses:
+        return stage1_losses(matcher, sample_batch(index, rng).to(run.device), config.num_pairs)
 
     train(run, matcher, step, config.optimization)
     return matcher.eval()

@@ -62,8 +62,8 @@ def train_stage2(
     llm = objective.llm.to(run.device).eval().requires_grad_(False)
     initial_hash = hash_module(llm)
 
-    def step(rng: np.random.Generator) -> Losses:
-        batch = sample_batch(rng)
+    def step(index: int, rng: np.random.Generator) -> Losses:
+        batch = sample_batch(index, rng)
         prefix = soft_prompts(branch, batch.image_features.to(run.device))  # [B, Q, L]
         return {"loss": objective.loss(prefix, batch.qa_turns)}
 

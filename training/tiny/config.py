@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.config import CONFIG_DIR, ConfigError, Optimization, QFormerShape, Stage1Config, load_config
+from training.config import (
+    CONFIG_DIR,
+    STRICT,
+    ConfigError,
+    Optimization,
+    QFormerShape,
+    Stage1Config,
+    load_config,
+)
 from training.tiny.attention_supervision import MIN_LAYERS_AND_HEADS
 from training.world.questions import MAX_QUESTIONS
 
@@ -19,6 +27,8 @@ class WorldConfig:
     scenes with additional colours and shapes, for the language models only.
     """
 
+    __pydantic_config__ = STRICT
+
     seed: int
     num_train_scenes: int
     num_recolored_scenes: int
@@ -29,6 +39,8 @@ class WorldConfig:
 @dataclass(frozen=True, slots=True)
 class VisionShape:
     """The image encoder: a ViT with the block of EVA-CLIP as `transformers` builds it for BLIP-2."""
+
+    __pydantic_config__ = STRICT
 
     hidden_size: int
     num_hidden_layers: int
@@ -41,6 +53,8 @@ class VisionShape:
 class LanguageShape:
     """The decoder-only language model: OPT."""
 
+    __pydantic_config__ = STRICT
+
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
@@ -52,6 +66,8 @@ class LanguageShape:
 class EncoderDecoderShape:
     """The encoder-decoder language model: T5."""
 
+    __pydantic_config__ = STRICT
+
     hidden_size: int
     num_encoder_layers: int
     num_decoder_layers: int
@@ -62,6 +78,8 @@ class EncoderDecoderShape:
 @dataclass(frozen=True, slots=True)
 class TinyConfig:
     """All settings of `python -m training tiny`; raises ConfigError where they do not fit together."""
+
+    __pydantic_config__ = STRICT
 
     seed: int
     autocast: str

@@ -76,7 +76,7 @@ def pretrain_language_model(
     probes = AttentionProbes(config.language_model.hidden_size).to(run.device)
     length, optimization = config.qformer.num_query_tokens, config.language_pretraining
 
-    def step(rng: np.random.Generator) -> Losses:
+    def step(_: int, rng: np.random.Generator) -> Losses:
         batch_scenes = [scenes[int(i)] for i in rng.integers(len(scenes), size=optimization.batch_size)]
         qa_turns = [sample_qa_turns(scene, rng, config.num_questions) for scene in batch_scenes]
         end = tokenizer.eos_token_id

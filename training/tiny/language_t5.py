@@ -72,7 +72,7 @@ def pretrain_encoder_decoder(
     probes = AttentionProbes(config.language_model_t5.hidden_size).to(run.device)
     length, optimization = config.qformer.num_query_tokens, config.language_pretraining_t5
 
-    def step(rng: np.random.Generator) -> Losses:
+    def step(_: int, rng: np.random.Generator) -> Losses:
         batch_scenes = [scenes[int(i)] for i in rng.integers(len(scenes), size=optimization.batch_size)]
         qa_turns = [sample_qa_turns(scene, rng, config.num_questions) for scene in batch_scenes]
         prefix = embed_descriptions(llm, tokenizer, batch_scenes, length)

@@ -133,7 +133,7 @@ def pretrain_vision_encoder(
     batch_size = config.vision_pretraining.batch_size
     num_recolored = batch_size // 3
 
-    def step(rng: np.random.Generator) -> Losses:
+    def step(_: int, rng: np.random.Generator) -> Losses:
         batches = [
             _sample_batch(named, rng, batch_size - num_recolored, side),
             _sample_batch(recolored, rng, num_recolored, side),

@@ -27,7 +27,7 @@ class ScenePairSampler:
     sample_text: TextSampler
     tokenize: Tokenize
 
-    def __call__(self, rng: np.random.Generator) -> PairBatch:
+    def __call__(self, _: int, rng: np.random.Generator) -> PairBatch:
         indices = rng.choice(len(self.scenes), size=self.batch_size, replace=False)
         scenes = [self.scenes[int(i)] for i in indices]
         texts = [self.sample_text(scene, rng) for scene in scenes]

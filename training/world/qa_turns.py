@@ -37,7 +37,7 @@ class SceneQaSampler:
     batch_size: int
     num_questions: int
 
-    def __call__(self, rng: np.random.Generator) -> QaBatch:
+    def __call__(self, _: int, rng: np.random.Generator) -> QaBatch:
         indices = rng.choice(len(self.scenes), size=self.batch_size, replace=False)
         qa_turns = [sample_qa_turns(self.scenes[int(i)], rng, self.num_questions) for i in indices]
         return QaBatch(self.features.load(indices), qa_turns)
