@@ -11,10 +11,11 @@ from model import Blip2
 from model.checkpoints import LoadOptions
 from model.matching import Matcher
 from training.evaluation.metrics import Figures, caption_figures
+from training.stages.text_head import caption_greedily
 from training.tiny.gates.matching import PairScorer, judge_rankings, measure_scorers
 from training.tiny.gates.plan import VALIDATION_SPLITS, GatePlan, prepare_pixels
 from training.tiny.gates.results import Measurement
-from training.tiny.gates.text_head import caption_greedily, token_losses
+from training.tiny.gates.text_head import token_losses
 from training.world.captions import listing_caption
 from training.world.scenes import Scene, Split
 from training.world.truth import identified_scenes
@@ -60,7 +61,7 @@ def measure_stage1(phase: str, plan: GatePlan) -> Measurement:
     for split in VALIDATION_SPLITS:
         scenes = plan.scenes(split)
         image_features = _encode(blip2, scenes)
-        generated = caption_greedily(matcher, image_features)
+        generated = caption_greedily(matcher, image_features, beginning="a")  # as no description does
         captions[f"captions by the text head, {split}"] = caption_figures(generated, scenes)
         losses[f"loss per token, {split}"] = token_losses(matcher, image_features, scenes, plan.seed)
     return replace(measured, figures=measured.figures | captions | losses)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.builders import build_matcher
-from training.tiny.gates.text_head import caption_greedily, text_loss
+from training.stages.text_head import caption_greedily, text_loss
 
 
 def test_a_text_head_that_knows_nothing_loses_the_logarithm_of_its_vocabulary_per_token() -> None:
@@ -23,7 +23,7 @@ def test_a_caption_of_the_text_head_ends_at_its_end_token_or_at_the_last_positio
     images = torch.randn(3, 17, 48)
     with torch.no_grad():
         matcher.text_head.bias[matcher.tokenizer.sep_token_id] = 1e4
-        assert caption_greedily(matcher, images) == ["a", "a", "a"]
+        assert caption_greedily(matcher, images, beginning="a") == ["a", "a", "a"]
         matcher.text_head.bias[matcher.tokenizer.convert_tokens_to_ids("star")] = 2e4
         longest = " ".join(["a", *["star"] * (matcher.max_text_tokens - 2)])
-        assert caption_greedily(matcher, images) == [longest] * 3
+        assert caption_greedily(matcher, images, beginning="a") == [longest] * 3
