@@ -13,11 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from model.checkpoints import QFormerBranch
+from model.language import LanguageModel
 from model.matching import Matcher
 from training.config import Optimization
 from training.data.batches import QaSampler, QaTurn
 from training.loop import Losses, Run, train
 from training.provenance import hash_module
+from training.stages.decoder_only import build_decoder_only_objective
+from training.stages.encoder_decoder import EncoderDecoderObjective
+from training.stages.turn_tokenizer import TurnTokenizer
+
+MAX_TEXT_TOKENS = 128
 
 
 class LanguageObjective(Protocol):
@@ -29,6 +35,18 @@ class LanguageObjective(Protocol):
     def loss(self, prefix: Tensor, qa_turns: Sequence[Sequence[QaTurn]]) -> Tensor:
         """Compute the mean loss of each image's QA turns behind its soft prompt, prefix [B, Q, L]."""
         ...
+
+
+def build_objective(
+    language_model: LanguageModel, *, max_text_tokens: int = MAX_TEXT_TOKENS
+) -> LanguageObjective:
+    """Build the objective of a language model of either kind, which tokenises and ends as the service does.
+
+    max_text_tokens: of a text. A longer one is cut but keeps its end token. BLIP-2 trained with 32.
+    """
+    if language_model.llm.config.is_encoder_decoder:
+        return EncoderDecoderObjective(language_model, TurnTokenizer(language_model), max_text_tokens)
+    return build_decoder_only_objective(language_model, max_text_tokens=max_text_tokens)
 
 
 class FrozenWeightsChangedError(Exception):
