@@ -66,13 +66,13 @@ def can_pack(llm: PreTrainedModel) -> bool:
     ids = torch.linspace(0, len(embeddings) - 1, 8).long().tolist()
     prefix = embeddings[ids[:2]][None]
     texts = [WeightedText(tuple(part), (0.0, 1.0, 1.0)) for part in (ids[2:5], ids[5:8])]
-    packed, alone = (
-        pack_texts(rows, 2, pad_token_id=ids[0]).to(embeddings.device) for rows in ([texts], [texts[1:]])
+    both, second = (
+        pack_texts([row], 2, pad_token_id=ids[0]).to(embeddings.device) for row in (texts, texts[1:])
     )
-    expected = _target_logits(run_alone(llm, prefix, alone).logits, alone)
-    behind = _target_logits(run_alone(llm, prefix, packed).logits, packed)[-len(expected) :]
+    expected = _target_logits(run_alone(llm, prefix, second).logits, second)
+    behind = _target_logits(run_alone(llm, prefix, both).logits, both)[-len(expected) :]
     try:
-        found = _target_logits(run_packed(llm, prefix, packed).logits, packed)[-len(expected) :]
+        found = _target_logits(run_packed(llm, prefix, both).logits, both)[-len(expected) :]
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):  # refuses such a mask
         return False
     difference, effect = ((each - expected).abs().max() for each in (found, behind))

@@ -1,5 +1,6 @@
 """The objective of decoder-only models, compared with `transformers` on one text at a time."""
 
+from math import log
 from typing import Any
 
 import pytest
@@ -22,8 +23,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from model.language import LanguageModel
 from tests.builders import WORDS, build_language_tokenizer
 from training.data.batches import QaTurn
+from training.data.packing import WeightedText, pack_texts
 from training.stages.decoder_only import DecoderOnlyObjective
-from training.stages.packed_decoding import can_pack
+from training.stages.packed_decoding import can_pack, lm_loss
 from training.stages.stage2 import LanguageObjective, build_objective
 from training.stages.turn_tokenizer import TurnTokenizer
 
@@ -130,6 +132,15 @@ def test_without_begin_token_and_prompt_the_first_word_is_predicted_from_the_las
     logits = language_model.llm(inputs_embeds=language_model.embed_prefix(prefix[0], [red])[None]).logits[0]
     expected = F.cross_entropy(logits[[4, 5]], torch.tensor([red, 3]))
     torch.testing.assert_close(loss, expected)
+
+
+def test_the_loss_is_the_weighted_mean_over_targets_wherever_they_are() -> None:
+    """Targets of probability 1/2, 1/4 and 1/8 with weights 1, 1 and .5: 4.5 log 2 over 2.5."""
+    texts = [WeightedText((0, 1), (1.0, 1.0)), WeightedText((1, 0), (0.0, 0.5))]
+    batch = pack_texts([texts], prefix_length=2, pad_token_id=0)
+    assert batch.kept_columns.tolist() == [1, 2, 4]  # of 2 + 4
+    chances = torch.tensor([[[1 / 2, 1 / 2], [3 / 4, 1 / 4], [1 / 8, 7 / 8]]])
+    assert lm_loss(chances.log(), batch).item() == pytest.approx(4.5 * log(2) / 2.5)
 
 
 def test_half_precision_models_have_a_finite_loss_behind_a_float32_prefix() -> None:

@@ -1,5 +1,8 @@
 """The objective of encoder-decoders, compared with `transformers` on one text at a time."""
 
+from dataclasses import fields
+from math import log
+
 import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, MT5Config, MT5ForConditionalGeneration
@@ -7,7 +10,13 @@ from transformers import BartConfig, BartForConditionalGeneration, MT5Config, MT
 from model.language import LanguageModel
 from tests.builders import WORDS, build_language_tokenizer
 from training.data.batches import QaTurn
-from training.stages.encoder_decoder import group_by_length, split_captions
+from training.stages.encoder_decoder import (
+    EncodedTurns,
+    group_by_length,
+    mean_loss,
+    split_captions,
+    weighted_loss,
+)
 from training.stages.stage2 import build_objective
 from training.stages.turn_tokenizer import TurnTokenizer
 from training.tiny.config import EncoderDecoderShape
@@ -51,6 +60,22 @@ def test_turns_together_have_the_loss_that_transformers_computes_for_each_alone(
         summed = language_model.llm(inputs_embeds=embeds, labels=answer).loss * answer.numel()
         loss, weight = loss + turn.weight * summed, weight + turn.weight * answer.numel()
     torch.testing.assert_close(together, loss / weight)
+
+
+def test_the_mean_is_over_weighted_tokens_of_all_groups() -> None:
+    """Two answers of probabilities 1/2 and 1/4 (weight 1), and 1/8 (weight .5): 4.5 log 2 over weight 2.5."""
+    labels = torch.tensor([[0, 1], [0, -100]])
+    chances = torch.tensor([[[1 / 2, 1 / 2], [3 / 4, 1 / 4]], [[1 / 8, 7 / 8], [0.5, 0.5]]])
+    ids, weights = torch.zeros(2, 2, dtype=torch.long), torch.tensor([[1.0, 1.0], [0.5, 0.0]])
+    encoded = EncodedTurns(torch.tensor([0, 1]), ids, ids, ids, labels, weights)
+    first, second = (replace_rows(encoded, row) for row in range(2))
+    for groups in ([(chances, encoded)], [(chances[:1], first), (chances[1:], second)]):
+        loss = mean_loss([weighted_loss(chance.log(), turns) for chance, turns in groups])
+        assert loss.item() == pytest.approx((1 + 2 + 0.5 * 3) * log(2) / 2.5)
+
+
+def replace_rows(encoded: EncodedTurns, row: int) -> EncodedTurns:
+    return EncodedTurns(*(getattr(encoded, field.name)[row : row + 1] for field in fields(encoded)))
 
 
 def test_captions_are_split_from_the_first_word_up_to_the_midpoint() -> None:
