@@ -165,9 +165,9 @@ def _report(arguments: argparse.Namespace) -> Iterator[str]:
     yield ""
     yield (
         f"`python -m benchmarks.stage1_step --repeats {arguments.repeats} --dtype {arguments.dtype}`, torch "
-        f"{torch.__version__}, {arguments.threads} threads, {describe_machine()}. Forward and backward, without "
-        "the optimizer. Seconds are medians; ratios are medians of rounds in which each step ran once (least, "
-        "most). Memory is what autograd holds for the backward pass."
+        f"{torch.__version__}, {arguments.threads} threads, {describe_machine()}. Forward and backward, "
+        "without the optimizer. Seconds are medians; ratios are medians of rounds in which each step ran "
+        "once (least, most). Memory is what autograd holds for the backward pass."
     )
     for size in SIZES:
         yield ""
