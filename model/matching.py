@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model.config import QFormerConfig
 from model.errors import TaskUnavailableError
-from model.qformer import QFormer, QueryStates, build_query_tokens, init_weights
+from model.qformer import ImageKeysValues, QFormer, QueryStates, build_query_tokens, init_weights
 from model.qformer.layer import KeysValues
 from model.qformer.text import TextEmbeddings, is_cut, tokenize_texts
 from model.text_encoder import TextEncoder
@@ -44,7 +44,7 @@ class TextHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.decoder(self.transform(hidden_states)) + self.bias  # [B, T, N]
+        return self.decoder(self.transform(hidden_states)) + self.bias  # [.., N]
 
 
 class Matcher(nn.Module):
@@ -99,10 +99,17 @@ class Matcher(nn.Module):
         """Whether `tokenize` cuts a text."""
         return is_cut(self._text_encoder, text, max_text_tokens=self.max_text_tokens)
 
-    def encode_image_queries(self, image_features: Tensor) -> QueryStates:
-        """Attend with the queries to [B, P, V] image features, as the vision encoder returns them."""
-        normed, query_tokens = self._image_inputs(image_features)
-        return self.qformer.encode_queries(query_tokens, normed)
+    def project_images(self, image_features: Tensor) -> ImageKeysValues:
+        """Compute what the queries attend to in [B, P, V] image features, as the vision encoder returns them.
+
+        Where several passes are over the same images, as in training, they share it.
+        """
+        return self.qformer.project_images(self._normalize(image_features))
+
+    def encode_image_queries(self, image: Tensor | ImageKeysValues) -> QueryStates:
+        """Attend with the queries to B images: [B, P, V] features, or `project_images` of them."""
+        source, query_tokens = self._image_inputs(image)
+        return self.qformer.encode_queries(query_tokens, source)
 
     def embed_images(self, image_features: Tensor) -> Tensor:
         """Compute the [B, Q, E] unit vectors of [B, P, V] image features."""
@@ -131,15 +138,17 @@ class Matcher(nn.Module):
         with torch.autocast(image_embeds.device.type, enabled=False):
             return (image_embeds @ text_embeds.T).amax(dim=1)  # [N, Q, M] → [N, M]
 
-    def match_logits(self, image_features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def match_logits(
+        self, image: Tensor | ImageKeysValues, input_ids: Tensor, attention_mask: Tensor
+    ) -> Tensor:
         """Compute the [K, 2] matching logits of K pairs; index 1 is that of a match.
 
-        The mean over the queries' logits (paper, section 3.2, ITM). image_features: [K, P, V], as the
-        vision encoder returns them. input_ids, attention_mask: [K, T].
+        The mean over the queries' logits (paper, section 3.2, ITM). image: [K, P, V] features as the vision
+        encoder returns them, or `project_images` of them. input_ids, attention_mask: [K, T].
         """
-        normed, query_tokens = self._image_inputs(image_features)
+        source, query_tokens = self._image_inputs(image)
         embeds, attention_mask = self._text_inputs(input_ids, attention_mask)
-        hidden_states = self.qformer.encode_pairs(query_tokens, embeds, attention_mask, normed)
+        hidden_states = self.qformer.encode_pairs(query_tokens, embeds, attention_mask, source)
         return self.itm_head(hidden_states[:, : query_tokens.shape[1]]).mean(dim=1)
 
     def generation_logits(
@@ -150,18 +159,47 @@ class Matcher(nn.Module):
         input_ids: [B, T], with [DEC] in place of [CLS]. keys_values: of the images' queries.
         Raises TaskUnavailableError where the checkpoint held no text head.
         """
+        return self._require_text_head()(self._decode_texts(input_ids, attention_mask, keys_values))
+
+    def target_logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        keys_values: Sequence[KeysValues],
+        is_target: Tensor,
+    ) -> Tensor:
+        """Compute the [K, N] of `generation_logits` at the K positions where `is_target`, [B, T], is true.
+
+        The vocabulary is the widest product of a training step, and many positions are padding.
+        """
+        hidden_states = self._decode_texts(input_ids, attention_mask, keys_values)
+        return self._require_text_head()(hidden_states[is_target.to(hidden_states.device)])
+
+    def _decode_texts(
+        self, input_ids: Tensor, attention_mask: Tensor, keys_values: Sequence[KeysValues]
+    ) -> Tensor:
+        embeds, attention_mask = self._text_inputs(input_ids, attention_mask)
+        return self.qformer.decode_texts(embeds, attention_mask, keys_values)
+
+    def _require_text_head(self) -> TextHead:
         if self.text_head is None:
             raise TaskUnavailableError(
                 "this checkpoint has no text head (text_head.*), so its Q-Former cannot "
                 "generate text; load an adapter written by stage 1"
             )
-        embeds, attention_mask = self._text_inputs(input_ids, attention_mask)
-        return self.text_head(self.qformer.decode_texts(embeds, attention_mask, keys_values))
+        return self.text_head
 
-    def _image_inputs(self, image_features: Tensor) -> tuple[Tensor, Tensor]:
+    def _image_inputs(self, image: Tensor | ImageKeysValues) -> tuple[Tensor | ImageKeysValues, Tensor]:
+        if isinstance(image, Tensor):
+            return self._normalize(image), self.query_tokens.expand(len(image), -1, -1)
+        first = image[0]
+        assert first is not None, "the first layer attends to the image"
+        return image, self.query_tokens.expand(len(first[0]), -1, -1)
+
+    def _normalize(self, image_features: Tensor) -> Tensor:
         # Image features may be in half precision; ln_vision and all after it run in float32.
-        normed = self.ln_vision(image_features.float())
-        return normed, self.query_tokens.expand(len(image_features), -1, -1)
+        normed: Tensor = self.ln_vision(image_features.float())
+        return normed
 
     def _text_inputs(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         device = self.query_tokens.device

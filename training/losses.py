@@ -25,14 +25,20 @@ def sample_hard_negatives(similarities: Tensor, matches: Tensor) -> tuple[Tensor
     """Sample a negative text for each image and a negative image for each text, by softmax of similarity.
 
     `similarities` [B, B] as in `itc_loss`. Returns (text index per image [B], image index per text [B]). A
-    row without negatives samples from all but its own pair.
+    row without negatives samples from all but its own pair. A batch of one has none: both are empty.
     """
+    if len(similarities) == 1:
+        none = torch.empty(0, dtype=torch.long, device=similarities.device)
+        return none, none
     with torch.no_grad():
         return _sample_negatives(similarities, matches), _sample_negatives(similarities.T, matches.T)
 
 
 def itm_loss(logits: Tensor, num_positives: int) -> Tensor:
-    """Compute the image-text matching loss of [3B, 2] logits; the first `num_positives` = B pairs match."""
+    """Compute the image-text matching loss of [K, 2] logits; the first `num_positives` pairs match.
+
+    Each matched pair has a wrong image and a wrong text, K = 3B, but in a batch of one, K = 1.
+    """
     labels = (torch.arange(len(logits), device=logits.device) < num_positives).long()
     return F.cross_entropy(logits.float(), labels)
 
@@ -45,12 +51,12 @@ def itg_labels(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def itg_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute the image-grounded text generation loss of [B, T, N] logits.
+    """Compute the image-grounded text generation loss of [.., N] logits and [..] labels.
 
     Cross-entropy with label smoothing, mean over the targets.
     """
     return F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, label_smoothing=LABEL_SMOOTHING
+        logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED, label_smoothing=LABEL_SMOOTHING
     )
 
 

@@ -9,7 +9,11 @@ from training.config import Optimization
 
 
 def build_optimizer(model: nn.Module, optimization: Optimization) -> torch.optim.AdamW:
-    """Build AdamW over the trainable parameters; vectors and scalars get no weight decay."""
+    """Build AdamW over the trainable parameters; vectors and scalars get no weight decay.
+
+    The temperature is such a scalar: decay would sharpen the contrastive softmax without end. The query
+    tokens [1, Q, D] are decayed, as in LAVIS.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": optimization.weight_decay},

@@ -2,14 +2,17 @@
 
 from model.qformer.layer import KeysValues, QFormerLayer
 from model.qformer.qformer import (
+    ImageKeysValues,
     QFormer,
     QueryStates,
     build_query_tokens,
     copy_text_ffn_to_query_ffn,
     init_weights,
+    select_images,
 )
 
 __all__ = [
+    "ImageKeysValues",
     "KeysValues",
     "QFormer",
     "QFormerLayer",
@@ -17,4 +20,5 @@ __all__ = [
     "build_query_tokens",
     "copy_text_ffn_to_query_ffn",
     "init_weights",
+    "select_images",
 ]

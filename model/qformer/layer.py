@@ -103,11 +103,17 @@ class QFormerLayer(nn.Module):
         """Apply self-attention of [B, T, D] states to the given keys and values, where `visible` is true."""
         return self.attention(hidden_states, keys_values, visible)
 
-    def finish_queries(self, attended: Tensor, image_features: Tensor) -> Tensor:
+    def image_keys_values(self, image_features: Tensor) -> KeysValues | None:
+        """Compute the cross-attention keys and values of [B, P, V] images; None in layers without it."""
+        if self.crossattention is None:
+            return None
+        return self.crossattention.attention.keys_values(image_features)
+
+    def finish_queries(self, attended: Tensor, image_keys_values: KeysValues | None) -> Tensor:
         """Apply cross-attention to the image, where this layer has it, and the FFN of queries, [B, Q, D]."""
         if self.crossattention is not None:
-            keys_values = self.crossattention.attention.keys_values(image_features)
-            attended = self.crossattention(attended, keys_values)
+            assert image_keys_values is not None, "this layer attends to the image"
+            attended = self.crossattention(attended, image_keys_values)
         return self.output_query(self.intermediate_query(attended), attended)
 
     def finish_texts(self, attended: Tensor) -> Tensor:

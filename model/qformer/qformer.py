@@ -10,7 +10,7 @@ One encoder, four forward passes (paper, section 3.1 and figure 2), which differ
 Tensor names are those of the published checkpoints, so weights load without a key table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,9 @@ from torch.nn import functional as F
 
 from model.config import QFormerConfig
 from model.qformer.layer import KeysValues, QFormerLayer
+
+# Of one or more images, for each layer: cross-attention keys and values, [B, H, P, K] each; None without.
+ImageKeysValues = Sequence[KeysValues | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +71,26 @@ class QFormer(nn.Module):
     def layers(self) -> Sequence[QFormerLayer]:
         return self.encoder.layer  # type: ignore[return-value]  # a ModuleList of QFormerLayer
 
-    def encode_queries(self, query_tokens: Tensor, image_features: Tensor) -> QueryStates:
-        """Attend with [B, Q, D] queries to [B, P, V] images, without a text (uni-modal mask)."""
+    def project_images(self, image_features: Tensor) -> ImageKeysValues:
+        """Compute what the queries attend to in [B, P, V] images, for several passes over the same images.
+
+        `encode_queries` and `encode_pairs` accept it in place of the features. They then take the memory of
+        all layers' keys and values at once, where without gradients features need that of one.
+        """
         image_features = self._cast(image_features)
+        return [layer.image_keys_values(image_features) for layer in self.layers]
+
+    def encode_queries(self, query_tokens: Tensor, image: Tensor | ImageKeysValues) -> QueryStates:
+        """Attend with [B, Q, D] queries to images, without a text (uni-modal mask).
+
+        image: [B, P, V] features, or `project_images` of them.
+        """
         hidden_states = self._embed(query_tokens)
         cache: list[KeysValues] = []
-        for layer in self.layers:
+        for layer, image_kv in zip(self.layers, self._image_keys_values(image), strict=True):
             keys_values = layer.keys_values(hidden_states)
             attended = layer.attend(hidden_states, keys_values, None)
-            hidden_states = layer.finish_queries(attended, image_features)
+            hidden_states = layer.finish_queries(attended, image_kv)
             cache.append(keys_values)
         return QueryStates(query_output=hidden_states, keys_values=tuple(cache))
 
@@ -93,20 +107,23 @@ class QFormer(nn.Module):
         return hidden_states
 
     def encode_pairs(
-        self, query_tokens: Tensor, text_embeds: Tensor, attention_mask: Tensor, image_features: Tensor
+        self,
+        query_tokens: Tensor,
+        text_embeds: Tensor,
+        attention_mask: Tensor,
+        image: Tensor | ImageKeysValues,
     ) -> Tensor:
         """Return the [B, Q + T, D] states of queries and texts that attend to all (bi-directional mask).
 
         query_tokens: [B, Q, D]. text_embeds: [B, T, D]. attention_mask: [B, T], 0 at padding.
-        image_features: [B, P, V], for the queries alone.
+        image: [B, P, V] features, or `project_images` of them; for the queries alone.
         """
         num_queries = query_tokens.shape[1]
-        image_features = self._cast(image_features)
         hidden_states = self._embed(torch.cat([query_tokens, text_embeds], dim=1))
         visible = F.pad(attention_mask.bool(), (num_queries, 0), value=True)[:, None, None, :]
-        for layer in self.layers:
+        for layer, image_kv in zip(self.layers, self._image_keys_values(image), strict=True):
             attended = layer.attend(hidden_states, layer.keys_values(hidden_states), visible)
-            queries = layer.finish_queries(attended[:, :num_queries], image_features)
+            queries = layer.finish_queries(attended[:, :num_queries], image_kv)
             texts = layer.finish_texts(attended[:, num_queries:])
             hidden_states = torch.cat([queries, texts], dim=1)  # [B, Q + T, D]
         return hidden_states
@@ -130,6 +147,13 @@ class QFormer(nn.Module):
             hidden_states = layer.finish_texts(layer.attend(hidden_states, (keys, values), visible))
         return hidden_states
 
+    def _image_keys_values(self, image: Tensor | ImageKeysValues) -> Iterable[KeysValues | None]:
+        """Return the keys and values of each layer, computed when it is reached if they are not given."""
+        if not isinstance(image, Tensor):
+            return image
+        image_features = self._cast(image)
+        return (layer.image_keys_values(image_features) for layer in self.layers)
+
     def _cast(self, image_features: Tensor) -> Tensor:
         """Cast features to the type of their products, once for all layers."""
         layer = self.layers[0]
@@ -144,6 +168,14 @@ def _causal_after_queries(attention_mask: Tensor, *, num_queries: int) -> Tensor
     """Return the [B, 1, T, Q + T] mask [ones | lower triangle], false at padding."""
     visible = attention_mask.bool()[:, None, :].expand(-1, attention_mask.shape[1], -1).tril()  # [B, T, T]
     return F.pad(visible, (num_queries, 0), value=True)[:, None]
+
+
+def select_images(keys_values: ImageKeysValues, index: Tensor) -> ImageKeysValues:
+    """Return the cross-attention keys and values of the images `index` [K], of which some may recur."""
+    return [
+        None if layer is None else (layer[0].index_select(0, index), layer[1].index_select(0, index))
+        for layer in keys_values
+    ]
 
 
 def init_weights(module: nn.Module, std: float) -> None:

@@ -54,6 +54,20 @@ def test_hard_negatives_never_match_and_prefer_the_similar() -> None:
     assert share == pytest.approx(exp(5) / (exp(5) + 2), abs=0.05)
 
 
+def test_negatives_are_never_an_items_own_pair_even_where_that_is_all_but_certain() -> None:
+    similarities = torch.eye(5) * 1e4  # the own pair would have all the probability
+    for _ in range(50):
+        text, image = sample_hard_negatives(similarities, torch.eye(5, dtype=torch.bool))
+        assert (text != torch.arange(5)).all()
+        assert (image != torch.arange(5)).all()
+
+
+def test_a_batch_of_one_has_no_negatives() -> None:
+    text, image = sample_hard_negatives(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool))
+    assert text.tolist() == image.tolist() == []
+    assert itm_loss(torch.tensor([[0.0, 1.0]]), 1).item() == pytest.approx(-log(softmax([0.0, 1.0])[1]))
+
+
 def test_a_row_where_everything_matches_still_gets_another_item() -> None:
     text, image = sample_hard_negatives(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool))
     assert text.tolist() == image.tolist() == [1, 0]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.builders import build_matcher
 from tests.training.test_loop import PLAN
 from training.optimizers import build_optimizer, learning_rate_at
 
@@ -30,3 +31,17 @@ def test_vectors_and_scalars_are_not_decayed() -> None:
     assert [p.ndim for p in decayed["params"]] == [2]
     assert sorted(p.ndim for p in exempt["params"]) == [0, 1]
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.05, 0.0)
+
+
+def test_the_temperature_is_exempt_from_decay_and_the_queries_are_not() -> None:
+    matcher = build_matcher()
+    names = {id(parameter): name for name, parameter in matcher.named_parameters()}
+    decayed, exempt = (
+        {names[id(parameter)] for parameter in group["params"]}
+        for group in build_optimizer(matcher, PLAN).param_groups
+    )
+    assert matcher.temperature.ndim == 0
+    assert "temperature" in exempt
+    assert all(name.endswith(("weight", "query_tokens")) for name in decayed)
+    assert all(name.endswith(("bias", "weight", "temperature")) for name in exempt)
+    assert "query_tokens" in decayed  # [1, Q, D]: as in LAVIS, whose rule exempts vectors and biases alone

@@ -13,12 +13,11 @@ from torch import Tensor
 
 _PADDING_SEGMENT = -1
 _PREFIX_SEGMENT = -2
-_IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
 class WeightedText:
-    """Token ids of one text, begin token first, and the loss weight of each (0: not a target)."""
+    """Token ids of one text, with its special tokens, and the loss weight of each (0: not a target)."""
 
     token_ids: tuple[int, ...]
     weights: tuple[float, ...]
@@ -26,15 +25,21 @@ class WeightedText:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """B packed sequences of T text tokens behind a prefix of Q tokens.
+    """B packed sequences of T text tokens behind a prefix of Q tokens, with K targets.
 
-    `input_ids`, `position_ids` and `segments` (index of a token's text; -1: padding) are [B, T] int64;
-    `labels` [B, T] holds the next token of the same text (-100: none) and `weights` [B, T] its loss weight.
+    `input_ids`, `position_ids` and `segments` (index of a token's text; -1: padding) are [B, T] int64.
+    `kept_columns` [C] are the positions of the whole sequence, ascending, that predict a target. Target k is
+    `labels[k]` with loss weight `weights[k]`, predicted in row `target_rows[k]` from position
+    `kept_columns[target_columns[k]]`: that of the token before it, which for the first token of a text is
+    the last of the prefix.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     segments: Tensor
+    kept_columns: Tensor
+    target_rows: Tensor
+    target_columns: Tensor
     labels: Tensor
     weights: Tensor
 
@@ -46,25 +51,33 @@ def pack_texts(rows: Sequence[Sequence[WeightedText]], prefix_length: int, pad_t
     """Pack each image's texts into one sequence, padded on the right to the longest."""
     length = max(sum(len(text.token_ids) for text in texts) for texts in rows)
     shape = (len(rows), length)
-    batch = PackedBatch(
-        input_ids=torch.full(shape, pad_token_id),
-        position_ids=torch.zeros(shape, dtype=torch.long),
-        segments=torch.full(shape, _PADDING_SEGMENT),
-        labels=torch.full(shape, _IGNORED),
-        weights=torch.zeros(shape),
-    )
+    input_ids = torch.full(shape, pad_token_id)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    segments = torch.full(shape, _PADDING_SEGMENT)
     for row, texts in enumerate(rows):
-        start = 0
-        for segment, text in enumerate(texts):
+        for segment, (text, start) in enumerate(zip(texts, text_starts(texts, 0), strict=True)):
             end = start + len(text.token_ids)
-            ids = torch.tensor(text.token_ids)
-            batch.input_ids[row, start:end] = ids
-            batch.position_ids[row, start:end] = torch.arange(prefix_length, prefix_length + len(ids))
-            batch.segments[row, start:end] = segment
-            batch.labels[row, start : end - 1] = ids[1:]
-            batch.weights[row, start : end - 1] = torch.tensor(text.weights[1:])
-            start = end
-    return batch
+            input_ids[row, start:end] = torch.tensor(text.token_ids)
+            position_ids[row, start:end] = torch.arange(prefix_length, prefix_length + end - start)
+            segments[row, start:end] = segment
+    return PackedBatch(input_ids, position_ids, segments, *_find_targets(rows, prefix_length))
+
+
+def _find_targets(
+    rows: Sequence[Sequence[WeightedText]], prefix_length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return kept columns and target rows, target columns, labels and weights, as in `PackedBatch`."""
+    targets = [
+        (row, start + offset - 1 if offset else prefix_length - 1, token_id, weight)
+        for row, texts in enumerate(rows)
+        for text, start in zip(texts, text_starts(texts, prefix_length), strict=True)
+        for offset, (token_id, weight) in enumerate(zip(text.token_ids, text.weights, strict=True))
+        if weight > 0
+    ]
+    target_rows, columns, labels, weights = zip(*targets, strict=True) if targets else ((), (), (), ())
+    kept_columns, target_columns = torch.tensor(columns, dtype=torch.long).unique(return_inverse=True)
+    as_ids = [torch.tensor(each, dtype=torch.long) for each in (target_rows, labels)]
+    return kept_columns, as_ids[0], target_columns, as_ids[1], torch.tensor(weights)
 
 
 def text_starts(texts: Sequence[WeightedText], prefix_length: int) -> list[int]:

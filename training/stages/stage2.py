@@ -13,11 +13,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from model.checkpoints import QFormerBranch
+from model.language import LanguageModel
 from model.matching import Matcher
 from training.config import Optimization
 from training.data.batches import QaSampler, QaTurn
+from training.diagnostics import query_cosine
 from training.loop import Losses, Run, train
 from training.provenance import hash_module
+from training.stages.decoder_only import build_decoder_only_objective
+from training.stages.encoder_decoder import EncoderDecoderObjective
+from training.stages.turn_tokenizer import TurnTokenizer
+
+MAX_TEXT_TOKENS = 128
 
 
 class LanguageObjective(Protocol):
@@ -29,6 +36,18 @@ class LanguageObjective(Protocol):
     def loss(self, prefix: Tensor, qa_turns: Sequence[Sequence[QaTurn]]) -> Tensor:
         """Compute the mean loss of each image's QA turns behind its soft prompt, prefix [B, Q, L]."""
         ...
+
+
+def build_objective(
+    language_model: LanguageModel, *, max_text_tokens: int = MAX_TEXT_TOKENS
+) -> LanguageObjective:
+    """Build the objective of a language model of either kind, which tokenises and ends as the service does.
+
+    max_text_tokens: of a text. A longer one is cut but keeps its end token. BLIP-2 trained with 32.
+    """
+    if language_model.llm.config.is_encoder_decoder:
+        return EncoderDecoderObjective(language_model, TurnTokenizer(language_model), max_text_tokens)
+    return build_decoder_only_objective(language_model, max_text_tokens=max_text_tokens)
 
 
 class FrozenWeightsChangedError(Exception):
@@ -56,7 +75,8 @@ def train_stage2(
 ) -> QFormerBranch:
     """Train the query branch in place; resumes from its last checkpoint.
 
-    Raises FrozenWeightsChangedError if the language model changed.
+    The figures of a step are `loss` and, without gradient, `query_cosine` (see `diagnostics`). Raises
+    FrozenWeightsChangedError if the language model changed.
     """
     branch.to(run.device).train()
     llm = objective.llm.to(run.device).eval().requires_grad_(False)
@@ -64,8 +84,9 @@ def train_stage2(
 
     def step(index: int, rng: np.random.Generator) -> Losses:
         batch = sample_batch(index, rng)
-        prefix = soft_prompts(branch, batch.image_features.to(run.device))  # [B, Q, L]
-        return {"loss": objective.loss(prefix, batch.qa_turns)}
+        query_output = encode_queries(branch, batch.image_features.to(run.device))  # [B, Q, D]
+        loss = objective.loss(branch.language_projection(query_output), batch.qa_turns)
+        return {"loss": loss, "query_cosine": query_cosine(query_output)}
 
     train(run, branch, step, optimization)
     if hash_module(llm) != initial_hash:
@@ -75,6 +96,11 @@ def train_stage2(
 
 def soft_prompts(branch: QFormerBranch, image_features: Tensor) -> Tensor:
     """Encode [B, P, V] image features into [B, Q, L] language-model inputs."""
+    soft_tokens: Tensor = branch.language_projection(encode_queries(branch, image_features))
+    return soft_tokens
+
+
+def encode_queries(branch: QFormerBranch, image_features: Tensor) -> Tensor:
+    """Attend with the queries to [B, P, V] image features; return [B, Q, D] query outputs."""
     query_tokens = branch.query_tokens.expand(len(image_features), -1, -1)  # [B, Q, D]
-    states = branch.qformer.encode_queries(query_tokens, branch.ln_vision(image_features))
-    return branch.language_projection(states.query_output)
+    return branch.qformer.encode_queries(query_tokens, branch.ln_vision(image_features)).query_output

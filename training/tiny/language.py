@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from model.language import LanguageModel
 from training.data.packing import WeightedText, pack_texts, text_starts
 from training.loop import Losses, Run, train
-from training.stages.decoder_only import packed_lm_loss, run_packed, tokenize_qa_turn
+from training.stages.packed_decoding import lm_loss, run_packed
+from training.stages.turn_tokenizer import TurnTokenizer
 from training.tiny.attention_supervision import (
     LOSS_WEIGHT,
     AttentionProbes,
@@ -75,18 +77,23 @@ def pretrain_language_model(
     llm = build_language_model(config.language_model, tokenizer).to(run.device)
     probes = AttentionProbes(config.language_model.hidden_size).to(run.device)
     length, optimization = config.qformer.num_query_tokens, config.language_pretraining
+    turn_tokenizer = TurnTokenizer(LanguageModel(llm, tokenizer))
+    max_tokens = config.language_model.max_position_embeddings - length
 
     def step(_: int, rng: np.random.Generator) -> Losses:
         batch_scenes = [scenes[int(i)] for i in rng.integers(len(scenes), size=optimization.batch_size)]
         qa_turns = [sample_qa_turns(scene, rng, config.num_questions) for scene in batch_scenes]
-        end = tokenizer.eos_token_id
         texts = [
-            [tokenize_qa_turn(turn, tokenizer, end, _PROMPT_WEIGHT) for turn in turns] for turns in qa_turns
+            [
+                turn_tokenizer.continue_prompt(turn, max_tokens=max_tokens, prompt_weight=_PROMPT_WEIGHT)
+                for turn in turns
+            ]
+            for turns in qa_turns
         ]
         batch = pack_texts(texts, length, tokenizer.pad_token_id).to(run.device)
         prefix = embed_descriptions(llm, tokenizer, batch_scenes, length)
         output = run_packed(llm, prefix, batch, output_hidden_states=True, output_attentions=True)
-        loss_lm = packed_lm_loss(llm, output.last_hidden_state, batch)
+        loss_lm = lm_loss(output.logits, batch)
         targets = find_attention_targets(_text_spans(texts, length, tokenizer), batch_scenes).to(run.device)
         attention_losses = probes.losses(output.hidden_states[1:], output.attentions, targets)
         loss = loss_lm + LOSS_WEIGHT * torch.stack(list(attention_losses.values())).sum()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+from model.language import LanguageModel
 from training.data.batches import QaTurn
 from training.loop import Losses, Run, train
 from training.stages.encoder_decoder import (
@@ -21,6 +22,8 @@ from training.stages.encoder_decoder import (
     split_captions,
     weighted_loss,
 )
+from training.stages.stage2 import MAX_TEXT_TOKENS
+from training.stages.turn_tokenizer import TurnTokenizer
 from training.tiny.attention_supervision import (
     LOSS_WEIGHT,
     AttentionProbes,
@@ -71,6 +74,8 @@ def pretrain_encoder_decoder(
     llm = build_encoder_decoder(config.language_model_t5, tokenizer).to(run.device)
     probes = AttentionProbes(config.language_model_t5.hidden_size).to(run.device)
     length, optimization = config.qformer.num_query_tokens, config.language_pretraining_t5
+    language_model = LanguageModel(llm, tokenizer)
+    turn_tokenizer = TurnTokenizer(language_model)
 
     def step(_: int, rng: np.random.Generator) -> Losses:
         batch_scenes = [scenes[int(i)] for i in rng.integers(len(scenes), size=optimization.batch_size)]
@@ -79,7 +84,9 @@ def pretrain_encoder_decoder(
         sums, attention_losses = [], {}
         groups = group_by_length(split_captions(qa_turns))
         for group in groups:
-            encoded = encode_turns(group, tokenizer)
+            encoded = encode_turns(group, language_model, turn_tokenizer, max_text_tokens=MAX_TEXT_TOKENS).to(
+                run.device
+            )
             output = run_encoder_decoder(
                 llm, prefix, encoded, output_hidden_states=True, output_attentions=True
             )

@@ -21,7 +21,6 @@ from typing import ClassVar
 
 import torch
 from accelerate import PartialState
-from transformers import OPTForCausalLM, T5ForConditionalGeneration
 
 from model.checkpoints import QFormerBranch
 from model.matching import Matcher
@@ -30,10 +29,8 @@ from training.config import Optimization, Stage1Config
 from training.data.features import ImageFeatures
 from training.loop import Run
 from training.provenance import record_run
-from training.stages.decoder_only import DecoderOnlyObjective
-from training.stages.encoder_decoder import EncoderDecoderObjective
 from training.stages.stage1 import build_matcher, train_matcher
-from training.stages.stage2 import LanguageObjective, build_query_branch, train_stage2
+from training.stages.stage2 import LanguageObjective, build_objective, build_query_branch, train_stage2
 from training.tiny.artifacts import Artifacts
 from training.tiny.config import TinyConfig
 from training.tiny.datasets import Datasets
@@ -99,9 +96,7 @@ class TinyRecipe:
     def train_opt_stage2(self, phase: str, matcher: Matcher) -> None:
         """Train stage 2 into the frozen OPT from a stage-1 model's image branch; resumes like any phase."""
         language_model = self.artifacts.load_language_model("language_model")
-        assert isinstance(language_model.llm, OPTForCausalLM)
-        objective = DecoderOnlyObjective(language_model.llm, language_model.tokenizer)
-        branch = self._train_branch(phase, self.config.stage2, matcher, objective)
+        branch = self._train_branch(phase, self.config.stage2, matcher, build_objective(language_model))
         self.artifacts.save_query_branch(
             phase,
             branch,
@@ -165,9 +160,7 @@ class TinyRecipe:
 
     def _train_stage2_t5(self) -> None:
         language_model = self.artifacts.load_language_model("language_model_t5")
-        assert isinstance(language_model.llm, T5ForConditionalGeneration)
-        objective = EncoderDecoderObjective(language_model.llm, language_model.tokenizer)
-        matcher = self.artifacts.load_stage1()
+        matcher, objective = self.artifacts.load_stage1(), build_objective(language_model)
         branch = self._train_branch("stage2_t5", self.config.stage2_t5, matcher, objective)
         self.artifacts.save_query_branch(
             "stage2_t5",

@@ -149,7 +149,7 @@ def joint_pass(
     hidden_states = qformer.layernorm(torch.cat([query_tokens, embeds], dim=1))
     for layer in qformer.layers:
         attended = layer.attend(hidden_states, layer.keys_values(hidden_states), visible)
-        queries = layer.finish_queries(attended[:, :num_queries], features)
+        queries = layer.finish_queries(attended[:, :num_queries], layer.image_keys_values(features))
         hidden_states = torch.cat([queries, layer.finish_texts(attended[:, num_queries:])], dim=1)
     return hidden_states[:, :num_queries], hidden_states[:, num_queries:]
 

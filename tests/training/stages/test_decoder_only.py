@@ -1,141 +1,162 @@
-"""The objective of OPT, compared with `transformers` on one text at a time."""
+"""The objective of decoder-only models, compared with `transformers` on one text at a time."""
 
-from pathlib import Path
+from math import log
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from transformers import OPTForCausalLM, PreTrainedTokenizerFast
+from torch.nn import functional as F
+from transformers import (
+    BloomConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from model.language import LanguageModel
+from tests.builders import WORDS, build_language_tokenizer
 from training.data.batches import QaTurn
-from training.stages.decoder_only import DecoderOnlyObjective, tokenize_qa_turn
-from training.tiny.config import LanguageShape
-from training.tiny.language import build_language_model
-from training.world.qa_turns import sample_qa_turns
-from training.world.scenes import iter_scenes
-from training.world.vocabulary import build_language_tokenizer
+from training.data.packing import WeightedText, pack_texts
+from training.stages.decoder_only import DecoderOnlyObjective
+from training.stages.packed_decoding import can_pack, lm_loss
+from training.stages.stage2 import LanguageObjective, build_objective
+from training.stages.turn_tokenizer import TurnTokenizer
 
-TOKENIZER = build_language_tokenizer()
-END = TOKENIZER.eos_token_id
-SHAPE = LanguageShape(32, 2, 4, 64, max_position_embeddings=128)
-QUESTION = QaTurn("Question: what color is the circle ? Answer:", "red", 1.0)
+SIZES: dict[str, Any] = {
+    "vocab_size": len(WORDS) + 5,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "pad_token_id": 1,
+    "initializer_range": 0.2,
+}
+GROUPED: dict[str, Any] = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "opt": OPTConfig(**SIZES, word_embed_proj_dim=32, ffn_dim=64, init_std=0.2),
+    "llama": LlamaConfig(**GROUPED),
+    "qwen2": Qwen2Config(**GROUPED),
+    "mistral": MistralConfig(**GROUPED),
+    "gpt2": GPT2Config(**SIZES),
+    "gpt_neox": GPTNeoXConfig(**SIZES, intermediate_size=64),
+    "bloom": BloomConfig(**SIZES),
+}
+UNPACKED = {"bloom"}  # its positions are in its mask
+TURNS = [
+    [QaTurn("", "a red circle above a blue star", 0.5), QaTurn("what color is the circle ?", "red", 1.0)],
+    [QaTurn("how many ?", "two", 1.0), QaTurn("", "a star", 0.5), QaTurn("", "a blue star", 0.5)],
+]
 
 
-@pytest.fixture(scope="module")
-def llm() -> OPTForCausalLM:
+def build_model(name: str, attention: str = "eager") -> LanguageModel:
     torch.manual_seed(0)
-    return build_language_model(SHAPE, TOKENIZER)
+    config = CONFIGS[name]
+    llm = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, attn_implementation=attention)
+    return LanguageModel(llm.eval().requires_grad_(False), build_language_tokenizer())
 
 
-def answer_loss(llm: OPTForCausalLM, prefix: Tensor, turn: QaTurn) -> tuple[Tensor, int]:
-    """Compute the summed loss of an answer and its end by `transformers`, and its number of tokens."""
-    prompt = TOKENIZER(turn.prompt).input_ids
-    answer = [*TOKENIZER(turn.answer, add_special_tokens=False).input_ids, TOKENIZER.eos_token_id]
-    ids = torch.tensor([[*prompt, *answer]])
-    embeds = torch.cat([prefix[None], llm.get_input_embeddings()(ids)], dim=1)
-    ignored = torch.full((1, len(prefix) + len(prompt)), -100)
-    output = llm(inputs_embeds=embeds, labels=torch.cat([ignored, torch.tensor([answer])], dim=1))
-    return output.loss * len(answer), len(answer)
+def loss_one_by_one(language_model: LanguageModel, prefix: Tensor) -> Tensor:
+    """Compute the weighted mean loss from the logits of each text by itself."""
+    tokenizer = TurnTokenizer(language_model)
+    total, weight = torch.tensor(0.0), 0.0
+    for soft_tokens, turns in zip(prefix, TURNS, strict=True):
+        for turn in turns:
+            text = tokenizer.continue_prompt(turn, max_tokens=32)
+            embeds = language_model.embed_prefix(soft_tokens, text.token_ids)
+            logits = language_model.llm(inputs_embeds=embeds[None]).logits[0, len(soft_tokens) - 1 : -1]
+            losses = F.cross_entropy(logits, torch.tensor(text.token_ids), reduction="none")
+            total = total + (losses * torch.tensor(text.weights)).sum()
+            weight += sum(text.weights)
+    return total / weight
 
 
-def test_packed_turns_have_the_loss_that_transformers_computes_for_each_alone(llm: OPTForCausalLM) -> None:
-    rng = np.random.default_rng(0)
-    qa_turns = [sample_qa_turns(scene, rng, 3) for scene in iter_scenes(0, "train", 3)]
-    prefix = torch.randn(3, 5, SHAPE.hidden_size)
-    loss, weight = torch.tensor(0.0), 0.0
-    for row, image_turns in enumerate(qa_turns):
-        for turn in image_turns:
-            summed, count = answer_loss(llm, prefix[row], turn)
-            loss, weight = loss + turn.weight * summed, weight + turn.weight * count
-    torch.testing.assert_close(DecoderOnlyObjective(llm, TOKENIZER).loss(prefix, qa_turns), loss / weight)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - UNPACKED))
+def test_packed_turns_have_the_loss_and_the_gradient_of_each_alone(name: str, attention: str) -> None:
+    language_model = build_model(name, attention)
+    assert can_pack(language_model.llm)
+    assert_equals_one_by_one(build_objective(language_model), language_model)
 
 
-def test_the_loss_reaches_the_prefix(llm: OPTForCausalLM) -> None:
-    prefix = torch.randn(1, 5, SHAPE.hidden_size, requires_grad=True)
-    torch.autograd.backward(DecoderOnlyObjective(llm, TOKENIZER).loss(prefix, [[QUESTION]]))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_of_one_text_have_the_loss_and_the_gradient_of_each_alone(name: str) -> None:
+    language_model = build_model(name)
+    objective = DecoderOnlyObjective(language_model, TurnTokenizer(language_model), 32, packs=False)
+    assert_equals_one_by_one(objective, language_model)
+
+
+def assert_equals_one_by_one(objective: LanguageObjective, language_model: LanguageModel) -> None:
+    prefix = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss, expected = objective.loss(prefix, TURNS), loss_one_by_one(language_model, prefix)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    gradients = [torch.autograd.grad(each, prefix)[0] for each in (loss, expected)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-5)
+    assert (gradients[0].abs().sum(dim=2) > 0).all()
+
+
+class Deaf(torch.nn.Module):
+    """A model that takes a mask and positions, and computes without them."""
+
+    def __init__(self, llm: PreTrainedModel) -> None:
+        super().__init__()
+        self.llm = llm
+
+    def get_input_embeddings(self) -> Any:
+        return self.llm.get_input_embeddings()
+
+    def forward(
+        self, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **rest: Any
+    ) -> Any:
+        return self.llm(**rest)
+
+
+def test_models_that_refuse_or_ignore_the_mask_of_packed_texts_are_found() -> None:
+    assert not can_pack(build_model("bloom").llm)
+    assert not can_pack(Deaf(build_model("llama").llm))
+
+
+def test_without_begin_token_and_prompt_the_first_word_is_predicted_from_the_last_soft_token() -> None:
+    language_model = build_model("qwen2")
+    prefix = torch.randn(1, 5, 32)
+    loss = build_objective(language_model).loss(prefix, [[QaTurn("", "red", 1.0)]])
+    (red,) = language_model.tokenize("red")
+    logits = language_model.llm(inputs_embeds=language_model.embed_prefix(prefix[0], [red])[None]).logits[0]
+    expected = F.cross_entropy(logits[[4, 5]], torch.tensor([red, 3]))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_the_loss_is_the_weighted_mean_over_targets_wherever_they_are() -> None:
+    """Targets of probability 1/2, 1/4 and 1/8 with weights 1, 1 and .5: 4.5 log 2 over 2.5."""
+    texts = [WeightedText((0, 1), (1.0, 1.0)), WeightedText((1, 0), (0.0, 0.5))]
+    batch = pack_texts([texts], prefix_length=2, pad_token_id=0)
+    assert batch.kept_columns.tolist() == [1, 2, 4]  # of 2 + 4
+    chances = torch.tensor([[[1 / 2, 1 / 2], [3 / 4, 1 / 4], [1 / 8, 7 / 8]]])
+    assert lm_loss(chances.log(), batch).item() == pytest.approx(4.5 * log(2) / 2.5)
+
+
+def test_half_precision_models_have_a_finite_loss_behind_a_float32_prefix() -> None:
+    language_model = build_model("llama").to(torch.bfloat16)
+    prefix = torch.randn(2, 5, 32, requires_grad=True)
+    loss = build_objective(language_model).loss(prefix, TURNS)
+    torch.autograd.backward(loss)
+    assert loss.dtype == torch.float32
     assert prefix.grad is not None
-    assert (prefix.grad.abs().sum(dim=2) > 0).all()
+    assert prefix.grad.isfinite().all()
 
 
-def test_only_answer_and_end_are_targets() -> None:
-    text = tokenize_qa_turn(QUESTION, TOKENIZER, END)
-    targets = [token for token, weight in zip(text.token_ids, text.weights, strict=True) if weight]
-    assert TOKENIZER.convert_ids_to_tokens(targets) == ["red", "\n"]
-
-
-def test_words_of_a_prompt_are_weak_targets_but_never_its_first() -> None:
-    text = tokenize_qa_turn(QUESTION, TOKENIZER, END, prompt_weight=0.05)
-    words = TOKENIZER.convert_ids_to_tokens(text.token_ids)
-    weights = dict(zip(words, text.weights, strict=True))
-    assert words[:2] == ["</s>", "question"]
-    assert (weights["</s>"], weights["question"], weights["circle"], weights["red"]) == (0.0, 0.0, 0.05, 1.0)
-
-
-def test_a_caption_follows_the_begin_token_and_its_first_word_is_a_target() -> None:
-    text = tokenize_qa_turn(QaTurn("", "a red circle", 0.5), TOKENIZER, END, prompt_weight=0.05)
-    assert TOKENIZER.convert_ids_to_tokens(text.token_ids) == ["</s>", "a", "red", "circle", "\n"]
-    assert text.weights == (0.0, 0.5, 0.5, 0.5, 0.5)
-
-
-def build_bpe_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a tokenizer of bytes and of a few words, which differ with a space in front, as OPT's do."""
-    letters = sorted(ByteLevel.alphabet())
-    merges = [("e", "d"), ("r", "ed"), ("Ġ", "red"), ("Ġ", "a"), ("o", "f")]
-    vocabulary = ["<pad>", "</s>", *letters, *("".join(pair) for pair in merges)]
-    backend = Tokenizer(BPE({token: index for index, token in enumerate(vocabulary)}, merges))
-    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
-
-
-PROMPTS: tuple[tuple[str, str, list[str]], ...] = (
-    ("Q: a? A:", "red", ["Ġred"]),  # as the model generates it: behind the prompt of the service
-    ("a photo of", "a red", ["Ġa", "Ġred"]),
-    ("a photo of ", "red a", ["red", "Ġa"]),  # the prompt ends in the space
-    ("a\n", "red", ["red"]),
-    ("", "red", ["red"]),  # a caption begins the text
-    ("a", "", []),
-)
-
-
-@pytest.mark.parametrize(("prompt", "answer", "tokens"), PROMPTS)
-def test_an_answer_keeps_the_space_in_front_of_it(prompt: str, answer: str, tokens: list[str]) -> None:
-    tokenizer = build_bpe_tokenizer()
-    text = tokenize_qa_turn(QaTurn(prompt, answer, 1.0), tokenizer, 1)
-    prompt_ids = tokenizer(prompt).input_ids
-    assert list(text.token_ids[: len(prompt_ids)]) == prompt_ids
-    assert tokenizer.convert_ids_to_tokens(text.token_ids[len(prompt_ids) :]) == [*tokens, "</s>"]
-
-
-@pytest.mark.public
-@pytest.mark.parametrize(
-    ("prompt", "answer", "expected"),
-    [
-        ("Question: what color is it? Answer:", "red", [1275, 50118]),  # " red"
-        ("Question: how many cats are there? Answer:", "two cats", [80, 10017, 50118]),
-        ("a photo of", "two cats", [80, 10017, 50118]),
-        ("", "two cats", [7109, 10017, 50118]),  # "two"
-    ],
-)
-def test_answers_in_opts_own_vocabulary(
-    prompt: str, answer: str, expected: list[int], public_directory: Path
-) -> None:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(public_directory / "blip2-opt-2.7b")
-    text = tokenize_qa_turn(QaTurn(prompt, answer, 1.0), tokenizer, 50118)
-    assert text.token_ids == (*tokenizer(prompt).input_ids, *expected)
-    assert tokenizer.decode(text.token_ids[1:-1]) == f"{prompt} {answer}".strip()
-    assert [weight > 0 for weight in text.weights[-len(expected) :]] == [True] * len(expected)
-
-
-def test_the_end_of_an_answer_is_the_language_models_own() -> None:
-    """OPT's tokenizer names `</s>`, and BLIP-2's OPT ends an answer with the newline."""
-    llm = build_language_model(SHAPE, TOKENIZER)
-    prefix = torch.randn(1, 5, SHAPE.hidden_size)
-    expected = DecoderOnlyObjective(llm, TOKENIZER).loss(prefix, [[QUESTION]])
-    published = build_language_tokenizer()
-    published.eos_token = "</s>"
-    torch.testing.assert_close(DecoderOnlyObjective(llm, published).loss(prefix, [[QUESTION]]), expected)
+def test_texts_fill_the_positions_behind_the_soft_tokens_and_no_more() -> None:
+    """64 positions, 50 soft tokens: 14 for a text. A longer caption is cut, and its end stays."""
+    language_model = build_model("opt")
+    objective = build_objective(language_model)
+    prefix = torch.randn(1, 50, 32)
+    longest, longer = (objective.loss(prefix, [[QaTurn("", " ".join(["red"] * n), 1.0)]]) for n in (12, 13))
+    torch.testing.assert_close(longer, longest, rtol=0, atol=0)

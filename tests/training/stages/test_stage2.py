@@ -6,17 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import OPTForCausalLM
+from transformers import PreTrainedModel
 
+from model.language import LanguageModel
 from tests.training.miniature import miniature_config
 from training.data.batches import QaTurn
 from training.data.features import ImageFeatures
 from training.loop import Run
 from training.provenance import hash_module
-from training.stages.decoder_only import DecoderOnlyObjective
 from training.stages.stage2 import (
     FrozenWeightsChangedError,
     LanguageObjective,
+    build_objective,
     build_query_branch,
     soft_prompts,
     train_stage2,
@@ -32,17 +33,20 @@ TOKENIZER = build_language_tokenizer()
 
 
 @pytest.fixture
-def llm() -> OPTForCausalLM:
+def language_model() -> LanguageModel:
     torch.manual_seed(0)
-    return build_language_model(CONFIG.language_model, TOKENIZER)
+    return LanguageModel(build_language_model(CONFIG.language_model, TOKENIZER), TOKENIZER)
 
 
 class ChangingObjective:
     """An objective that changes the language model, which must stay frozen."""
 
-    def __init__(self, llm: OPTForCausalLM) -> None:
-        self.llm = llm
-        self.objective = DecoderOnlyObjective(llm, TOKENIZER)
+    def __init__(self, language_model: LanguageModel) -> None:
+        self.objective = build_objective(language_model)
+
+    @property
+    def llm(self) -> PreTrainedModel:
+        return self.objective.llm
 
     def loss(self, prefix: Tensor, qa_turns: Sequence[Sequence[QaTurn]]) -> Tensor:
         with torch.no_grad():
@@ -61,11 +65,11 @@ def train(directory: Path, objective: LanguageObjective) -> tuple[torch.nn.Modul
 
 
 def test_the_query_branch_is_trained_and_the_language_model_stays_bit_equal(
-    llm: OPTForCausalLM, tmp_path: Path
+    language_model: LanguageModel, tmp_path: Path
 ) -> None:
-    frozen = hash_module(llm)
-    branch, matcher = train(tmp_path, DecoderOnlyObjective(llm, TOKENIZER))
-    assert hash_module(llm) == frozen
+    frozen = hash_module(language_model)
+    branch, matcher = train(tmp_path, build_objective(language_model))
+    assert hash_module(language_model) == frozen
     trained, before = dict(branch.named_parameters()), dict(matcher.named_parameters())
     for name in (
         "query_tokens",
@@ -75,9 +79,9 @@ def test_the_query_branch_is_trained_and_the_language_model_stays_bit_equal(
         assert not torch.equal(trained[name], before[name]), name
 
 
-def test_a_language_model_that_moved_is_an_error(llm: OPTForCausalLM, tmp_path: Path) -> None:
+def test_a_language_model_that_moved_is_an_error(language_model: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(FrozenWeightsChangedError, match="language model changed"):
-        train(tmp_path, ChangingObjective(llm))
+        train(tmp_path, ChangingObjective(language_model))
 
 
 def test_the_branch_starts_from_stage_1_without_its_text_side() -> None:
